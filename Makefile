@@ -1,0 +1,38 @@
+# `make demo` and `make test` set themselves up in .venv. Variables:
+#   PYTHON=python3.12                                        which Python makes the virtual environment
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu         where pip looks for torch first (this one: CPU builds)
+#   CONSTRAINTS=                                             newest versions instead of the tested ones
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: demo test lint format clean
+
+demo: $(STAMP)
+	$(BIN)/python examples/digits_demo.py --output_dir demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "diffusers_ext needs Python 3.10 or newer: make PYTHON=/path/to/python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable ".[demo,test]"
+	@touch $@
+
+clean:
+	rm -rf .venv demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache

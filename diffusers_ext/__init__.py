@@ -1,0 +1,65 @@
+"""Five published methods for diffusion models as parts that plug into Hugging Face diffusers.
+
+Importing this package makes its classes known to `DiffusionPipeline.from_pretrained`: import it before loading a
+pipeline that was saved with one of them.
+"""
+
+import diffusers
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.pipelines import pipeline_loading_utils
+
+from .interop import NoiseSchedule, denoiser_from, noise_schedule
+from .losses import consistency_loss, score_matching_loss
+from .noise_levels import karras_sigmas, log_linear_sigmas, log_normal_sigmas, lower_sigma, min_snr_weight
+from .pipelines import ClassConditionalPipeline
+from .process import GaussianProcess, Process
+from .score import Denoiser, ScoreModel
+from .solvers import euler, euler_maruyama, heun, posterior, sample
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClassConditionalPipeline",
+    "Denoiser",
+    "GaussianProcess",
+    "NoiseSchedule",
+    "Process",
+    "ScoreModel",
+    "consistency_loss",
+    "denoiser_from",
+    "euler",
+    "euler_maruyama",
+    "heun",
+    "karras_sigmas",
+    "log_linear_sigmas",
+    "log_normal_sigmas",
+    "lower_sigma",
+    "min_snr_weight",
+    "noise_schedule",
+    "posterior",
+    "sample",
+    "score_matching_loss",
+]
+
+
+def _register() -> None:
+    """Let diffusers save our classes as ["diffusers_ext", name] and find them again by that name.
+
+    diffusers looks components up in `LOADABLE_CLASSES[package]`, whose base classes must be attributes of the package,
+    and a pipeline's own class in its own namespace.
+    """
+    bases = (ModelMixin, SchedulerMixin, DiffusionPipeline)
+    methods = ["save_pretrained", "from_pretrained"]
+    for table in (
+        pipeline_loading_utils.LOADABLE_CLASSES.setdefault(__name__, {}),
+        pipeline_loading_utils.ALL_IMPORTABLE_CLASSES,
+    ):
+        for base in bases:
+            table.setdefault(base.__name__, methods)
+    for name in __all__:
+        value = globals()[name]
+        if isinstance(value, type) and issubclass(value, bases) and not hasattr(diffusers, name):
+            setattr(diffusers, name, value)
+
+
+_register()

@@ -1,0 +1,246 @@
+r"""From a diffusers model and its scheduler to (x, sigma), and back: the only place that knows timesteps.
+
+A scheduler's configuration says three things about a network: the scale of its input, what its output predicts, and the
+time it is told. With x = x0 + sigma n,
+
+    family   scheduler's sample      time told to the network                                 sigma at that time
+    vp       x / (1 + sigma^2)^1/2   index in the noise table, interpolated in log sigma      ((1 - abar_t)/abar_t)^1/2
+    flow     x / (1 + sigma)         N sigma/(1 + sigma), N = num_train_timesteps             t / (N - t)
+    edm      x                       ln(sigma) / 4                                            exp(4 t)
+
+(abar = `alphas_cumprod`). The last timestep of a schedule with zero terminal SNR, and time N of flow matching, are
+sigma = infinity: they have no (x, sigma) and are left out. A scheduler's `shift` moves the times that a sampler
+visits, not what the network means at a time, so it does not enter here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .noise_levels import log_normal_sigmas
+from .score import Denoiser, preconditioning
+
+VP_SCHEDULERS = frozenset(
+    (
+        "CogVideoXDDIMScheduler",
+        "CogVideoXDPMScheduler",
+        "DDIMInverseScheduler",
+        "DDIMParallelScheduler",
+        "DDIMScheduler",
+        "DDPMParallelScheduler",
+        "DDPMScheduler",
+        "DEISMultistepScheduler",
+        "DPMSolverMultistepInverseScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSDEScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "LCMScheduler",
+        "LMSDiscreteScheduler",
+        "PNDMScheduler",
+        "SASolverScheduler",
+        "TCDScheduler",
+        "UniPCMultistepScheduler",
+    )
+)
+FLOW_SCHEDULERS = frozenset(
+    (
+        "FlowMatchEulerDiscreteScheduler",
+        "FlowMatchHeunDiscreteScheduler",
+        "FlowMatchLCMScheduler",
+    )
+)
+EDM_SCHEDULERS = frozenset(
+    (
+        "EDMDPMSolverMultistepScheduler",
+        "EDMEulerScheduler",
+    )
+)
+
+# These networks multiply their time by 1000 themselves.
+_TIME_IN_UNIT_INTERVAL = ("AuraFlow", "Chroma", "Flux", "LongCatImage", "NucleusMoE", "OvisImage", "QwenImage")
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """What a scheduler's configuration says about a network; made by `noise_schedule`.
+
+    Args:
+        family: `vp`, `flow` or `edm`.
+        prediction_type: diffusers' name, `flow_prediction` for flow matching.
+        num_train_timesteps: N of the table above.
+        sigmas: noise level of each trained timestep, increasing, float64 (vp and flow; empty for edm).
+        sigma_data: standard deviation of the data (edm).
+        sigma_min, sigma_max: the range that the network was trained for.
+    """
+
+    family: str
+    prediction_type: str
+    num_train_timesteps: int
+    sigmas: Tensor
+    sigma_min: float
+    sigma_max: float
+    sigma_data: float | None = None
+    _tables: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """The time that the network is told at `sigma`, of its shape; for vp, held at the ends of the table."""
+        if self.family == "edm":
+            return sigma.log() / 4
+        if self.family == "flow":
+            return self.num_train_timesteps * sigma / (1 + sigma)
+        table = self._log_sigmas(sigma)
+        log_sigma = sigma.log().contiguous()
+        low = (torch.searchsorted(table, log_sigma, right=True) - 1).clamp(0, len(table) - 2)
+        fraction = (log_sigma - table[low]) / (table[low + 1] - table[low])
+        return low + fraction.clamp(0, 1)
+
+    def sigma(self, time: Tensor) -> Tensor:
+        """The noise level at a (fractional) time, of its shape, floating point; the inverse of `time`."""
+        time = time if time.is_floating_point() else time.float()
+        if self.family == "edm":
+            return (4 * time).exp()
+        if self.family == "flow":
+            return time / (self.num_train_timesteps - time)
+        table = self._log_sigmas(time)
+        low = time.floor().long().clamp(0, len(table) - 2)
+        return torch.lerp(table[low], table[low + 1], (time - low).clamp(0, 1)).exp()
+
+    def scale(self, sigma: Tensor) -> Tensor:
+        """The scheduler's sample is scale x: alpha for vp, 1 - t/N for flow, 1 for edm."""
+        if self.family == "edm":
+            return torch.ones_like(sigma)
+        return preconditioning(self.prediction_type)(sigma).c_in
+
+    def draw_sigmas(
+        self, n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """The usual training law, (n,): uniform over the trained timesteps (vp, flow), log-normal (edm)."""
+        if self.family == "edm":
+            return log_normal_sigmas(n, generator=generator, device=device)
+        drawn_on = device if generator is None else generator.device
+        index = torch.randint(len(self.sigmas), (n,), generator=generator, device=drawn_on).to(device)
+        return self._log_sigmas(torch.empty(0, device=device))[index].exp()
+
+    def _log_sigmas(self, like: Tensor) -> Tensor:
+        key = (like.device, like.dtype)
+        if key not in self._tables:
+            self._tables[key] = self.sigmas.log().to(like)
+        return self._tables[key]
+
+
+def noise_schedule(scheduler: Any) -> NoiseSchedule:
+    """Read a stock scheduler of diffusers, or a subclass of one.
+
+    Raises:
+        ValueError: the scheduler, or a setting of it, has no place in the table of this module or of `score`.
+    """
+    schedule = _read_schedule(scheduler)
+    preconditioning(schedule.prediction_type, schedule.sigma_data)
+    return schedule
+
+
+def _read_schedule(scheduler: Any) -> NoiseSchedule:
+    config = scheduler.config
+    names = {cls.__name__ for cls in type(scheduler).__mro__}
+    if names & EDM_SCHEDULERS:
+        none = torch.empty(0, dtype=torch.float64)
+        bounds = {"sigma_min": config.sigma_min, "sigma_max": config.sigma_max, "sigma_data": config.sigma_data}
+        return NoiseSchedule("edm", config.prediction_type, config.num_train_timesteps, none, **bounds)
+
+    n = config.get("num_train_timesteps", 1000)
+    flow = names & FLOW_SCHEDULERS or (names & VP_SCHEDULERS and config.prediction_type == "flow_prediction")
+    if flow and not config.get("invert_sigmas", False):
+        t = torch.arange(1, n, dtype=torch.float64)
+        sigmas, prediction_type = t / (n - t), "flow_prediction"
+    elif names & VP_SCHEDULERS and config.get("timestep_type", "discrete") == "discrete":
+        abar = scheduler.alphas_cumprod.detach().to("cpu", torch.float64)
+        sigmas, prediction_type = ((1 - abar) / abar).sqrt(), config.prediction_type
+        zero_snr = config.get("rescale_betas_zero_snr", False)  # some schedulers put a tiny abar for 0
+        sigmas = sigmas[:-1] if zero_snr else sigmas[sigmas.isfinite()]
+    else:
+        raise ValueError(_unsupported(scheduler))
+    return NoiseSchedule(
+        "flow" if flow else "vp", prediction_type, n, sigmas, sigma_min=sigmas[0].item(), sigma_max=sigmas[-1].item()
+    )
+
+
+def _unsupported(scheduler: Any) -> str:
+    known = ", ".join(sorted(VP_SCHEDULERS | FLOW_SCHEDULERS | EDM_SCHEDULERS))
+    return (
+        f"{type(scheduler).__name__} cannot be written as x0 + sigma * noise with a known preconditioning. Supported "
+        f"schedulers, and subclasses of them: {known}; not supported: EulerDiscreteScheduler with timestep_type="
+        f"'continuous', flow matching with invert_sigmas=True."
+    )
+
+
+class Network(nn.Module):
+    """One calling convention for diffusers' models: network(model_input, time, **cond) -> raw output.
+
+    Takes `UNet2DModel`, `UNet2DConditionModel`, transformers (`hidden_states`, `timestep` by name) and any module or
+    function called as (x, t, **cond). The input is cast to the model's dtype, the output back to that of the input;
+    the variance channels of a model with learned variance are dropped.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        inner = unwrap(model)
+        if type(inner).__name__.startswith("ZImage"):
+            raise ValueError(f"{type(inner).__name__} counts its time from the noise: it is not supported")
+        parameters = inspect.signature(inner.forward if isinstance(inner, nn.Module) else inner).parameters
+        self._sample = next((name for name in ("sample", "hidden_states") if name in parameters), "")
+        self._by_name = self._sample != "" and "timestep" in parameters
+        self._options = {"return_dict": False} if "return_dict" in parameters else {}
+        self._time_scale = 1e-3 if type(inner).__name__.startswith(_TIME_IN_UNIT_INTERVAL) else 1.0
+
+    def forward(self, model_input: Tensor, time: Tensor, **cond: Any) -> Tensor:
+        time = (time * self._time_scale).expand(len(model_input))
+        cast = model_input.to(_dtype(self.model) or model_input.dtype)
+        if self._by_name:
+            output = self.model(**{self._sample: cast, "timestep": time}, **cond, **self._options)
+        else:
+            output = self.model(cast, time, **cond, **self._options)
+        output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+        channels = model_input.shape[1]
+        if output.shape != model_input.shape and output.shape[1] == 2 * channels:
+            output = output[:, :channels]
+        return output.to(model_input.dtype)
+
+
+def unwrap(model: Any) -> Any:
+    """The model inside DistributedDataParallel, FSDP, DeepSpeed or torch.compile."""
+    while True:
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _dtype(model: Any) -> torch.dtype | None:
+    if not isinstance(model, nn.Module):
+        return None
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+
+def denoiser_from(model: Any, scheduler: Any) -> Denoiser:
+    """D(x, sigma, **cond) of a diffusers model as its scheduler means it.
+
+    Args:
+        model: the network, wrapped (DDP, compiled, ...) or not; see `Network`.
+        scheduler: the stock scheduler that belongs to it, or a subclass.
+
+    Raises:
+        ValueError: the scheduler or its prediction type is not supported; the message names those that are.
+    """
+    schedule = noise_schedule(scheduler)
+    return Denoiser(Network(model), preconditioning(schedule.prediction_type, schedule.sigma_data), schedule.time)

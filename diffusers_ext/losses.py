@@ -1,0 +1,136 @@
+r"""Training losses: one number for each sample, (B,), the mean over its elements; never reduced over the batch.
+
+**Score matching.** sigma^2 |score(x, sigma) - grad log p(x | x0)|^2 times a weight.
+
+**Consistency.** Let D be a denoiser and x' a draw of the model's own reverse SDE from x at sigma to sigma' < sigma. For
+the exact D of any distribution the predictions are a martingale, D(x, sigma) = E[D(x', sigma') | x]. The loss is the
+square of the defect, without bias from two independent draws x'_1 and x'_2 of the same x:
+
+    loss = (D(x'_1, sigma') - D(x, sigma)) (D(x'_2, sigma') - D(x, sigma)),
+
+whose expectation given x is |E[D(x', sigma') | x] - D(x, sigma)|^2. (A plain square would punish the variance of D(x'),
+which is there by right.) One value may be negative. The gradient passes through the three evaluations and not through
+the draws. The exact denoiser of *another* distribution has loss 0, too: score matching must accompany it.
+
+This is unrelated to the "consistency models" of Song et al. (arXiv 2303.01469), which learn the end point of an ODE.
+
+Reference: Consistent Diffusion Models: Mitigating Sampling Drift by Learning to be Consistent (Daras, Dagan, Dimakis,
+Daskalakis, 2023, arXiv 2302.09057).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from .noise_levels import karras_sigmas
+from .process import align
+from .score import Denoiser, ScoreModel
+from .solvers import Step, euler_maruyama, posterior
+
+ROLLOUTS: dict[str, Step] = {"posterior": posterior, "euler_maruyama": euler_maruyama}
+
+
+def score_matching_loss(
+    model: ScoreModel,
+    x: Tensor,
+    x0: Tensor,
+    sigma: Tensor | float,
+    *,
+    prediction: Tensor | None = None,
+    weight: Tensor | float = 1.0,
+    **cond: Any,
+) -> Tensor:
+    """weight sigma^2 |score(x, sigma) - grad log p(x | x0)|^2, (B,).
+
+    Args:
+        x: a draw of `model.process.perturb(x0, sigma)`, (B, ...).
+        prediction: `model(x, sigma, **cond)`, where the caller has it already.
+        weight: a number or (B,); 1 is the mean square error of eps. `Denoiser.output_weight` gives that of the
+            network's own output.
+    """
+    prediction = model(x, sigma, **cond) if prediction is None else prediction
+    return _mean_of_elements(align(weight, x) * model.score_error(prediction, x, x0, sigma) ** 2)
+
+
+def consistency_loss(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigma: Tensor,
+    sigma_next: Tensor,
+    *,
+    denoised: Tensor | None = None,
+    steps: int = 1,
+    rollout: str = "posterior",
+    generator: torch.Generator | None = None,
+    **cond: Any,
+) -> Tensor:
+    """The product of two independent residuals of the martingale property, (B,); see the module's docstring.
+
+    Args:
+        denoiser: the model; conditions in `cond` reach every one of its evaluations.
+        x: noisy samples at `sigma`, (B, ...).
+        sigma, sigma_next: (B,), 0 < sigma_next <= sigma.
+        denoised: D(x, sigma), with its graph, where the denoising loss has made it; one rollout step then costs no
+            further evaluation beside the two at sigma_next. A network with active dropout is evaluated here with
+            dropout off and `denoised` is not used: its mask would sit in both residuals and add its variance.
+        steps: steps of each rollout, on the rho = 7 grid between the two levels. The first reuses D(x, sigma).
+        rollout: `posterior` (exact for Gaussian data with any number of steps) or `euler_maruyama` (the paper's, with
+            5 steps; with one step it is biased).
+        generator: source of both rollouts' noise.
+
+    Raises:
+        ValueError: `rollout` is unknown or `steps` below 1.
+    """
+    if rollout not in ROLLOUTS:
+        raise ValueError(f"rollout {rollout!r} is not one of {', '.join(ROLLOUTS)}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    step = ROLLOUTS[rollout]
+    between = karras_sigmas(steps + 1, sigma_next, sigma)[1:-1].clamp(sigma_next, sigma)  # rounding may leave the range
+    sigmas = [sigma, *between, sigma_next]
+
+    with _without_dropout(denoiser.network) as had_dropout:
+        if denoised is None or had_dropout:
+            denoised = denoiser(x, sigma, **cond)
+
+        @torch.no_grad()
+        def draw() -> Tensor:
+            x_next = step(denoiser, x, sigma, sigmas[1], denoised=denoised.detach(), generator=generator)
+            for s, s_next in pairwise(sigmas[1:]):
+                x_next = step(denoiser, x_next, s, s_next, generator=generator, **cond)
+            return x_next
+
+        x_1, x_2 = draw(), draw()
+        residual_1 = denoiser(x_1, sigma_next, **cond) - denoised
+        residual_2 = denoiser(x_2, sigma_next, **cond) - denoised
+    return _mean_of_elements(residual_1 * residual_2)
+
+
+def _mean_of_elements(x: Tensor) -> Tensor:
+    return x.reshape(len(x), -1).mean(1)
+
+
+@contextmanager
+def _without_dropout(network: object) -> Iterator[bool]:
+    """Switch active dropout, of activations and of labels, off for a while; says whether there was any."""
+    modules = network.modules() if isinstance(network, nn.Module) else ()
+    active = [m for m in modules if m.training and _drop_probability(m) > 0]
+    for module in active:
+        module.training = False
+    try:
+        yield bool(active)
+    finally:
+        for module in active:
+            module.training = True
+
+
+def _drop_probability(module: nn.Module) -> float:
+    # `dropout_prob` is that of diffusers' LabelEmbedding, which drops class labels at random.
+    return module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout_prob", 0.0)

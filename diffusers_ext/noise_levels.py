@@ -1,0 +1,76 @@
+r"""Noise levels: grids to sample on, laws to train with, weights of the loss.
+
+Grids are decreasing. Laws take a generator. Weights multiply the score-matching loss sigma^2 |score - target|^2, whose
+unit is the mean square error of eps.
+
+References: Karras et al., 2022, arXiv 2206.00364, equation 5 (grid) and table 1 (training law); Consistent Diffusion
+Models (Daras et al., 2023, arXiv 2302.09057; `lower_sigma`); Efficient Diffusion Training via Min-SNR Weighting (Hang
+et al., 2023, arXiv 2303.09556).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _as_tensor(value: Tensor | float) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+def karras_sigmas(n: int, sigma_min: Tensor | float, sigma_max: Tensor | float, rho: float = 7.0) -> Tensor:
+    """`n` levels from `sigma_max` down to `sigma_min`, equidistant in sigma^(1/rho).
+
+    The bounds are numbers (the grid is then float64 of shape (n,)) or tensors of one shape S: one grid for each entry,
+    shape (n, *S).
+    """
+    low, high = _as_tensor(sigma_min) ** (1 / rho), _as_tensor(sigma_max) ** (1 / rho)
+    u = torch.linspace(0, 1, n, dtype=high.dtype, device=high.device).reshape(-1, *[1] * high.ndim)
+    return (high + u * (low - high)) ** rho
+
+
+def log_linear_sigmas(n: int, sigma_min: Tensor | float, sigma_max: Tensor | float) -> Tensor:
+    """`n` levels from `sigma_max` down to `sigma_min`, equidistant in log sigma; shapes as in `karras_sigmas`."""
+    low, high = _as_tensor(sigma_min).log(), _as_tensor(sigma_max).log()
+    u = torch.linspace(0, 1, n, dtype=high.dtype, device=high.device).reshape(-1, *[1] * high.ndim)
+    return (high + u * (low - high)).exp()
+
+
+def log_normal_sigmas(
+    n: int,
+    mean: float = -1.2,
+    std: float = 1.2,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Training law of EDM: ln sigma ~ N(mean, std^2); shape (n,)."""
+    drawn_on = device if generator is None else generator.device
+    return (mean + std * torch.randn(n, generator=generator, device=drawn_on)).exp().to(device)
+
+
+def lower_sigma(
+    sigma: Tensor,
+    width: float = 0.05,
+    floor: float = 0.002,
+    relative: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The lower noise level of the consistency loss: sigma' = max(sigma - U[0, width], floor), never above sigma.
+
+    `relative` makes the width a fraction of sigma, sigma' = sigma (1 - U[0, width]): for schedules that reach far above
+    sigma = 1, where an absolute width changes nothing. The paper's law is absolute, with width 0.05 and floor 0.002.
+
+    Raises:
+        ValueError: width is negative, or relative and not below 1.
+    """
+    if width < 0 or (relative and width >= 1):
+        raise ValueError(f"width {width} must be >= 0, and below 1 where it is relative")
+    drawn_on = sigma.device if generator is None else generator.device
+    drop = width * torch.rand(sigma.shape, generator=generator, device=drawn_on, dtype=sigma.dtype).to(sigma.device)
+    lower = sigma * (1 - drop) if relative else sigma - drop
+    return torch.minimum(lower.clamp(min=floor), sigma)
+
+
+def min_snr_weight(sigma: Tensor, gamma: float = 5.0) -> Tensor:
+    """min(SNR, gamma) on the error of x0, which is min(1, gamma sigma^2) on that of eps; SNR = sigma^-2."""
+    return (gamma * sigma**2).clamp(max=1)

@@ -1,0 +1,164 @@
+r"""Sampling from a pixel-space UNet with any scheduler, with or without class labels.
+
+diffusers' own `DDPMPipeline` and `DDIMPipeline` take no class labels, and `DDPMPipeline` samples wrongly with
+schedulers that scale their samples (Euler, EDM): it ignores `init_noise_sigma` and `scale_model_input`.
+
+Classifier-free guidance: output = output_null + guidance_scale (output_class - output_null); 1 is the conditional
+model.
+
+Reference: Classifier-Free Diffusion Guidance (Ho, Salimans, 2022, arXiv 2207.12598); its weight w is
+guidance_scale - 1.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    """Images from a `UNet2DModel`, unconditional or class-conditional, with any scheduler.
+
+    Args:
+        unet: the network; class-conditional if its `num_class_embeds` is set.
+        scheduler: any diffusers scheduler with `set_timesteps` and `step`.
+        null_class: the label that stands for "no class", needed for guidance; `None` if the model was trained without.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ("latents",)
+
+    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin, null_class: int | None = None) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(null_class=null_class)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, the null class not counted; `None` for an unconditional model."""
+        embeddings = self.unet.config.num_class_embeds
+        return embeddings if embeddings is None or self.config.null_class is None else embeddings - 1
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        batch_size: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        eta: float = 0.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw images.
+
+        Args:
+            class_labels: one label for all images, or one for each; class-conditional models need it (the null class
+                gives unconditional images).
+            batch_size: number of images; by default the number of labels, or 1.
+            num_inference_steps: steps of the scheduler.
+            guidance_scale: 1 samples the conditional model; other values need a `null_class`.
+            generator: one generator, or a list with one for each image.
+            latents: standard normal noise (batch_size, channels, height, width) to start from; the pipeline scales it
+                by the scheduler's `init_noise_sigma`.
+            eta: passed on to schedulers whose `step` takes it (DDIM).
+            output_type: `pil`, `np` (batch, height, width, channels) or `pt` (batch, channels, height, width), in
+                [0, 1].
+            return_dict: return an `ImagePipelineOutput` and not a tuple.
+            callback_on_step_end: called after each step as (pipeline, step, timestep, tensors); returns a dict,
+                with new `latents` or without.
+            callback_on_step_end_tensor_inputs: which tensors it gets: `latents`.
+
+        Raises:
+            ValueError: an argument contradicts the model or another argument; the message says how.
+        """
+        labels = self._labels(class_labels, batch_size, guidance_scale)
+        n = len(labels) if labels is not None else batch_size if batch_size is not None else 1
+        self._check(n, generator, latents, output_type, callback_on_step_end_tensor_inputs)
+        device, dtype = self._execution_device, self.unet.dtype
+
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        if latents is None:
+            latents = randn_tensor(self._shape(n), generator, device, dtype)
+        # The scheduler works in float32: with large sigma a half-precision sample would lose the image.
+        precise = torch.promote_types(dtype, torch.float32)
+        sample = latents.to(device, precise) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+        offered = {"generator": generator, "eta": eta}
+        takes = inspect.signature(self.scheduler.step).parameters
+        options = {name: value for name, value in offered.items() if name in takes}
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            output = self._predict(sample, t, labels, guidance_scale)
+            sample = self.scheduler.step(output.to(precise), t, sample, **options).prev_sample
+            if callback_on_step_end is not None:
+                tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, sample)
+                sample = callback_on_step_end(self, i, t, tensors).get("latents", sample)
+
+        images: Any = (sample / 2 + 0.5).clamp(0, 1)
+        images = images.to(dtype) if output_type == "pt" else images.cpu().permute(0, 2, 3, 1).numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _predict(self, sample: Tensor, t: Any, labels: Tensor | None, guidance_scale: float) -> Tensor:
+        scale = getattr(self.scheduler, "scale_model_input", lambda x, _: x)
+        model_input = scale(sample, t).to(self.unet.dtype)
+        if guidance_scale == 1.0 or labels is None:
+            return self.unet(model_input, t, class_labels=labels).sample
+        both = torch.cat([labels, torch.full_like(labels, self.config.null_class)])
+        output, null = self.unet(torch.cat([model_input] * 2), t, class_labels=both).sample.chunk(2)
+        return null + guidance_scale * (output - null)
+
+    def _shape(self, n: int) -> tuple[int, ...]:
+        size = self.unet.config.sample_size
+        height_width = (size, size) if isinstance(size, int) else tuple(size)
+        return (n, self.unet.config.in_channels, *height_width)
+
+    def _labels(
+        self, class_labels: int | Sequence[int] | Tensor | None, batch_size: int | None, guidance_scale: float
+    ) -> Tensor | None:
+        embeddings, null_class = self.unet.config.num_class_embeds, self.config.null_class
+        if embeddings is None:
+            if class_labels is not None or guidance_scale != 1.0:
+                raise ValueError("this model is unconditional: it takes no class_labels, and guidance_scale must be 1")
+            return None
+        if class_labels is None:
+            raise ValueError(f"this model is class-conditional: pass class_labels, each from 0 to {embeddings - 1}")
+        if guidance_scale != 1.0 and null_class is None:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs a null class, and this model was trained without one; if it "
+                f"has one, say so: pipe.register_to_config(null_class=...)"
+            )
+        labels = torch.as_tensor(class_labels, dtype=torch.long).reshape(-1)
+        if len(labels) == 1 and batch_size is not None:
+            labels = labels.expand(batch_size)
+        if batch_size is not None and batch_size != len(labels):
+            raise ValueError(f"{len(labels)} class_labels for batch_size={batch_size}")
+        if len(labels) == 0 or labels.min() < 0 or labels.max() >= embeddings:
+            raise ValueError(f"class_labels must be from 0 to {embeddings - 1}, got {labels.tolist()}")
+        return labels.to(self._execution_device)
+
+    def _check(
+        self, n: int, generator: Any, latents: Tensor | None, output_type: str, callback_tensors: Sequence[str]
+    ) -> None:
+        if n < 1:
+            raise ValueError(f"batch_size must be at least 1, got {n}")
+        if isinstance(generator, list) and len(generator) != n:
+            raise ValueError(f"{len(generator)} generators for {n} images: pass one, or one for each")
+        if latents is not None and tuple(latents.shape) != self._shape(n):
+            raise ValueError(f"latents have shape {tuple(latents.shape)}, the model needs {self._shape(n)}")
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type {output_type!r} is not one of pil, np, pt")
+        if unknown := set(callback_tensors) - set(self._callback_tensor_inputs):
+            raise ValueError(f"callback_on_step_end_tensor_inputs: {sorted(unknown)} unknown, there is only latents")

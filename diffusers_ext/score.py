@@ -1,0 +1,152 @@
+r"""What a network means: `ScoreModel` and, for Gaussian noise, `Denoiser`.
+
+A network F and the preconditioning of its schedule give the denoiser
+
+    D(x, sigma) = c_skip x + c_out F(c_in x, time)  ~  E[x0 | x],
+
+and with it, by Tweedie's formula, eps = (x - D) / sigma and score = grad_x log p_sigma(x) = (D - x) / sigma^2. The
+coefficients, as functions of s = sigma (sd = the standard deviation of the data):
+
+    F predicts               c_in               c_skip              c_out
+    epsilon                  (1+s^2)^-1/2       1                   -s
+    sample                   (1+s^2)^-1/2       0                   1
+    v_prediction             (1+s^2)^-1/2       1/(1+s^2)           -s/(1+s^2)^1/2
+    flow_prediction          1/(1+s)            1/(1+s)             -s/(1+s)
+    EDM, epsilon             (s^2+sd^2)^-1/2    sd^2/(s^2+sd^2)     s sd/(s^2+sd^2)^1/2
+    EDM, v_prediction        (s^2+sd^2)^-1/2    sd^2/(s^2+sd^2)     -s sd/(s^2+sd^2)^1/2
+
+`x0` exists for Gaussian noise only; the score is what every process has.
+
+References: Karras et al., 2022, arXiv 2206.00364, table 1 (EDM); Progressive Distillation (Salimans, Ho, 2022, arXiv
+2202.00512), section 4 (v = alpha eps - sigma x0); Flow Matching (Lipman et al., 2022, arXiv 2210.02747), flow =
+noise - x0.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .process import GaussianProcess, Process, align
+
+
+class Coefficients(NamedTuple):
+    """D = c_skip x + c_out F(c_in x, time); each of the shape of sigma."""
+
+    c_in: Tensor
+    c_skip: Tensor
+    c_out: Tensor
+
+
+def vp_epsilon(sigma: Tensor) -> Coefficients:
+    return Coefficients((1 + sigma**2) ** -0.5, torch.ones_like(sigma), -sigma)
+
+
+def vp_sample(sigma: Tensor) -> Coefficients:
+    return Coefficients((1 + sigma**2) ** -0.5, torch.zeros_like(sigma), torch.ones_like(sigma))
+
+
+def vp_v_prediction(sigma: Tensor) -> Coefficients:
+    alpha = (1 + sigma**2) ** -0.5
+    return Coefficients(alpha, alpha**2, -sigma * alpha)
+
+
+def flow_prediction(sigma: Tensor) -> Coefficients:
+    return Coefficients(1 / (1 + sigma), 1 / (1 + sigma), -sigma / (1 + sigma))
+
+
+def edm_epsilon(sigma: Tensor, sigma_data: float) -> Coefficients:
+    variance = sigma**2 + sigma_data**2
+    return Coefficients(variance**-0.5, sigma_data**2 / variance, sigma * sigma_data * variance**-0.5)
+
+
+def edm_v_prediction(sigma: Tensor, sigma_data: float) -> Coefficients:
+    c_in, c_skip, c_out = edm_epsilon(sigma, sigma_data)
+    return Coefficients(c_in, c_skip, -c_out)
+
+
+def preconditioning(prediction_type: str, sigma_data: float | None = None) -> Callable[[Tensor], Coefficients]:
+    """The row of the table for a diffusers `prediction_type`; with `sigma_data`, of the EDM schedulers' rows.
+
+    Raises:
+        ValueError: the table has no such row.
+    """
+    rows: dict[str, Callable[..., Coefficients]]
+    if sigma_data is None:
+        rows = {
+            "epsilon": vp_epsilon,
+            "sample": vp_sample,
+            "v_prediction": vp_v_prediction,
+            "flow_prediction": flow_prediction,
+        }
+    else:
+        rows = {
+            "epsilon": partial(edm_epsilon, sigma_data=sigma_data),
+            "v_prediction": partial(edm_v_prediction, sigma_data=sigma_data),
+        }
+    if prediction_type not in rows:
+        raise ValueError(f"prediction_type {prediction_type!r} is not one of {', '.join(rows)}")
+    return rows[prediction_type]
+
+
+class ScoreModel(ABC):
+    """A network under a process: whatever it predicts, it gives a score."""
+
+    process: Process
+
+    @abstractmethod
+    def __call__(self, x: Tensor, sigma: Tensor | float, **cond: Any) -> Tensor:
+        """The model's own prediction, (B, ...): x0 for a `Denoiser`. `cond` reaches the network unchanged."""
+
+    @abstractmethod
+    def score(self, x: Tensor, sigma: Tensor | float, **cond: Any) -> Tensor:
+        """grad_x log p_sigma(x), (B, ...)."""
+
+    @abstractmethod
+    def score_error(self, prediction: Tensor, x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
+        """sigma (score - grad_x log p(x | x0)) of a prediction at (x, sigma), (B, ...)."""
+
+
+@dataclass(frozen=True)
+class Denoiser(ScoreModel):
+    """D(x, sigma, **cond) = E[x0 | x] of a network trained on Gaussian noise; computed in float32 at least.
+
+    Args:
+        network: F(model_input, time, **cond) -> raw output; `model_input` and the output are (B, ...).
+        coefficients: sigma -> `Coefficients`, a row of the table above.
+        time: sigma -> what the network is told, of the shape of sigma.
+    """
+
+    network: Callable[..., Tensor]
+    coefficients: Callable[[Tensor], Coefficients]
+    time: Callable[[Tensor], Tensor]
+    process: GaussianProcess = field(default=GaussianProcess(), init=False)
+
+    def __call__(self, x: Tensor, sigma: Tensor | float, **cond: Any) -> Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        sigma = align(sigma, x)
+        c_in, c_skip, c_out = self.coefficients(sigma)
+        return c_skip * x + c_out * self.network(c_in * x, self.time(sigma.flatten()), **cond)
+
+    def eps(self, x: Tensor, sigma: Tensor | float, **cond: Any) -> Tensor:
+        """The predicted noise, (x - D) / sigma."""
+        return (x - self(x, sigma, **cond)) / align(sigma, x)
+
+    def score(self, x: Tensor, sigma: Tensor | float, **cond: Any) -> Tensor:
+        return (self(x, sigma, **cond) - x) / align(sigma, x) ** 2
+
+    def score_error(self, prediction: Tensor, x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
+        return (prediction - x0) / align(sigma, x)
+
+    def output_weight(self, sigma: Tensor) -> Tensor:
+        """The weight of the score-matching loss that makes it the mean square error of the network's own output.
+
+        That is 1 for epsilon, 1 + sigma^2 for v, and for an EDM network the weighting of Karras et al.
+        """
+        return (sigma / self.coefficients(sigma).c_out) ** 2

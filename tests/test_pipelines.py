@@ -1,0 +1,364 @@
+"""`ClassConditionalPipeline`. Truth: diffusers' own `DDIMPipeline` bit for bit, the exact probability-flow map of
+Gaussian data under every scheduler, and sampling loops written out by hand."""
+
+import json
+import subprocess
+import sys
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from oracles import Gaussian, network_of
+from PIL import Image
+from torch import Tensor, nn
+
+from diffusers_ext import ClassConditionalPipeline
+
+SHAPE = (1, 4, 4)
+VARIANCE = 0.04 + 0.03 * torch.rand(SHAPE, generator=torch.Generator().manual_seed(0))
+LAW = Gaussian(0.2 * torch.linspace(-1, 1, 16).reshape(SHAPE), VARIANCE)
+FINE = {"clip_sample": False, "timestep_spacing": "trailing"}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class OracleUNet(diffusers.ModelMixin, ConfigMixin):
+    """The perfect network of a scheduler for Gaussian images, where a UNet should be."""
+
+    @register_to_config
+    def __init__(self, sample_size: int = 4, in_channels: int = 1, num_class_embeds: int | None = None) -> None:
+        super().__init__()
+        self.dummy = nn.Parameter(torch.zeros(()))
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> UNet2DOutput:
+        return UNet2DOutput(sample=self.network(sample, timestep).to(sample.dtype))
+
+
+def oracle_pipeline(scheduler) -> ClassConditionalPipeline:
+    unet = OracleUNet()
+    unet.network = network_of(LAW, scheduler)
+    return quiet(ClassConditionalPipeline(unet, scheduler))
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_unet(num_class_embeds: int | None = None) -> UNet2DModel:
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
+    sizes = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    unet = UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, num_class_embeds=num_class_embeds, **blocks, **sizes
+    )
+    return unet.eval()
+
+
+def class_pipeline(scheduler=None, null_class: int | None = 4) -> ClassConditionalPipeline:
+    scheduler = scheduler or DDIMScheduler(clip_sample=False)
+    return quiet(ClassConditionalPipeline(tiny_unet(num_class_embeds=5), scheduler, null_class=null_class))
+
+
+def images(pipe, *args, steps: int = 4, **kwargs) -> Tensor:
+    return pipe(*args, num_inference_steps=steps, output_type="pt", **kwargs).images
+
+
+# the images are the right ones
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_it_is_ddim_pipeline_bit_for_bit(batch_size: int, eta: float) -> None:
+    unet, scheduler = tiny_unet(), DDIMScheduler()
+    options = {"batch_size": batch_size, "num_inference_steps": 5, "output_type": "np", "eta": eta}
+    ours = quiet(ClassConditionalPipeline(unet, scheduler))(generator=seeded(), **options).images
+    theirs = quiet(DDIMPipeline(unet, scheduler))(generator=seeded(), **options).images
+    assert np.array_equal(ours, theirs)
+
+
+DETERMINISTIC = {
+    "DDIM": (DDIMScheduler(**FINE), 157.4, 1000),
+    "Euler": (EulerDiscreteScheduler(timestep_spacing="trailing"), 157.4, 1000),
+    "Heun": (diffusers.HeunDiscreteScheduler(timestep_spacing="trailing"), 157.4, 1000),
+    "UniPC": (UniPCMultistepScheduler(timestep_spacing="trailing"), 157.4, 500),
+    "EDM": (EDMEulerScheduler(sigma_data=0.4), (80**2 + 1) ** 0.5, 500),
+    "flow": (FlowMatchEulerDiscreteScheduler(), None, 500),
+}
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_noise_is_carried_along_the_exact_probability_flow(name: str) -> None:
+    scheduler, sigma_max, steps = DETERMINISTIC[name]
+    noise = torch.randn(8, *SHAPE, generator=seeded())
+    result = images(oracle_pipeline(scheduler), batch_size=8, latents=noise, steps=steps)
+    if sigma_max is None:  # pure noise at the start of flow matching
+        exact = LAW.mean + LAW.variance.sqrt() * noise
+    else:
+        exact = LAW.flow(noise.double() * sigma_max, sigma_max, 0.0)
+    torch.testing.assert_close(result.double(), (exact / 2 + 0.5).clamp(0, 1), rtol=0, atol=5e-3)
+
+
+def test_euler_and_ddim_draw_the_same_images_from_the_same_network() -> None:
+    noise = torch.randn(8, *SHAPE, generator=seeded())
+    ddim, euler = (
+        images(oracle_pipeline(DETERMINISTIC[name][0]), batch_size=8, latents=noise, steps=20)
+        for name in ("DDIM", "Euler")
+    )
+    torch.testing.assert_close(euler, ddim, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler(clip_sample=False), DDIMScheduler(**FINE)], ids=["DDPM", "eta=1"])
+def test_stochastic_samplers_draw_the_law_of_the_data(scheduler) -> None:
+    n = 2000
+    x = 2 * images(oracle_pipeline(scheduler), batch_size=n, steps=1000, eta=1.0, generator=seeded()).double() - 1
+    z = (x - LAW.mean) / LAW.variance.sqrt()
+    assert (z.mean(0) * n**0.5).abs().max() < 5
+    assert abs(z.square().mean().item() - 1) < 0.06  # 0.008 of sampling error, the rest is the solver's
+
+
+@pytest.mark.parametrize("name", ["DDIM", "Euler", "EDM", "flow"])
+def test_guidance_is_two_passes_combined_linearly(name: str) -> None:
+    pipe = class_pipeline(DETERMINISTIC[name][0])
+    unet, scheduler, w = pipe.unet, DETERMINISTIC[name][0], 2.5
+    labels, noise = torch.tensor([0, 3]), torch.randn(2, 3, 8, 8, generator=seeded())
+    scheduler.set_timesteps(4)
+    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            given = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            conditional = unet(given, t, class_labels=labels).sample
+            null = unet(given, t, class_labels=torch.tensor([4, 4])).sample
+            x = scheduler.step(w * conditional + (1 - w) * null, t, x).prev_sample
+    ours = images(pipe, labels, guidance_scale=w, latents=noise)
+    torch.testing.assert_close(ours, (x / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4)
+    assert (ours - images(pipe, labels, latents=noise)).abs().max() > 1e-3  # guidance does something
+
+
+def test_guidance_scale_1_is_the_conditional_model_and_0_the_null_class() -> None:
+    pipe, noise = class_pipeline(), torch.randn(2, 3, 8, 8, generator=seeded())
+    torch.testing.assert_close(
+        images(pipe, [0, 3], latents=noise), images(pipe, [0, 3], guidance_scale=1.0 + 1e-9, latents=noise)
+    )
+    torch.testing.assert_close(
+        images(pipe, [4, 4], latents=noise), images(pipe, [0, 3], guidance_scale=0.0, latents=noise)
+    )
+    without_null = class_pipeline(null_class=None)
+    assert torch.equal(images(without_null, [0, 3], latents=noise), images(pipe, [0, 3], latents=noise))
+
+
+@pytest.mark.parametrize("labels", [2, [2], torch.tensor(2), torch.tensor([2, 2, 2]), (2, 2, 2)], ids=str)
+def test_one_label_serves_all_images_and_a_list_each(labels) -> None:
+    pipe, noise = class_pipeline(), torch.randn(3, 3, 8, 8, generator=seeded())
+    expected = torch.cat([images(pipe, 2, latents=noise[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(images(pipe, labels, batch_size=3, latents=noise), expected, rtol=0, atol=1e-4)
+
+
+def test_each_image_has_the_label_at_its_place() -> None:
+    pipe, noise = class_pipeline(), torch.randn(3, 3, 8, 8, generator=seeded())
+    expected = torch.cat([images(pipe, k, latents=noise[i : i + 1]) for i, k in enumerate([1, 0, 3])])
+    torch.testing.assert_close(images(pipe, [1, 0, 3], latents=noise), expected, rtol=0, atol=1e-4)
+
+
+# randomness
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(), DDPMScheduler(), EulerDiscreteScheduler()], ids=type)
+def test_a_list_of_generators_gives_the_images_of_single_runs(scheduler) -> None:
+    pipe = quiet(ClassConditionalPipeline(tiny_unet(), scheduler))
+    together = images(pipe, batch_size=3, generator=[seeded(s) for s in (5, 6, 7)], eta=1.0)
+    for i, s in enumerate((5, 6, 7)):
+        torch.testing.assert_close(together[i : i + 1], images(pipe, generator=seeded(s), eta=1.0), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(), DDPMScheduler()], ids=["DDIM eta=1", "DDPM"])
+def test_all_randomness_is_the_generators(scheduler) -> None:
+    pipe, state = quiet(ClassConditionalPipeline(tiny_unet(), scheduler)), torch.get_rng_state()
+    first, again, other = (images(pipe, generator=seeded(s), eta=1.0) for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_latents_are_the_noise_that_the_generator_would_have_given() -> None:
+    pipe = quiet(ClassConditionalPipeline(tiny_unet(), EulerDiscreteScheduler()))
+    noise = torch.randn(2, 3, 8, 8, generator=seeded())
+    assert torch.equal(images(pipe, batch_size=2, latents=noise), images(pipe, batch_size=2, generator=seeded()))
+
+
+# callbacks, outputs, dtypes
+
+
+def test_callback_sees_every_step_and_may_replace_the_sample() -> None:
+    pipe, seen = class_pipeline(), []
+
+    def watch(owner, i, t, tensors):
+        seen.append((owner is pipe, i, int(t), tensors["latents"]))
+        return {}
+
+    plain = images(pipe, 1, generator=seeded())
+    assert torch.equal(images(pipe, 1, generator=seeded(), callback_on_step_end=watch), plain)
+    assert [s[:3] for s in seen] == [(True, i, int(t)) for i, t in enumerate(pipe.scheduler.timesteps)]
+    torch.testing.assert_close((seen[-1][3] / 2 + 0.5).clamp(0, 1), plain)
+
+    def replace(owner, i, t, tensors):
+        return {"latents": torch.full_like(tensors["latents"], 0.5)}
+
+    assert (images(pipe, 1, generator=seeded(), callback_on_step_end=replace) == 0.75).all()
+
+
+def test_output_types_hold_the_same_image() -> None:
+    pipe = class_pipeline()
+    as_tensor = images(pipe, [0, 1], generator=seeded())
+    as_array = pipe([0, 1], num_inference_steps=4, generator=seeded(), output_type="np").images
+    assert np.array_equal(as_array, as_tensor.permute(0, 2, 3, 1).numpy())
+    (as_pil,) = pipe([0, 1], num_inference_steps=4, generator=seeded(), return_dict=False)
+    assert all(isinstance(image, Image.Image) for image in as_pil)
+    for image, array in zip(as_pil, as_array, strict=True):
+        assert np.abs(np.asarray(image) / 255 - array).max() <= 0.5 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["DDIM", "EDM", "Euler", "flow"])
+def test_low_precision_gives_nearly_the_same_images(name: str, dtype: torch.dtype) -> None:
+    pipe, noise = class_pipeline(DETERMINISTIC[name][0]), torch.randn(1, 3, 8, 8, generator=seeded())
+    exact = images(pipe, 1, guidance_scale=1.5, latents=noise)
+    rounded = images(pipe.to(dtype), 1, guidance_scale=1.5, latents=noise)
+    assert rounded.dtype == dtype
+    error = (rounded.float() - exact).square().mean().sqrt().item()
+    assert error < (0.03 if dtype == torch.bfloat16 else 0.004)  # 8 times less
+
+
+def test_low_precision_reaches_numpy_and_pil() -> None:
+    pipe = class_pipeline().to(torch.bfloat16)
+    assert pipe(1, num_inference_steps=2, output_type="np").images.dtype == np.float32
+    assert pipe(1, num_inference_steps=2).images[0].size == (8, 8)
+
+
+# saving and loading
+
+
+def test_a_saved_pipeline_loads_by_its_name_and_draws_the_same_images(tmp_path) -> None:
+    pipe = class_pipeline(EulerDiscreteScheduler(prediction_type="v_prediction"))
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "ClassConditionalPipeline"
+    assert (index["unet"], index["scheduler"]) == (
+        ["diffusers", "UNet2DModel"],
+        ["diffusers", "EulerDiscreteScheduler"],
+    )
+    assert "diffusers_ext." not in json.dumps(index)
+    loaded = quiet(DiffusionPipeline.from_pretrained(tmp_path))
+    assert type(loaded) is ClassConditionalPipeline
+    assert loaded.config.null_class == 4
+    options = {"guidance_scale": 2.0, "generator": seeded()}
+    expected = images(pipe, [0, 1], guidance_scale=2.0, generator=seeded())
+    assert torch.equal(images(loaded, [0, 1], **options), expected)
+
+
+def test_another_process_that_imports_the_package_loads_it(tmp_path) -> None:
+    pipe = class_pipeline()
+    pipe.save_pretrained(tmp_path / "model")
+    script = (
+        "import sys, diffusers_ext, torch\n"
+        "from diffusers import DiffusionPipeline\n"
+        "pipe = DiffusionPipeline.from_pretrained(sys.argv[1])\n"
+        "latents = torch.load(sys.argv[2])\n"
+        "images = pipe([0], num_inference_steps=2, guidance_scale=2.0, latents=latents, output_type='pt').images\n"
+        "torch.save((type(pipe).__name__, images), sys.argv[2])\n"
+    )
+    latents, file = torch.randn(1, 3, 8, 8, generator=seeded()), tmp_path / "exchange.pt"
+    torch.save(latents, file)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "model"), str(file)], check=True, cwd=tmp_path)
+    name, theirs = torch.load(file)
+    assert name == "ClassConditionalPipeline"
+    torch.testing.assert_close(theirs, images(pipe, [0], steps=2, guidance_scale=2.0, latents=latents))
+
+
+def test_a_component_of_ours_is_stored_under_the_name_of_the_package(tmp_path, monkeypatch) -> None:
+    import diffusers_ext
+
+    class Own(DDIMScheduler):
+        pass
+
+    Own.__module__ = "diffusers_ext.schedulers.scheduling_own"
+    monkeypatch.setattr(diffusers_ext, "Own", Own, raising=False)
+    class_pipeline(Own(clip_sample=False, beta_end=0.01)).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers_ext", "Own"]
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded.scheduler) is Own
+    assert torch.equal(loaded.scheduler.alphas_cumprod, Own(beta_end=0.01).alphas_cumprod)
+
+
+@pytest.mark.parametrize(("classes", "null_class", "count"), [(None, None, None), (5, None, 5), (5, 4, 4), (5, 0, 4)])
+def test_number_of_classes_does_not_count_the_null_class(classes, null_class, count) -> None:
+    pipe = ClassConditionalPipeline(tiny_unet(classes), DDIMScheduler(), null_class=null_class)
+    assert pipe.num_classes == count
+
+
+def test_a_rectangular_model_draws_rectangles() -> None:
+    unet = tiny_unet()
+    unet.register_to_config(sample_size=(4, 8))
+    pipe = quiet(ClassConditionalPipeline(unet, DDIMScheduler()))
+    assert pipe(num_inference_steps=1).images[0].size == (8, 4)
+
+
+# refusals
+
+CONDITIONAL = [
+    ({}, "pass class_labels, each from 0 to 4"),
+    ({"class_labels": 5}, r"from 0 to 4, got \[5\]"),
+    ({"class_labels": [0, -1]}, r"from 0 to 4, got \[0, -1\]"),
+    ({"class_labels": []}, "from 0 to 4"),
+    ({"class_labels": [0, 1], "batch_size": 3}, "2 class_labels for batch_size=3"),
+    ({"class_labels": 0, "batch_size": 0}, "batch_size|class_labels"),
+    ({"class_labels": [0, 1], "generator": [torch.Generator()]}, "1 generators for 2 images"),
+    ({"class_labels": 0, "latents": torch.zeros(2, 3, 8, 8)}, r"\(2, 3, 8, 8\), the model needs \(1, 3, 8, 8\)"),
+    ({"class_labels": 0, "output_type": "jpg"}, "'jpg' is not one of pil, np, pt"),
+    ({"class_labels": 0, "callback_on_step_end_tensor_inputs": ["noise"]}, "noise.*latents"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), CONDITIONAL)
+def test_a_contradiction_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        class_pipeline()(num_inference_steps=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_labels": 0}, "this model is unconditional"),
+        ({"guidance_scale": 2.0}, "this model is unconditional"),
+        ({"batch_size": 0}, "at least 1, got 0"),
+    ],
+)
+def test_an_unconditional_model_refuses_what_it_does_not_know(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quiet(ClassConditionalPipeline(tiny_unet(), DDIMScheduler()))(num_inference_steps=1, **options)
+
+
+def test_guidance_without_a_null_class_is_refused_until_it_is_named() -> None:
+    pipe = class_pipeline(null_class=None)
+    with pytest.raises(ValueError, match=r"guidance_scale=2.0 needs a null class.*register_to_config"):
+        pipe(0, num_inference_steps=1, guidance_scale=2.0)
+    pipe.register_to_config(null_class=4)
+    noise = torch.randn(1, 3, 8, 8, generator=seeded())
+    expected = images(class_pipeline(), 0, guidance_scale=2.0, latents=noise)
+    assert torch.equal(images(pipe, 0, guidance_scale=2.0, latents=noise), expected)
