@@ -1,0 +1,7 @@
+"""What the training scripts share."""
+
+from .arguments import InputError, TrainingArguments, command, parse_arguments
+from .loop import Batch, TrainingLoop
+from .presets import PRESETS
+
+__all__ = ["PRESETS", "Batch", "InputError", "TrainingArguments", "TrainingLoop", "command", "parse_arguments"]

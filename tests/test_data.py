@@ -1,0 +1,241 @@
+"""Truth: pictures drawn here, whose pixels are known, and plain counting."""
+
+import io
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from diffusers_ext.training import InputError, TrainingArguments
+from diffusers_ext.training.data import (
+    Digits,
+    ImageFolder,
+    MicroBatches,
+    StreamDataset,
+    Transform,
+    collate,
+    convert,
+    load_images,
+    load_validation_images,
+    to_tensor,
+)
+
+
+class Numbered:
+    """Image i is 4 x 4 of grey value i."""
+
+    labels = None
+    class_names = None
+
+    def __init__(self, n, broken=()):
+        self.n, self.broken = n, broken
+
+    def __len__(self):
+        return self.n
+
+    def open(self, index):
+        if index in self.broken:
+            raise OSError("truncated")
+        return Image.new("L", (4, 4), index)
+
+    def name(self, index):
+        return f"numbered[{index}]"
+
+
+def values(images):
+    return ((images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+
+
+def read(source, batch_size, first=0, stride=1, count=1, workers=0, seed=7):
+    data = StreamDataset(source, Transform(4, 1), seed)
+    batches = MicroBatches(batch_size, first, stride, count)
+    return list(DataLoader(data, batch_sampler=batches, num_workers=workers, collate_fn=collate))
+
+
+# --- the stream -------------------------------------------------------------------------------------------------------
+
+
+def test_every_image_comes_once_an_epoch_and_epochs_differ():
+    seen = [v for images, _, _ in read(Numbered(10), batch_size=4, count=5) for v in values(images)]
+    assert Counter(seen[:10]) == Counter(seen[10:]) == Counter(range(10))
+    assert seen[:10] != seen[10:]
+    assert seen[:10] != [v for images, _, _ in read(Numbered(10), 4, count=3, seed=8) for v in values(images)][:10]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_devices_and_workers_share_the_stream_of_one(workers):
+    one = [values(images) for images, _, _ in read(Numbered(10), batch_size=3, count=6)]
+    ranks = [[values(i) for i, _, _ in read(Numbered(10), 3, r, 2, 3, workers)] for r in range(2)]
+    assert [batch for pair in zip(*ranks, strict=True) for batch in pair] == one
+    assert [values(i) for i, _, _ in read(Numbered(10), 3, first=4, count=2, workers=workers)] == one[4:]
+
+
+def test_an_unreadable_image_is_replaced_by_the_next_and_named():
+    ((images, _, unreadable),) = read(Numbered(6, broken={2, 3}), batch_size=6)
+    assert Counter(values(images)) == Counter([0, 1, 4, 4, 4, 5])
+    assert sorted(unreadable) == [f"numbered[{i}]: OSError: truncated" for i in (2, 3, 3)]
+
+
+def test_nothing_readable_is_an_error_that_names_files():
+    with pytest.raises(InputError, match=r"3 images in a row cannot be read.*\n.*numbered\["):
+        read(Numbered(3, broken={0, 1, 2}), batch_size=1)
+
+
+# --- pixels -----------------------------------------------------------------------------------------------------------
+
+
+def test_grey_and_rgb_values_map_to_minus_one_and_one():
+    picture = Image.new("RGB", (2, 2))
+    picture.putpixel((1, 0), (255, 128, 0))
+    assert to_tensor(picture)[:, 0, 1].tolist() == pytest.approx([1, 128 / 127.5 - 1, -1], abs=1e-6)
+    assert to_tensor(Image.new("L", (2, 2), 51)).shape == (1, 2, 2)
+    assert to_tensor(Image.new("L", (2, 2), 51)).mean().item() == pytest.approx(-0.6)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_white_stays_white_in_every_mode(mode):
+    white = Image.fromarray(np.full((4, 4), 255, np.uint8))
+    if mode.startswith("I"):
+        white = Image.fromarray(np.full((4, 4), 65535, np.uint16)).convert(mode)
+    else:
+        white = white.convert(mode)
+    for channels in (1, 3):
+        assert to_tensor(convert(white, channels)).min().item() == 1
+
+
+def test_transparent_pixels_become_white_also_in_palettes():
+    rgba = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.info["transparency"] = 0
+    for picture in (rgba, palette):
+        assert to_tensor(convert(picture, 3)).min().item() == 1
+
+
+def test_sixteen_bit_grey_is_scaled_and_not_clipped():
+    picture = Image.fromarray(np.full((4, 4), 32768, np.uint16))
+    assert to_tensor(convert(picture, 1)).mean().item() == pytest.approx(0, abs=0.01)
+
+
+def test_exif_rotation_is_applied():
+    picture = Image.new("L", (4, 2), 0)
+    picture.putpixel((0, 0), 255)
+    exif = picture.getexif()
+    exif[274] = 6  # rotate by 90 degrees clockwise
+    file = io.BytesIO()
+    picture.save(file, "PNG", exif=exif)
+    turned = to_tensor(convert(Image.open(file), 1))
+    assert turned.shape == (1, 4, 2)
+    assert turned[0, 0, 1].item() == 1
+
+
+def test_crop_is_inside_centred_if_asked_and_mirrored_half_of_the_time():
+    ramp = Image.fromarray(np.tile(np.arange(32, dtype=np.uint8), (8, 1)))  # grey value = column
+    generator = torch.Generator().manual_seed(0)
+    column = ((Transform(8, 1, center_crop=True)(ramp, generator) + 1) * 127.5).round()[0, 0]
+    assert column.tolist() == list(range(12, 20))
+    drawn = [((Transform(8, 1, False, True)(ramp, generator) + 1) * 127.5).round()[0, 0] for _ in range(400)]
+    starts = torch.stack([d.min() for d in drawn])
+    assert starts.min() == 0
+    assert starts.max() == 24
+    mirrored = sum((d[0] > d[-1]).item() for d in drawn)
+    assert 150 < mirrored < 250
+
+
+def test_resize_keeps_the_mean_and_fits_the_shorter_side():
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60), dtype=np.uint8))
+    tensor = Transform(20, 3, center_crop=True)(picture, torch.Generator())
+    assert tensor.shape == (3, 20, 20)
+    assert tensor.mean().item() == pytest.approx(np.asarray(picture)[:, 10:50].mean() / 127.5 - 1, abs=0.02)
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+def test_embedded_digits_are_split_by_class_without_overlap():
+    train, test = Digits("train"), Digits("test")
+    assert Counter(train.labels) == dict.fromkeys(range(10), 450)
+    assert Counter(test.labels) == dict.fromkeys(range(10), 50)
+    assert not {p.tobytes() for p in train.pixels} & {p.tobytes() for p in test.pixels}
+
+
+def test_folders_are_classes(tmp_path):
+    for name, value in (("cats/a.png", 10), ("dogs/b.JPG", 200), ("dogs/deep.txt", 0)):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        if path.suffix == ".txt":
+            path.write_text("no image")
+        else:
+            Image.new("L", (8, 8), value).save(path)
+    folder = ImageFolder(tmp_path)
+    assert (len(folder), folder.class_names, folder.labels) == (2, ["cats", "dogs"], [0, 1])
+    assert np.asarray(folder.open(0)).mean() == 10
+
+
+def test_an_empty_or_missing_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"no images below .*\.png"):
+        ImageFolder(tmp_path)
+    with pytest.raises(InputError, match="is not a folder"):
+        ImageFolder(tmp_path / "nowhere")
+
+
+@pytest.fixture
+def parquet():
+    """Ten pictures with two image columns and a class label, in the form that the Hub serves."""
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageFeature
+
+    pictures = [Image.new("L", (8, 8), 20 * i) for i in range(10)]
+    features = Features({"img": ImageFeature(), "digit": ClassLabel(names=["even", "odd"])})
+    data = Dataset.from_dict({"img": pictures, "digit": [i % 2 for i in range(10)]}, features=features)
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own begins with test_, which `datasets` takes for a split
+        path = Path(folder) / "train.parquet"
+        data.to_parquet(path)
+        yield path
+
+
+def arguments(tmp_path, **kwargs):
+    return TrainingArguments(cache_dir=str(tmp_path / "cache"), **kwargs)
+
+
+def test_parquet_files_and_local_folders_load_with_columns_found(parquet, tmp_path):
+    for name in (str(parquet), str(parquet.parent)):
+        source = load_images(arguments(tmp_path, dataset_name=name), "train")
+        assert (source.image_column, source.class_names, source.labels[:3]) == ("img", ["even", "odd"], [0, 1, 0])
+        assert [np.asarray(source.open(i)).mean() for i in range(10)] == [20 * i for i in range(10)]
+
+
+def test_a_damaged_cell_of_a_data_set_is_skipped_and_named(tmp_path):
+    from datasets import Dataset, Features
+    from datasets import Image as ImageFeature
+
+    file = io.BytesIO()
+    Image.new("L", (8, 8), 100).save(file, "PNG")
+    cells = [{"bytes": b, "path": None} for b in (file.getvalue(), b"not an image", file.getvalue()[:40])]
+    data = Dataset.from_dict({"image": cells}, features=Features({"image": ImageFeature()}))
+    data.to_parquet(tmp_path / "train.parquet")
+    source = load_images(arguments(tmp_path, dataset_name=str(tmp_path / "train.parquet")), "train")
+    ((images, _, unreadable),) = read(source, batch_size=3)
+    assert values(images) == [100] * 3
+    assert {name.split(":")[0] for name in unreadable} == {"train[1]", "train[2]"}
+
+
+def test_wrong_data_are_refused_with_what_to_do(parquet, tmp_path):
+    with pytest.raises(InputError, match="--dataset_name"):
+        load_images(arguments(tmp_path), "train")
+    with pytest.raises(InputError, match="must be a name on the Hub"):
+        load_images(arguments(tmp_path, dataset_name=str(tmp_path / "no-such-folder")), "train")
+    with pytest.raises(InputError, match="no column 'picture'; its columns: img, digit"):
+        load_images(arguments(tmp_path, dataset_name=str(parquet), image_column="picture"), "train")
+    with pytest.raises(InputError, match="splits train and test"):
+        load_images(arguments(tmp_path, dataset_name="digits"), "validation")
+
+
+def test_held_out_images_are_used_where_there_are_any(parquet, tmp_path):
+    assert load_validation_images(arguments(tmp_path, dataset_name=str(parquet))) is None
+    assert len(load_validation_images(arguments(tmp_path, dataset_name="digits"))) == 500
