@@ -29,7 +29,8 @@ def train(folder: Path, arguments: list[str]) -> float:
     """Run the training script as a user would; returns the seconds it took."""
     start = time.monotonic()
     script = ROOT / "training" / "train_consistency.py"
-    command = [sys.executable, str(script), "--preset", "digits", "--output_dir", str(folder), *arguments]
+    options = ["--preset", "digits", "--consistency_start", "0.5", "--overwrite_output_dir"]
+    command = [sys.executable, str(script), *options, "--output_dir", str(folder), *arguments]
     subprocess.run(command, check=True)
     return time.monotonic() - start
 

@@ -61,24 +61,24 @@ def read(source, batch_size, first=0, stride=1, count=1, workers=0, seed=7):
 
 
 def test_every_image_comes_once_an_epoch_and_epochs_differ():
-    seen = [v for images, _, _ in read(Numbered(10), batch_size=4, count=5) for v in values(images)]
+    seen = [v for batch in read(Numbered(10), batch_size=4, count=5) for v in values(batch.images)]
     assert Counter(seen[:10]) == Counter(seen[10:]) == Counter(range(10))
     assert seen[:10] != seen[10:]
-    assert seen[:10] != [v for images, _, _ in read(Numbered(10), 4, count=3, seed=8) for v in values(images)][:10]
+    assert seen[:10] != [v for batch in read(Numbered(10), 4, count=3, seed=8) for v in values(batch.images)][:10]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_devices_and_workers_share_the_stream_of_one(workers):
-    one = [values(images) for images, _, _ in read(Numbered(10), batch_size=3, count=6)]
-    ranks = [[values(i) for i, _, _ in read(Numbered(10), 3, r, 2, 3, workers)] for r in range(2)]
+    one = [values(batch.images) for batch in read(Numbered(10), batch_size=3, count=6)]
+    ranks = [[values(b.images) for b in read(Numbered(10), 3, r, 2, 3, workers)] for r in range(2)]
     assert [batch for pair in zip(*ranks, strict=True) for batch in pair] == one
-    assert [values(i) for i, _, _ in read(Numbered(10), 3, first=4, count=2, workers=workers)] == one[4:]
+    assert [values(b.images) for b in read(Numbered(10), 3, first=4, count=2, workers=workers)] == one[4:]
 
 
 def test_an_unreadable_image_is_replaced_by_the_next_and_named():
-    ((images, _, unreadable),) = read(Numbered(6, broken={2, 3}), batch_size=6)
-    assert Counter(values(images)) == Counter([0, 1, 4, 4, 4, 5])
-    assert sorted(unreadable) == [f"numbered[{i}]: OSError: truncated" for i in (2, 3, 3)]
+    (batch,) = read(Numbered(6, broken={2, 3}), batch_size=6)
+    assert Counter(values(batch.images)) == Counter([0, 1, 4, 4, 4, 5])
+    assert sorted(batch.unreadable) == [f"numbered[{i}]: OSError: truncated" for i in (2, 3, 3)]
 
 
 def test_nothing_readable_is_an_error_that_names_files():
@@ -220,9 +220,9 @@ def test_a_damaged_cell_of_a_data_set_is_skipped_and_named(tmp_path):
     data = Dataset.from_dict({"image": cells}, features=Features({"image": ImageFeature()}))
     data.to_parquet(tmp_path / "train.parquet")
     source = load_images(arguments(tmp_path, dataset_name=str(tmp_path / "train.parquet")), "train")
-    ((images, _, unreadable),) = read(source, batch_size=3)
-    assert values(images) == [100] * 3
-    assert {name.split(":")[0] for name in unreadable} == {"train[1]", "train[2]"}
+    (batch,) = read(source, batch_size=3)
+    assert values(batch.images) == [100] * 3
+    assert {name.split(":")[0] for name in batch.unreadable} == {"train[1]", "train[2]"}
 
 
 def test_wrong_data_are_refused_with_what_to_do(parquet, tmp_path):

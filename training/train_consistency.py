@@ -68,8 +68,7 @@ def main() -> None:
 
         loop.update(loss, sigma=sigma, **terms)
 
-    loop.validate()
-    loop.save()
+    loop.finish()
 
 
 if __name__ == "__main__":

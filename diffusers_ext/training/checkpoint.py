@@ -1,0 +1,125 @@
+"""Checkpoints: everything a run needs to go on, in safetensors and JSON, written aside and renamed.
+
+A checkpoint is a folder `checkpoint-00000500` with `state.safetensors` and `state.json`: the state dicts of what trains
+(weights, moving average, optimisers, learning rate), their tensors in one file and the rest, with the tensors' names in
+their places, in the other. No pickle. There is no state of random number generators: what is drawn at a step follows
+from the seed and the step (see `diffusers_ext.training.loop`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_PARTIAL = ".partial-"
+
+
+def save_checkpoint(output_dir: Path, step: int, state: Mapping[str, Any], limit: int | None = None) -> Path:
+    """Write `checkpoint-<step>` and then delete the oldest ones beyond `limit`.
+
+    Until the new one is complete and on the disk, the others stay, so a run that is killed here, or a full disk, loses
+    nothing.
+
+    Raises:
+        OSError: it could not be written; the older checkpoints are as they were.
+    """
+    folder = output_dir / f"checkpoint-{step:08d}"
+    partial = output_dir / f"{_PARTIAL}{folder.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        tensors: dict[str, Tensor] = {}
+        tree = _to_json(state, "", tensors)
+        save_file(tensors, partial / "state.safetensors")
+        (partial / "state.json").write_text(json.dumps(tree))
+        for file in (*partial.iterdir(), partial):
+            _to_disk(file)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+        _to_disk(output_dir)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if limit is not None:
+        for old in list_checkpoints(output_dir)[:-limit]:
+            shutil.rmtree(old)
+    return folder
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any]:
+    """The state that `save_checkpoint` got, tensors on the CPU.
+
+    Raises:
+        OSError: the folder holds no checkpoint.
+    """
+    tree = json.loads((folder / "state.json").read_text())
+    return _from_json(tree, load_file(folder / "state.safetensors"))
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints in the folder, by their steps."""
+    if not output_dir.is_dir():
+        return []
+    return sorted(f for f in output_dir.iterdir() if _NAME.fullmatch(f.name) and (f / "state.json").is_file())
+
+
+def remove_partial(output_dir: Path) -> None:
+    """Delete what a run that was killed while writing has left."""
+    for folder in output_dir.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _to_json(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """A tree of dicts, lists and tuples as JSON; tensors go to `tensors` under their path in the tree."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"dict": [[k, _to_json(v, f"{name}/{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, list | tuple):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [_to_json(v, f"{name}/{i}", tensors) for i, v in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a checkpoint cannot hold {name}, of type {type(value).__name__}")
+
+
+def _from_json(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, content),) = tree.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {k: _from_json(v, tensors) for k, v in content}
+    values = [_from_json(v, tensors) for v in content]
+    return tuple(values) if kind == "tuple" else values
+
+
+def same_state(a: Any, b: Any) -> bool:
+    """Whether two states are equal, bit for bit."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(same_state(x, y) for x, y in zip(a, b, strict=True))
+    return a == b

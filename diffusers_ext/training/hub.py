@@ -1,0 +1,551 @@
+"""The trained pipeline on the Hub: a model card, and pushes in the background that never stop the training.
+
+    pusher = HubPusher("user/name", output_dir, private=True, token=None)
+    write_model_card(output_dir, name=pusher.repo_id, ...)
+    pusher.push(output_dir, "step 1000")        # returns at once; training may overwrite the folder
+    ...
+    failure = pusher.finish(timeout=3600)       # None, or what was not pushed, why, and the command that pushes it
+
+What goes up is an allow list made from `model_index.json`, see `pushed_files`; one push is one commit, so that nobody
+downloads half of two. A push is tried again after anything that may pass (cut connections, time-outs, HTTP 408, 409,
+412, 429 and 5xx), and given up at once after a refusal.
+
+This module needs `huggingface_hub` alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import tempfile
+import textwrap
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    constants,
+    get_token,
+)
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    validate_repo_id,
+)
+
+_logger = logging.getLogger(__name__)
+
+TOP_LEVEL_FILES = ("model_index.json", "README.md", "metrics.json", "pipeline.py")
+COMPONENT_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".npz")  # what save_pretrained writes, without pickles
+PASSING_STATUS_CODES = (408, 409, 412, 429)  # beside 5xx: time-out, conflict, moved branch, rate limit
+_SNAPSHOT_PREFIX = ".pushing-"
+_PATIENCE = 3.0  # seconds that `finish` waits before it says what it waits for
+_NOT_SHOWN = ("hub_token", "cache_dir")  # arguments that no model card shows
+
+
+# --- what goes up -----------------------------------------------------------------------------------------------------
+
+
+def pushed_files(folder: Path) -> list[Path]:
+    """What inference needs of a pipeline's folder, relative to it, sorted: the allow list of every push.
+
+    `model_index.json`, the configurations and safetensors of the components that it names, the model card, the newest
+    sample grid, `pipeline.py` and `metrics.json` where there are any.
+
+    Raises:
+        FileNotFoundError: the folder holds no `model_index.json`: nobody could load what is pushed.
+    """
+    index = json.loads((folder / "model_index.json").read_text())
+    components = [name for name, value in index.items() if isinstance(value, list) and not name.startswith("_")]
+    files = [folder / name for name in TOP_LEVEL_FILES]
+    for name in components:
+        files += [f for f in (folder / name).rglob("*") if f.suffix in COMPONENT_SUFFIXES]
+    grids = sorted(folder.glob("samples/*.png"), key=lambda f: (f.stat().st_mtime_ns, f.name))
+    relative = (f.relative_to(folder) for f in files + grids[-1:] if f.is_file())
+    return sorted(f for f in relative if not any(part.startswith(".") for part in f.parts))
+
+
+@dataclass(eq=False)
+class _Push:
+    folder: Path
+    """Where the user finds the files."""
+    message: str
+    files: list[Path]
+    snapshot: tempfile.TemporaryDirectory[str] | None
+    """The files as they were when the push was asked for."""
+    failure: str | None = None
+    """Why the last attempt failed."""
+    done: bool = False
+
+
+class _Refusal(Exception):
+    """We do not push, and trying again would not help."""
+
+
+class HubPusher:
+    """Pushes of a pipeline's folder to one repository of the Hub, in the background; the newest one matters.
+
+    The constructor does not touch the network. It removes the snapshots of a former run that was killed.
+
+    Args:
+        repo_id: `user/name`, or a bare name under the user's name; `None` takes the output folder's name.
+        output_dir: snapshots are kept here, in a hidden folder, until they are pushed.
+        private: visibility of the repository; `None` leaves it to the account's default. Nothing is pushed to a
+            public repository where `private` is asked for.
+        token: `None` takes that of `hf auth login` or `HF_TOKEN`.
+        attempts: how often a push is tried.
+        wait: seconds between the first two attempts; doubles from one to the next.
+
+    Raises:
+        ValueError: `repo_id` is no name of a repository.
+    """
+
+    def __init__(
+        self,
+        repo_id: str | None,
+        output_dir: Path,
+        *,
+        private: bool | None,
+        token: str | None,
+        attempts: int = 5,
+        wait: float = 2.0,
+    ) -> None:
+        self._asked_id = self._repo_id = _repository_name(output_dir) if repo_id is None else repo_id
+        validate_repo_id(self._repo_id)
+        self._output_dir, self._private, self._token = output_dir, private, token
+        self._attempts, self._wait = attempts, wait
+        self._api = HfApi(token=token)
+        self._changed = threading.Condition()
+        self._waiting: _Push | None = None
+        self._newest: _Push | None = None
+        self._pushed: str | None = None
+        self._thread: threading.Thread | None = None
+        self._is_private: bool | None = None  # the repository, as the Hub says
+        for left in output_dir.glob(f"{_SNAPSHOT_PREFIX}*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    @property
+    def repo_id(self) -> str:
+        """The repository's name; a bare one is completed with the user's name by the first push."""
+        return self._repo_id
+
+    def push(self, folder: Path, message: str) -> None:
+        """Take a snapshot of what inference needs, and push it in the background as one commit.
+
+        Returns before anything is sent, and raises for no reason of the network or the disk: `finish` tells. A push
+        that still waits, for its turn or for its next attempt, is dropped for this one.
+
+        Raises:
+            FileNotFoundError: there is no `model_index.json` in the folder.
+        """
+        push = _Push(folder, message, pushed_files(folder), None)
+        try:
+            push.snapshot = _snapshot(folder, push.files, self._output_dir)
+        except OSError as error:
+            push.failure, push.done = f"its snapshot could not be written: {error}", True
+            _logger.warning("%r is not pushed to the Hub: %s", message, push.failure)
+        self._newest = push
+        if not push.done:
+            self._hand_over(push)
+
+    def _hand_over(self, push: _Push) -> None:
+        with self._changed:
+            dropped, self._waiting = self._waiting, push
+            self._changed.notify_all()
+        _discard(dropped)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="HubPusher", daemon=True)
+            self._thread.start()
+
+    def finish(self, timeout: float | None = None) -> str | None:
+        """Wait until the newest push has gone up or has been given up.
+
+        Args:
+            timeout: the longest wait in seconds. The client itself knows no limit: without one, a server that accepts
+                connections and never answers is waited for until Ctrl-C, which ends the wait and not the program.
+
+        Returns:
+            `None` if the Hub holds the newest push (or there was none); else a message that says what was not pushed,
+            why, and how to push it by hand.
+        """
+        push = self._newest
+        if push is None:
+            return None
+        try:
+            reason = self._wait_for(push, timeout)
+        except KeyboardInterrupt:
+            reason = "interrupted"
+        if not push.done:
+            reason = f"{reason}; last error: {push.failure}" if push.failure else reason
+        return None if reason is None else self._failure_message(push, reason)
+
+    def _wait_for(self, push: _Push, timeout: float | None) -> str | None:
+        """Why the push has not gone up in time, if it has not."""
+        patience = _PATIENCE if timeout is None else min(_PATIENCE, timeout)
+        with self._changed:
+            if self._changed.wait_for(lambda: push.done, patience):
+                return push.failure
+            print(f"waiting for the push to {self._repo_id} (Ctrl-C ends the wait)", flush=True)
+            left = None if timeout is None else timeout - patience
+            if self._changed.wait_for(lambda: push.done, left):
+                return push.failure
+            return f"still under way after {timeout} seconds"
+
+    # --- the thread ---------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting is not None)
+                push, self._waiting = self._waiting, None
+            assert push is not None
+            delivered = self._deliver(push)
+            _discard(push)
+            with self._changed:
+                push.done = True
+                if delivered:
+                    push.failure, self._pushed = None, push.message
+                self._changed.notify_all()
+
+    def _deliver(self, push: _Push) -> bool:
+        """Try until it works, is refused, or a newer push has come; the last error is the push's `failure`."""
+        for attempt in range(self._attempts):
+            try:
+                with _no_progress_bars():
+                    self._upload(push)
+                return True
+            except Exception as error:
+                push.failure = self._without_token(_describe(error))
+                refused = _is_refusal(error)
+            if refused or attempt + 1 == self._attempts or self._newer_within(self._wait * 2**attempt):
+                break
+        _logger.warning("%r is not pushed to the Hub: %s", push.message, push.failure)
+        return False
+
+    def _newer_within(self, seconds: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._waiting is not None, seconds)
+
+    def _upload(self, push: _Push) -> None:
+        assert push.snapshot is not None
+        root = Path(push.snapshot.name)
+        self._repo_id = self._api.create_repo(self._repo_id, private=self._private, exist_ok=True).repo_id
+        self._check_visibility()
+        _complete_card(root / "README.md", self._asked_id, self._repo_id)
+        additions = [CommitOperationAdd(path_in_repo=f.as_posix(), path_or_fileobj=root / f) for f in push.files]
+        for addition in additions:
+            # Not `upload_folder`: it may split a folder into several commits, and it hands several files to a pool of
+            # threads that Python joins at exit, so that a server which hangs would keep the program from ending.
+            self._api.preupload_lfs_files(self._repo_id, additions=[addition])
+        deletions = [CommitOperationDelete(path_in_repo=path) for path in self._older_grids(push)]
+        self._api.create_commit(self._repo_id, operations=[*additions, *deletions], commit_message=push.message)
+
+    def _check_visibility(self) -> None:
+        first = self._is_private is None
+        self._is_private = bool(self._api.model_info(self._repo_id).private)
+        if self._private and not self._is_private:
+            raise _Refusal(
+                "a private repository was asked for, but this one exists and is public: make it private, or take "
+                "another name"
+            )
+        if self._private is False and self._is_private and first:
+            _logger.warning("a public repository was asked for; %s exists, and stays private", self._repo_id)
+
+    def _older_grids(self, push: _Push) -> list[str]:
+        kept = {f.as_posix() for f in push.files}
+        there = self._api.list_repo_files(self._repo_id)
+        return [path for path in there if re.fullmatch(r"samples/step-\d+\.png", path) and path not in kept]
+
+    # --- messages -----------------------------------------------------------------------------------------------------
+
+    def _without_token(self, text: str) -> str:
+        stored = None
+        with contextlib.suppress(Exception):  # it may ask the network
+            stored = get_token()
+        for token in (self._token, stored):
+            text = text.replace(token, "***") if token else text
+        return text
+
+    def _failure_message(self, push: _Push, reason: str) -> str:
+        held = "" if self._pushed is None else f" The Hub holds {self._pushed!r}."
+        unsure = self._private and self._is_private is None
+        note = "; `--private` does not change a repository that exists: see that it is private" if unsure else ""
+        return (
+            f"{push.message!r} was not pushed to {self._repo_id} on the Hub: {reason}.{held}\n"
+            f"The model is safe in {push.folder}. To push it, logged in (`hf auth login`){note}:\n"
+            f"    {self._command(push)}"
+        )
+
+    def _command(self, push: _Push) -> str:
+        """The shell command that does what the push should have done."""
+        words = ["hf", "upload", self._repo_id, str(push.folder), "."]
+        for file in push.files:
+            words += ["--include", glob.escape(file.as_posix())]
+        words += ["--commit-message", push.message]
+        if self._private is not None:
+            words.append("--private" if self._private else "--no-private")
+        upload = shlex.join(words)
+        if self._private and self._is_private is False:
+            return f"{shlex.join(['hf', 'repos', 'settings', self._repo_id, '--private'])} && {upload}"
+        return upload
+
+
+def _repository_name(folder: Path) -> str:
+    """The folder's name in the Hub's alphabet."""
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", folder.resolve().name)
+    name = re.sub(r"([-.])[-.]+", r"\1", name)[:96]
+    return name.removesuffix(".git").strip("-.") or "model"
+
+
+def _snapshot(folder: Path, files: list[Path], beside: Path) -> tempfile.TemporaryDirectory[str]:
+    """The files in a hidden folder: weights as hard links (they are replaced by rename), the others as copies."""
+    beside.mkdir(parents=True, exist_ok=True)
+    snapshot = tempfile.TemporaryDirectory(dir=beside, prefix=_SNAPSHOT_PREFIX, ignore_cleanup_errors=True)
+    try:
+        for file in files:
+            source, target = os.path.realpath(folder / file), Path(snapshot.name) / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if file.suffix == ".safetensors":
+                _link_or_copy(source, target)
+            else:
+                shutil.copyfile(source, target)
+    except OSError:
+        snapshot.cleanup()
+        raise
+    return snapshot
+
+
+def _link_or_copy(source: str, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
+
+
+def _discard(push: _Push | None) -> None:
+    if push is not None and push.snapshot is not None:
+        push.snapshot.cleanup()
+
+
+def _complete_card(card: Path, name: str, repo_id: str) -> None:
+    """Let the model card's example load the repository by its full name, which only the Hub knew."""
+    if name != repo_id and card.is_file():
+        text = card.read_text(encoding="utf-8")
+        card.write_text(text.replace(_load_line(name), _load_line(repo_id)), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep the Hub client's bars out of the training's, unless the environment says otherwise."""
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it was raised from: the client wraps errors of large files."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _is_refusal(error: Exception) -> bool:
+    for cause in _causes(error):
+        if isinstance(cause, HfHubHTTPError):
+            status = cause.response.status_code
+            return 400 <= status < 500 and status not in PASSING_STATUS_CODES
+        if isinstance(cause, _Refusal | OfflineModeIsEnabled | HFValidationError | LocalTokenNotFoundError):
+            return True
+    return False
+
+
+def _describe(error: Exception) -> str:
+    """One line: the error, and the first cause where the client has wrapped it."""
+    causes = [error, error.__cause__] if isinstance(error, RuntimeError) else [error]
+    texts = [str(c) or type(c).__name__ for c in causes if c is not None]
+    return textwrap.shorten(": ".join(texts), 600, placeholder=" ...").rstrip(".")
+
+
+# --- the model card ---------------------------------------------------------------------------------------------------
+
+
+def write_model_card(
+    folder: Path,
+    *,
+    name: str,
+    arguments: Mapping[str, object],
+    command: str,
+    data: str,
+    metrics: Mapping[str, object],
+    sample: Path | None,
+    pipeline_class: str,
+    needs_package: bool,
+    paper: tuple[str, str],
+    license: str | None = None,
+) -> Path:
+    """Write `README.md`, the Hub's model card, from what a run knows; written aside and moved into place.
+
+    Local folders appear by their base name only, in the command also; the token and `cache_dir` do not appear.
+
+    Args:
+        folder: the pipeline's folder.
+        name: the model's name on the Hub (`HubPusher.repo_id`); the example loads it by this name.
+        arguments: the run's arguments; those with a scalar value are listed. Its data set and the model that it started
+            from become metadata where they are names of the Hub.
+        command: the command line of the run, quoted as by `shlex.join`.
+        data: what it was trained on, in words.
+        metrics: numbers and texts make one table, lists of one length another one with a row for each place.
+        sample: picture of samples, in `folder`.
+        pipeline_class: name of the pipeline's class.
+        needs_package: the class is ours, so that loading it needs `import diffusers_ext`.
+        paper: the method's title, and its arXiv id or address.
+        license: the Hub's name of a licence.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        ValueError: the sample is not in the folder, or the command's quotes do not match.
+    """
+    parts = [
+        f"# {name}",
+        f"`{pipeline_class}` trained on {data} with [{paper[0]}]({_address(paper[1])}).",
+        "" if sample is None else f"![Samples]({sample.resolve().relative_to(folder.resolve()).as_posix()})",
+        _loading_section(name, pipeline_class, needs_package),
+        _training_section(command, arguments),
+        _metrics_section(metrics),
+    ]
+    data_set = _hub_name(arguments.get("dataset_name"))
+    header = ModelCardData(
+        library_name="diffusers",
+        license=license,
+        tags=_tags(pipeline_class, paper[1], needs_package),
+        datasets=[data_set] if data_set else None,
+        base_model=_hub_name(arguments.get("pretrained_model_name_or_path")),
+    )
+    body = _without_secrets("\n\n".join(part for part in parts if part), arguments)
+    card = ModelCard(f"---\n{header.to_yaml()}\n---\n\n{body}\n")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".card-") as aside:
+        card.save(Path(aside, "README.md"))
+        os.replace(Path(aside, "README.md"), folder / "README.md")
+    return folder / "README.md"
+
+
+def _load_line(name: str) -> str:
+    return f'DiffusionPipeline.from_pretrained("{name}")'
+
+
+def _loading_section(name: str, pipeline_class: str, needs_package: bool) -> str:
+    lines = ["from diffusers import DiffusionPipeline", "", f"pipe = {_load_line(name)}"]
+    if needs_package:
+        lines.insert(0, f"import diffusers_ext  # makes {pipeline_class} known to diffusers: import it first")
+    return "\n".join(["## How to load it", "", "```python", *lines, "```"])
+
+
+def _training_section(command: str, arguments: Mapping[str, object]) -> str:
+    shown = {
+        key: _shown(value) if isinstance(value, str) else _number(value)
+        for key, value in arguments.items()
+        if key not in _NOT_SHOWN and isinstance(value, int | float | str)
+    }
+    table = _table(["argument", "value"], [[f"`{key}`", f"`{value}`"] for key, value in shown.items()])
+    return f"## Training\n\n```bash\n{_shown_command(command)}\n```\n\n{table}"
+
+
+def _metrics_section(metrics: Mapping[str, object]) -> str:
+    single = [[key, _number(value)] for key, value in metrics.items() if isinstance(value, int | float | str)]
+    tables = [_table(["metric", "value"], single)] if single else []
+    lists = {key: value for key, value in metrics.items() if isinstance(value, list | tuple) and value}
+    for n in sorted({len(value) for value in lists.values()}):
+        columns = {key: value for key, value in lists.items() if len(value) == n}
+        rows = [[_number(v) for v in row] for row in zip(*columns.values(), strict=True)]
+        tables.append(_table(list(columns), rows))
+    return "\n\n".join(["## Metrics", *tables]) if tables else ""
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _number(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _tags(pipeline_class: str, paper: str, needs_package: bool) -> list[str]:
+    tags = [f"diffusers:{pipeline_class}", "image-generation"]
+    arxiv = re.search(r"\d{4}\.\d{4,5}", paper)
+    return [*tags, *(["diffusers_ext"] if needs_package else []), *([f"arxiv:{arxiv[0]}"] if arxiv else [])]
+
+
+def _address(paper: str) -> str:
+    return paper if "://" in paper else f"https://arxiv.org/abs/{paper}"
+
+
+def _is_local(value: str) -> bool:
+    return value.startswith(("/", "~", ".")) or os.path.isabs(value) or os.path.exists(value)
+
+
+def _shown(value: str) -> str:
+    """The value; a local path by its base name."""
+    return os.path.basename(os.path.abspath(os.path.expanduser(value))) if _is_local(value) else value
+
+
+def _hub_name(value: object) -> str | None:
+    """The value if it is a name of the Hub, `owner/name`."""
+    if not isinstance(value, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
+        return None
+    return None if _is_local(value) or value.endswith(".parquet") else value
+
+
+def _shown_command(command: str) -> str:
+    """The command line without secrets, with local paths by their base name; the script keeps a relative path."""
+    shown: list[str] = []
+    words = iter(shlex.split(command))
+    for word in words:
+        option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+        if option.lstrip("-").replace("-", "_") in _NOT_SHOWN:
+            if not equals:
+                next(words, None)
+            continue
+        script = value.endswith(".py") and not os.path.isabs(value)
+        shown.append(option + equals + (value if script or not value else _shown(value)))
+    return shlex.join(shown)
+
+
+def _without_secrets(text: str, arguments: Mapping[str, object]) -> str:
+    """The text with the token blotted out, and absolute paths among the arguments cut to their base name."""
+    values = [str(v) for v in arguments.values() if isinstance(v, str | Path)]
+    for path in sorted((v for v in values if os.path.isabs(v) and len(v) > 1), key=len, reverse=True):
+        text = text.replace(path, os.path.basename(os.path.abspath(path)))
+    for token in (arguments.get("hub_token"), os.environ.get("HF_TOKEN")):
+        text = text.replace(str(token), "***") if token else text
+    return text

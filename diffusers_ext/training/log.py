@@ -1,0 +1,128 @@
+"""What a run says: progress bar, `logs/log.jsonl` and accelerate's tracker.
+
+Losses are summed on the device, by noise level, and read every `logging_steps`; nothing waits for them in between.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..noise_levels import log_linear_sigmas
+from .arguments import TrainingArguments
+
+# Losses are reported for this many bins of log sigma; the range suits data in [-1, 1].
+SIGMA_BINS, SIGMA_RANGE = 10, (0.02, 20.0)
+
+
+class RunLog:
+    """See the module's docstring.
+
+    Args:
+        sigma_range: the noise levels of the training.
+        images_per_step: over all devices.
+    """
+
+    def __init__(
+        self,
+        args: TrainingArguments,
+        accelerator: Accelerator,
+        sigma_range: tuple[float, float],
+        images_per_step: int,
+        total_steps: int,
+    ) -> None:
+        self.args, self.accelerator = args, accelerator
+        self.images_per_step, self.total_steps = images_per_step, total_steps
+        self.path = Path(args.output_dir) / "logs" / "log.jsonl"
+        self.sigma_range = max(sigma_range[0], SIGMA_RANGE[0]), min(sigma_range[1], SIGMA_RANGE[1])
+        edges = log_linear_sigmas(SIGMA_BINS + 1, *self.sigma_range).flip(0)[1:-1].log()
+        self._edges = edges.to(accelerator.device, torch.float32)
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+        self._unreadable: set[str] = set()
+
+    def start(self, project: str, step: int) -> None:
+        """Open everything at `step`; what a killed run has logged beyond it is dropped, as it will come again."""
+        if self.accelerator.is_main_process:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._drop_after(step)
+        scalars = {k: v for k, v in asdict(self.args).items() if isinstance(v, int | float | str | bool)}
+        self.accelerator.init_trackers(project, {k: v for k, v in scalars.items() if "token" not in k})
+        disable = not self.accelerator.is_main_process
+        self.bar = tqdm(total=self.total_steps, initial=step, unit="step", disable=disable)
+        self._since, self._since_step = time.monotonic(), step
+
+    def _drop_after(self, step: int) -> None:
+        if not self.path.is_file():
+            return
+        kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+        aside = self.path.with_suffix(".partial")
+        aside.write_text("".join(line + "\n" for line in kept))
+        os.replace(aside, self.path)
+
+    def record(self, sigma: Tensor, terms: dict[str, Tensor]) -> None:
+        """Add loss terms, each (B,) or of the first samples of the batch, at noise levels sigma (B,)."""
+        bins = torch.bucketize(sigma.detach().float().log(), self._edges)
+        for name, values in terms.items():
+            if name not in self._sums:
+                self._sums[name] = torch.zeros(SIGMA_BINS, device=bins.device)
+                self._counts[name] = torch.zeros(SIGMA_BINS, device=bins.device)
+            values = values.detach().float()
+            self._sums[name].index_add_(0, bins[: len(values)], values)
+            self._counts[name].index_add_(0, bins[: len(values)], torch.ones_like(values))
+
+    def flush(self, step: int, lr: float) -> None:
+        """Average what was recorded over all devices, show and write it."""
+        names, now = sorted(self._sums), time.monotonic()
+        both = torch.stack([torch.stack([self._sums[n], self._counts[n]]) for n in names])
+        sums, counts = self.accelerator.reduce(both, "sum").cpu().unbind(1)
+        means = {n: (s.sum() / c.sum()).item() for n, s, c in zip(names, sums, counts, strict=True)}
+        speed = (step - self._since_step) * self.images_per_step / max(now - self._since, 1e-9)
+        values = means | {"lr": lr, "images_per_second": speed}
+        self.bar.set_postfix({n: f"{v:.3g}" for n, v in means.items()} | {"lr": f"{lr:.2g}", "img/s": f"{speed:.0f}"})
+        by_sigma = {
+            n: [v / k if k else None for v, k in zip(s.tolist(), c.tolist(), strict=True)]
+            for n, s, c in zip(names, sums, counts, strict=True)
+        }
+        self.accelerator.log(values, step=step)
+        self.write({"step": step, "images": step * self.images_per_step, **values, "by_sigma": by_sigma})
+        self._sums.clear()
+        self._counts.clear()
+        self._since, self._since_step = now, step
+
+    def unreadable(self, step: int, names: list[str]) -> None:
+        """Name images that could not be read, each once."""
+        for name in names:
+            if name not in self._unreadable:
+                self._unreadable.add(name)
+                tqdm.write(f"unreadable image skipped ({len(self._unreadable)} so far): {name}")
+                self.write({"step": step, "unreadable": name})
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a line to the log, on the main process."""
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        """The end of training, or of this part of it."""
+        self.bar.close()
+        if self._unreadable:
+            print(f"{len(self._unreadable)} unreadable images were skipped; {self.path} names them")
+        self.accelerator.end_training()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # the torn last line of a killed run
+        return float("inf")
