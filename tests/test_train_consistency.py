@@ -68,8 +68,9 @@ def assert_same_weights(a, b):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_without_the_regulariser_the_loss_is_diffusers_own(script, small, tmp_path, prediction_type):
     """Step 1: noise and timesteps as drawn by the loop, noised and weighted by DDIMScheduler."""
-    argv = [*small, "--consistency_weight", 0, "--prediction_type", prediction_type, "--output_dir", tmp_path / "out"]
-    loop = TrainingLoop(parse_arguments(script.ConsistencyArguments, list(map(str, argv))), "test")
+    argv = [*small, "--consistency_weight", 0, "--prediction_type", prediction_type, "--output_dir"]
+    args = parse_arguments(script.ConsistencyArguments, [*map(str, argv), str(tmp_path / "probe")])
+    loop = TrainingLoop(args, "test", ("A paper", "2302.09057"))
     batch = next(iter(loop))
     generator = torch.Generator().set_state(batch.generator.get_state())
     scheduler = DDIMScheduler(prediction_type=prediction_type)
@@ -82,14 +83,14 @@ def test_without_the_regulariser_the_loss_is_diffusers_own(script, small, tmp_pa
     }[prediction_type]
     output = loop.model(scheduler.add_noise(batch.x0, noise, timesteps), timesteps).sample
     expected = (output - target).square().mean().item()
-    script.run(*argv)
-    assert log_of(tmp_path / "out")[0]["denoising"] == pytest.approx(expected, rel=2e-5)
+    script.run(*argv, tmp_path / "out")
+    assert log_of(tmp_path / "out")[1]["denoising"] == pytest.approx(expected, rel=2e-5)
 
 
 def test_weight_zero_is_plain_denoising_training_bit_for_bit(script, small, tmp_path):
     script.run(*small, "--consistency_weight", 0, "--output_dir", tmp_path / "zero")
     args = parse_arguments(script.ConsistencyArguments, [*map(str, small), "--output_dir", str(tmp_path / "plain")])
-    loop = TrainingLoop(args, "plain")
+    loop = TrainingLoop(args, "plain", ("A paper", "2302.09057"))
     for batch in loop:
         sigma = loop.schedule.draw_sigmas(len(batch.x0), batch.generator)
         x = loop.denoiser.process.perturb(batch.x0, sigma, batch.generator)
@@ -117,7 +118,7 @@ def test_accumulation_averages_the_gradients_of_its_micro_batches(script, small,
 
     def gradients(accumulate):
         args = [*argv, "--gradient_accumulation_steps", str(accumulate), "--output_dir", str(tmp_path / "x")]
-        loop = TrainingLoop(parse_arguments(script.ConsistencyArguments, args), "test")
+        loop = TrainingLoop(parse_arguments(script.ConsistencyArguments, args), "test", ("A paper", "2302.09057"))
         seen, single = [], []
         original = loop.accelerator.clip_grad_norm_
 
@@ -165,7 +166,8 @@ def test_ema_is_saved_and_differs_from_the_raw_weights(script, small, tmp_path):
 def test_the_result_opens_with_plain_diffusers_where_stock_classes_suffice(script, small, tmp_path, options, kind):
     out = tmp_path / "out"
     script.run(*small, *options, "--output_dir", out)
-    records = log_of(out)
+    start, *records = log_of(out)
+    assert start["start"]["images_per_step"] == 8
     assert [r["step"] for r in records] == [1, 2, 3, 3]
     assert all(np.isfinite([r["denoising"], r["consistency"], r["images_per_second"]]).all() for r in records[:3])
     assert [len(r["by_sigma"]["denoising"]) for r in records[:3]] == [10] * 3
@@ -252,7 +254,7 @@ def test_accelerate_launch_and_yaml(small, tmp_path):
     ]
     subprocess.run([str(a) for a in argv], check=True, capture_output=True)
     records = log_of(out)
-    assert (records[-1]["step"], records[0]["lr"]) == (3, 2e-3)
+    assert (records[-1]["step"], records[1]["lr"]) == (3, 2e-3)
     assert any((out / "logs" / "train_consistency").rglob("events.out.tfevents*"))
 
 

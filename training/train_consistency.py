@@ -14,6 +14,8 @@ from typing import Literal
 from diffusers_ext import consistency_loss, lower_sigma, score_matching_loss
 from diffusers_ext.training import InputError, TrainingArguments, TrainingLoop, command, parse_arguments
 
+PAPER = ("Consistent Diffusion Models: Mitigating Sampling Drift by Learning to be Consistent", "2302.09057")
+
 
 @dataclass
 class ConsistencyArguments(TrainingArguments):
@@ -36,7 +38,7 @@ class ConsistencyArguments(TrainingArguments):
 @command
 def main() -> None:
     args = parse_arguments(ConsistencyArguments)
-    loop = TrainingLoop(args, "train_consistency")
+    loop = TrainingLoop(args, "train_consistency", PAPER)
     denoiser, schedule, process = loop.denoiser, loop.schedule, loop.denoiser.process
 
     for batch in loop:

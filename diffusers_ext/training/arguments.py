@@ -106,6 +106,12 @@ class TrainingArguments:
     logging_steps: int = _arg(50, "Optimiser steps between two records of the log.")
     report_to: str = _arg("tensorboard", "Tracker of accelerate (tensorboard, wandb, ...), or none.")
     validation_steps: int | None = _arg(None, "Optimiser steps between two sample grids; one at the end in any case.")
+    push_to_hub: bool = _arg(False, "Push the trained pipeline to the Hub.")
+    hub_model_id: str | None = _arg(None, "Repository, `user/name`; by default the output folder's name.")
+    hub_private_repo: bool = _arg(False, "Make a new repository private, and push to no public one.")
+    hub_token: str | None = _arg(None, "By default the token that `hf auth login` has stored.")
+    hub_strategy: Literal["end", "every_save"] = _arg("end", "Push at the end, or at every checkpoint as well.")
+    hub_timeout: float = _arg(600.0, "Seconds that the end of the run waits for an unfinished push.")
     num_validation_images: int = _arg(16, "Images of a sample grid; 0 makes none.")
     num_inference_steps: int = _arg(50, "Sampler steps of a sample grid.")
 

@@ -1,4 +1,4 @@
-"""The trained pipeline on the Hub: a model card, and pushes in the background that never stop the training.
+"""The trained pipeline on the Hub: pushes in the background that never stop the training.
 
     pusher = HubPusher("user/name", output_dir, private=True, token=None)
     write_model_card(output_dir, name=pusher.repo_id, ...)
@@ -26,7 +26,7 @@ import shutil
 import tempfile
 import textwrap
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +34,6 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
-    ModelCard,
-    ModelCardData,
     constants,
     get_token,
 )
@@ -52,6 +50,8 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 
+from .card import complete_card
+
 _logger = logging.getLogger(__name__)
 
 TOP_LEVEL_FILES = ("model_index.json", "README.md", "metrics.json", "pipeline.py")
@@ -59,7 +59,6 @@ COMPONENT_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".npz")  # what
 PASSING_STATUS_CODES = (408, 409, 412, 429)  # beside 5xx: time-out, conflict, moved branch, rate limit
 _SNAPSHOT_PREFIX = ".pushing-"
 _PATIENCE = 3.0  # seconds that `finish` waits before it says what it waits for
-_NOT_SHOWN = ("hub_token", "cache_dir")  # arguments that no model card shows
 
 
 # --- what goes up -----------------------------------------------------------------------------------------------------
@@ -250,7 +249,7 @@ class HubPusher:
         root = Path(push.snapshot.name)
         self._repo_id = self._api.create_repo(self._repo_id, private=self._private, exist_ok=True).repo_id
         self._check_visibility()
-        _complete_card(root / "README.md", self._asked_id, self._repo_id)
+        complete_card(root / "README.md", self._asked_id, self._repo_id)
         additions = [CommitOperationAdd(path_in_repo=f.as_posix(), path_or_fileobj=root / f) for f in push.files]
         for addition in additions:
             # Not `upload_folder`: it may split a folder into several commits, and it hands several files to a pool of
@@ -346,13 +345,6 @@ def _discard(push: _Push | None) -> None:
         push.snapshot.cleanup()
 
 
-def _complete_card(card: Path, name: str, repo_id: str) -> None:
-    """Let the model card's example load the repository by its full name, which only the Hub knew."""
-    if name != repo_id and card.is_file():
-        text = card.read_text(encoding="utf-8")
-        card.write_text(text.replace(_load_line(name), _load_line(repo_id)), encoding="utf-8")
-
-
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """Keep the Hub client's bars out of the training's, unless the environment says otherwise."""
@@ -388,164 +380,3 @@ def _describe(error: Exception) -> str:
     causes = [error, error.__cause__] if isinstance(error, RuntimeError) else [error]
     texts = [str(c) or type(c).__name__ for c in causes if c is not None]
     return textwrap.shorten(": ".join(texts), 600, placeholder=" ...").rstrip(".")
-
-
-# --- the model card ---------------------------------------------------------------------------------------------------
-
-
-def write_model_card(
-    folder: Path,
-    *,
-    name: str,
-    arguments: Mapping[str, object],
-    command: str,
-    data: str,
-    metrics: Mapping[str, object],
-    sample: Path | None,
-    pipeline_class: str,
-    needs_package: bool,
-    paper: tuple[str, str],
-    license: str | None = None,
-) -> Path:
-    """Write `README.md`, the Hub's model card, from what a run knows; written aside and moved into place.
-
-    Local folders appear by their base name only, in the command also; the token and `cache_dir` do not appear.
-
-    Args:
-        folder: the pipeline's folder.
-        name: the model's name on the Hub (`HubPusher.repo_id`); the example loads it by this name.
-        arguments: the run's arguments; those with a scalar value are listed. Its data set and the model that it started
-            from become metadata where they are names of the Hub.
-        command: the command line of the run, quoted as by `shlex.join`.
-        data: what it was trained on, in words.
-        metrics: numbers and texts make one table, lists of one length another one with a row for each place.
-        sample: picture of samples, in `folder`.
-        pipeline_class: name of the pipeline's class.
-        needs_package: the class is ours, so that loading it needs `import diffusers_ext`.
-        paper: the method's title, and its arXiv id or address.
-        license: the Hub's name of a licence.
-
-    Returns:
-        The card's path.
-
-    Raises:
-        ValueError: the sample is not in the folder, or the command's quotes do not match.
-    """
-    parts = [
-        f"# {name}",
-        f"`{pipeline_class}` trained on {data} with [{paper[0]}]({_address(paper[1])}).",
-        "" if sample is None else f"![Samples]({sample.resolve().relative_to(folder.resolve()).as_posix()})",
-        _loading_section(name, pipeline_class, needs_package),
-        _training_section(command, arguments),
-        _metrics_section(metrics),
-    ]
-    data_set = _hub_name(arguments.get("dataset_name"))
-    header = ModelCardData(
-        library_name="diffusers",
-        license=license,
-        tags=_tags(pipeline_class, paper[1], needs_package),
-        datasets=[data_set] if data_set else None,
-        base_model=_hub_name(arguments.get("pretrained_model_name_or_path")),
-    )
-    body = _without_secrets("\n\n".join(part for part in parts if part), arguments)
-    card = ModelCard(f"---\n{header.to_yaml()}\n---\n\n{body}\n")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".card-") as aside:
-        card.save(Path(aside, "README.md"))
-        os.replace(Path(aside, "README.md"), folder / "README.md")
-    return folder / "README.md"
-
-
-def _load_line(name: str) -> str:
-    return f'DiffusionPipeline.from_pretrained("{name}")'
-
-
-def _loading_section(name: str, pipeline_class: str, needs_package: bool) -> str:
-    lines = ["from diffusers import DiffusionPipeline", "", f"pipe = {_load_line(name)}"]
-    if needs_package:
-        lines.insert(0, f"import diffusers_ext  # makes {pipeline_class} known to diffusers: import it first")
-    return "\n".join(["## How to load it", "", "```python", *lines, "```"])
-
-
-def _training_section(command: str, arguments: Mapping[str, object]) -> str:
-    shown = {
-        key: _shown(value) if isinstance(value, str) else _number(value)
-        for key, value in arguments.items()
-        if key not in _NOT_SHOWN and isinstance(value, int | float | str)
-    }
-    table = _table(["argument", "value"], [[f"`{key}`", f"`{value}`"] for key, value in shown.items()])
-    return f"## Training\n\n```bash\n{_shown_command(command)}\n```\n\n{table}"
-
-
-def _metrics_section(metrics: Mapping[str, object]) -> str:
-    single = [[key, _number(value)] for key, value in metrics.items() if isinstance(value, int | float | str)]
-    tables = [_table(["metric", "value"], single)] if single else []
-    lists = {key: value for key, value in metrics.items() if isinstance(value, list | tuple) and value}
-    for n in sorted({len(value) for value in lists.values()}):
-        columns = {key: value for key, value in lists.items() if len(value) == n}
-        rows = [[_number(v) for v in row] for row in zip(*columns.values(), strict=True)]
-        tables.append(_table(list(columns), rows))
-    return "\n\n".join(["## Metrics", *tables]) if tables else ""
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def _number(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _tags(pipeline_class: str, paper: str, needs_package: bool) -> list[str]:
-    tags = [f"diffusers:{pipeline_class}", "image-generation"]
-    arxiv = re.search(r"\d{4}\.\d{4,5}", paper)
-    return [*tags, *(["diffusers_ext"] if needs_package else []), *([f"arxiv:{arxiv[0]}"] if arxiv else [])]
-
-
-def _address(paper: str) -> str:
-    return paper if "://" in paper else f"https://arxiv.org/abs/{paper}"
-
-
-def _is_local(value: str) -> bool:
-    return value.startswith(("/", "~", ".")) or os.path.isabs(value) or os.path.exists(value)
-
-
-def _shown(value: str) -> str:
-    """The value; a local path by its base name."""
-    return os.path.basename(os.path.abspath(os.path.expanduser(value))) if _is_local(value) else value
-
-
-def _hub_name(value: object) -> str | None:
-    """The value if it is a name of the Hub, `owner/name`."""
-    if not isinstance(value, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
-        return None
-    return None if _is_local(value) or value.endswith(".parquet") else value
-
-
-def _shown_command(command: str) -> str:
-    """The command line without secrets, with local paths by their base name; the script keeps a relative path."""
-    shown: list[str] = []
-    words = iter(shlex.split(command))
-    for word in words:
-        option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-        if option.lstrip("-").replace("-", "_") in _NOT_SHOWN:
-            if not equals:
-                next(words, None)
-            continue
-        script = value.endswith(".py") and not os.path.isabs(value)
-        shown.append(option + equals + (value if script or not value else _shown(value)))
-    return shlex.join(shown)
-
-
-def _without_secrets(text: str, arguments: Mapping[str, object]) -> str:
-    """The text with the token blotted out, and absolute paths among the arguments cut to their base name."""
-    values = [str(v) for v in arguments.values() if isinstance(v, str | Path)]
-    for path in sorted((v for v in values if os.path.isabs(v) and len(v) > 1), key=len, reverse=True):
-        text = text.replace(path, os.path.basename(os.path.abspath(path)))
-    for token in (arguments.get("hub_token"), os.environ.get("HF_TOKEN")):
-        text = text.replace(str(token), "***") if token else text
-    return text

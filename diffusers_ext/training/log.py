@@ -60,6 +60,8 @@ class RunLog:
         disable = not self.accelerator.is_main_process
         self.bar = tqdm(total=self.total_steps, initial=step, unit="step", disable=disable)
         self._since, self._since_step = time.monotonic(), step
+        where = {"processes": self.accelerator.num_processes, "device": str(self.accelerator.device)}
+        self.write({"step": step, "start": {**where, "images_per_step": self.images_per_step}})
 
     def _drop_after(self, step: int) -> None:
         if not self.path.is_file():
@@ -118,7 +120,6 @@ class RunLog:
         self.bar.close()
         if self._unreadable:
             print(f"{len(self._unreadable)} unreadable images were skipped; {self.path} names them")
-        self.accelerator.end_training()
 
 
 def _step_of(line: str) -> float:

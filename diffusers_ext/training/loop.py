@@ -18,6 +18,7 @@ accumulation, and the place in a run, its random state included, is one number: 
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ from ..noise_levels import log_linear_sigmas, min_snr_weight
 from ..process import randn_like
 from . import checkpoint
 from .arguments import InputError, TrainingArguments
+from .card import write_model_card
 from .data import (
     HubStream,
     Images,
@@ -50,6 +52,7 @@ from .data import (
     micro_batches,
     seed_for,
 )
+from .hub import HubPusher
 from .log import SIGMA_BINS, RunLog
 from .models import (
     build_pipeline,
@@ -88,7 +91,12 @@ class Batch:
 
 
 class TrainingLoop:
-    """See the module's docstring. Everything is made from the arguments; `name` is the tracker's project.
+    """See the module's docstring. Everything is made from the arguments.
+
+    Args:
+        args: the run's arguments.
+        name: the tracker's project.
+        paper: title and arXiv id of the method, for the model card.
 
     The global random state is set at every micro-batch, for dropout, which has no generator of its own.
 
@@ -101,8 +109,8 @@ class TrainingLoop:
         InputError: the arguments, the data and the model do not fit; the message says what to do.
     """
 
-    def __init__(self, args: TrainingArguments, name: str) -> None:
-        self.args, self.name, self.step = args, name, 0
+    def __init__(self, args: TrainingArguments, name: str, paper: tuple[str, str]) -> None:
+        self.args, self.name, self.paper, self.step = args, name, paper, 0
         self.output_dir = Path(args.output_dir)
         self.accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
@@ -124,6 +132,7 @@ class TrainingLoop:
             self.total_steps,
         )
         self.guard = FiniteGuard(self.accelerator)
+        self.pusher = self._make_pusher()
         if resume_from is not None:
             self._resume(resume_from)
 
@@ -180,6 +189,16 @@ class TrainingLoop:
         self.ema = EMAModel(self.model.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
         self.schedule = noise_schedule(self.pipeline.scheduler)
         self.denoiser = denoiser_from(self.model, self.pipeline.scheduler)
+
+    def _make_pusher(self) -> HubPusher | None:
+        args = self.args
+        if not (args.push_to_hub and self.accelerator.is_main_process):
+            return None
+        try:
+            private = args.hub_private_repo or None
+            return HubPusher(args.hub_model_id, self.output_dir, private=private, token=args.hub_token)
+        except ValueError as error:
+            raise InputError(f"--hub_model_id: {error}") from error
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -272,6 +291,7 @@ class TrainingLoop:
     def _stop(self, number: int) -> None:
         self.checkpoint()
         self.log.close()
+        self.accelerator.end_training()
         raise TrainingStopped(
             f"stopped at step {self.step} of {self.total_steps}; to go on, repeat the command with "
             f"--resume_from_checkpoint latest",
@@ -307,6 +327,8 @@ class TrainingLoop:
                 kept = [f.name for f in checkpoint.list_checkpoints(self.output_dir)[-1:]]
                 print(f"\nwarning: the checkpoint of step {self.step} was not written: {error}; kept: {kept or 'none'}")
         self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and self.args.hub_strategy == "every_save" and self.step < self.total_steps:
+            self._push(self.validate())
 
     def _checkpoint_to_resume(self) -> Path | None:
         """The checkpoint that the arguments name; an output folder that holds a run must be meant."""
@@ -381,13 +403,16 @@ class TrainingLoop:
         if self.accelerator.is_main_process:
             if self.args.num_validation_images > 0:
                 n, steps = self.args.num_validation_images, self.args.num_inference_steps
-                path = self.output_dir / "samples" / f"step-{self.step:08d}.png"
+                path = self._sample_grid()
                 path.parent.mkdir(parents=True, exist_ok=True)
                 image_grid(sample_images(pipeline, n, steps, self.args.seed)).save(path)
             metrics = self._loss_by_sigma(pipeline) | {"measured_on": self.validation_name}
             self.log.write({"step": self.step, "validation": metrics})
         self.accelerator.wait_for_everyone()
         return metrics
+
+    def _sample_grid(self) -> Path:
+        return self.output_dir / "samples" / f"step-{self.step:08d}.png"
 
     @torch.no_grad()
     def _loss_by_sigma(self, pipeline: DiffusionPipeline) -> dict[str, list[float]]:
@@ -414,12 +439,40 @@ class TrainingLoop:
         self.accelerator.wait_for_everyone()
         return self.output_dir
 
-    def finish(self) -> None:
-        """The end of a run: validation, the pipeline in the output folder, and where it is."""
+    def _push(self, metrics: dict[str, Any]) -> None:
+        """Save the pipeline with a model card and hand both over to the pusher."""
         self.save()
-        self.validate()
+        if self.pusher is None:
+            return
+        sample = self._sample_grid()
+        folder = self.args.train_data_dir
+        write_model_card(
+            self.output_dir,
+            name=self.pusher.repo_id,
+            arguments=asdict(self.args),
+            command=f"accelerate launch {shlex.join(sys.argv)}",
+            data=f"the images of {Path(folder).name}" if folder else f"{self.args.dataset_name}",
+            metrics={"step": self.step, "images": self.step * self.images_per_step, **metrics},
+            sample=sample if sample.is_file() else None,
+            pipeline_class=type(self.pipeline).__name__,
+            needs_package=type(self.pipeline).__module__.startswith("diffusers_ext"),
+            paper=self.paper,
+        )
+        self.pusher.push(self.output_dir, f"step {self.step}")
+
+    def finish(self) -> None:
+        """The end of a run: validation, the pipeline in the output folder, and on the Hub if that was asked for.
+
+        Raises:
+            TrainingStopped: the pipeline is in the output folder, but could not be pushed; says how to push it.
+        """
+        self._push(self.validate())
         if self.accelerator.is_main_process:
             print(f"the trained pipeline is in {self.output_dir}")
+        failure = None if self.pusher is None else self.pusher.finish(self.args.hub_timeout)
+        self.accelerator.end_training()
+        if failure is not None:
+            raise TrainingStopped(failure, code=3)
 
 
 def _names(checkpoints: list[Path]) -> str:

@@ -1,0 +1,347 @@
+"""The loop as a user meets it. Truth: the run that was not interrupted, and the run on one device."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_models import tiny_unet
+from test_train_consistency import SCRIPT, assert_same_weights, log_of, script, small, weights_of  # noqa: F401
+
+from diffusers_ext.training import InputError, TrainingArguments, TrainingLoop
+from diffusers_ext.training.checkpoint import list_checkpoints, load_checkpoint, same_state
+from diffusers_ext.training.data import Place, Transform, load_images, micro_batches
+
+
+@pytest.fixture
+def numbered(monkeypatch):
+    """Twelve pictures in two parquet files; picture i is grey value 20 i; row 7 is damaged."""
+    import datasets.config
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageFeature
+
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 seconds at the end of each epoch
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b"])})
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own begins with test_, which `datasets` takes for a split
+        for part in range(2):
+            cells = [
+                {"bytes": png(20 * i) if i != 7 else b"damaged", "path": None} for i in range(6 * part, 6 * part + 6)
+            ]
+            data = Dataset.from_dict({"image": cells, "label": [0, 1] * 3}, features=features)
+            data.to_parquet(Path(folder) / f"train-{part:05d}-of-00002.parquet")
+        yield folder
+
+
+def png(value):
+    import io
+
+    file = io.BytesIO()
+    Image.new("L", (8, 8), value).save(file, "PNG")
+    return file.getvalue()
+
+
+def replace_data(argv, *data):
+    at = argv.index("--dataset_name")
+    return [*argv[:at], *data, *argv[at + 2 :]]
+
+
+def stop_at(monkeypatch, step, number=signal.SIGTERM):
+    """Send this process a signal in the middle of a step."""
+    original, sent = TrainingLoop.update, []
+
+    def update(self, loss, **kwargs):
+        if self.step == step - 1 and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+        original(self, loss, **kwargs)
+
+    monkeypatch.setattr(TrainingLoop, "update", update)
+    return lambda: monkeypatch.setattr(TrainingLoop, "update", original)
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+RUNS = {
+    "plain": [],
+    "accumulation and workers": ["--gradient_accumulation_steps", 2, "--dataloader_num_workers", 2],
+    "class-conditional EDM": ["--class_conditional", "--scheduler", "EDMEulerScheduler"],
+    "warm-up, cosine, no ema": ["--lr_scheduler", "cosine", "--lr_warmup_steps", 3, "--no_use_ema"],
+}
+
+
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+def test_a_stopped_run_goes_on_to_the_same_result(script, small, tmp_path, monkeypatch, options):  # noqa: F811
+    tiny_unet(dropout=0.3).save_config(tmp_path / "config")
+    argv = [*small, *options, "--max_train_steps", 6, "--max_train_samples", 50]
+    script.run(*argv, "--output_dir", tmp_path / "whole")
+    go_on = stop_at(monkeypatch, 4)
+    with pytest.raises(SystemExit) as stopped:
+        script.run(*argv, "--output_dir", tmp_path / "parts")
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert [f.name for f in list_checkpoints(tmp_path / "parts")] == ["checkpoint-00000004"]
+    go_on()
+    script.run(*argv, "--output_dir", tmp_path / "parts", "--resume_from_checkpoint", "latest")
+    assert_same_weights(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+    losses = [
+        [(r["step"], r["denoising"], r["consistency"], r["lr"]) for r in log_of(tmp_path / name) if "denoising" in r]
+        for name in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1]
+    assert [step for step, *_ in losses[0]] == list(range(1, 7))
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_stream_goes_on_to_the_same_result_in_mid_epoch(script, small, tmp_path, monkeypatch, numbered, threads):  # noqa: F811
+    data = ("--dataset_name", numbered, "--streaming", "--shuffle_buffer", 4, "--dataloader_num_workers", threads)
+    argv = [*replace_data(small, *data), "--train_batch_size", 5, "--max_train_steps", 6, "--class_conditional"]
+    script.run(*argv, "--output_dir", tmp_path / "whole")
+    go_on = stop_at(monkeypatch, 3)
+    with pytest.raises(SystemExit):
+        script.run(*argv, "--output_dir", tmp_path / "parts")
+    go_on()
+    script.run(*argv, "--output_dir", tmp_path / "parts", "--resume_from_checkpoint", "latest")
+    assert_same_weights(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+    named = [r["unreadable"] for r in log_of(tmp_path / "parts") if "unreadable" in r]
+    assert named
+    assert all("UnidentifiedImageError" in name for name in named)
+
+
+def test_a_checkpoint_of_another_run_is_refused(script, small, tmp_path):  # noqa: F811
+    out = ["--output_dir", tmp_path / "out", "--checkpointing_steps", 1]
+    script.run(*small, *out)
+    for options, message in (
+        (["--seed", 5], "seed was 0, is 5"),
+        (["--gradient_accumulation_steps", 2], "images per step, over all devices was 8, is 16"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            script.run(*small, *options, *out, "--resume_from_checkpoint", "latest")
+    with pytest.raises(SystemExit, match=r"no checkpoint there; found: checkpoint-00000001, .*3"):
+        script.run(*small, *out, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-7")
+
+
+def test_a_folder_with_another_run_is_not_overwritten_unasked(script, small, tmp_path):  # noqa: F811
+    out = ["--output_dir", tmp_path / "out", "--checkpointing_steps", 2]
+    script.run(*small, *out)
+    before = weights_of(tmp_path / "out")
+    with pytest.raises(SystemExit, match="--resume_from_checkpoint latest, replace it with --overwrite_output_dir"):
+        script.run(*small, *out, "--seed", 1)
+    assert_same_weights(before, weights_of(tmp_path / "out"))
+    script.run(*small, *out, "--seed", 1, "--overwrite_output_dir")
+    assert not torch.equal(before["conv_in.weight"], weights_of(tmp_path / "out")["conv_in.weight"])
+    assert [r["step"] for r in log_of(tmp_path / "out")] == [0, 1, 2, 3, 3]
+
+
+def test_the_token_is_in_no_file(script, small, tmp_path):  # noqa: F811
+    script.run(*small, "--output_dir", tmp_path / "out", "--hub_token", "hf_secret", "--checkpointing_steps", 3,
+               "--report_to", "tensorboard")  # fmt: skip
+    files = [f for f in (tmp_path / "out").rglob("*") if f.is_file()]
+    assert len(files) > 5
+    assert not [f for f in files if b"hf_secret" in f.read_bytes()]
+
+
+# --- stops ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_signal_leaves_at_once(small, tmp_path):  # noqa: F811
+    """The process sends itself both inside one step, which then never ends."""
+    code = (
+        "import os, signal, sys, runpy, time\n"
+        "from diffusers_ext.training import TrainingLoop\n"
+        "def update(self, loss, **kwargs):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(0.1)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(600)\n"
+        "TrainingLoop.update = update\n"
+        f"sys.argv = {['x', *map(str, small), '--output_dir', str(tmp_path / 'out')]!r}\n"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 128 + signal.SIGINT
+    assert "stopping after this step" in done.stderr
+    assert "stopped at once" in done.stderr
+
+
+def poison(script, monkeypatch, step, value=float("nan")):  # noqa: F811
+    """Make the loss of the third sample of a step `value`."""
+    original = script.score_matching_loss
+    calls = []
+
+    def loss(*args, **kwargs):
+        result = original(*args, **kwargs)
+        calls.append(None)
+        if len(calls) == step:
+            result = result * torch.where(torch.arange(len(result)) == 2, value, 1.0)
+        return result
+
+    monkeypatch.setattr(script, "score_matching_loss", loss)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_weights_before_it(
+    script, small, tmp_path, monkeypatch, capsys, value  # noqa: F811
+):  # fmt: skip
+    options = ["--max_train_steps", 6, "--checkpointing_steps", 1, "--checkpoints_total_limit", 9, "--logging_steps", 4]
+    script.run(*small, *options, "--output_dir", tmp_path / "healthy")
+    poison(script, monkeypatch, 3, value)
+    with pytest.raises(SystemExit) as stopped:
+        script.run(*small, *options, "--output_dir", tmp_path / "sick")
+    assert stopped.value.code == 1
+    message = capsys.readouterr().err
+    assert "was not finite at step 3" in message
+    assert "the loss at sigma =" in message
+    healthy, sick = (list_checkpoints(tmp_path / n) for n in ("healthy", "sick"))
+    assert [f.name for f in sick] == ["checkpoint-00000001", "checkpoint-00000002"]
+    assert same_state(load_checkpoint(healthy[1])["model"], load_checkpoint(sick[1])["model"])
+
+
+def test_a_few_steps_that_are_not_finite_may_be_left_out(script, small, tmp_path, monkeypatch):  # noqa: F811
+    poison(script, monkeypatch, 2)
+    options = ["--max_skipped_steps", 1, "--checkpointing_steps", 1, "--output_dir", tmp_path / "out"]
+    script.run(*small, *options)
+    states = [load_checkpoint(f) for f in list_checkpoints(tmp_path / "out")]
+    assert same_state(states[0]["model"], states[1]["model"])
+    assert not same_state(states[1]["model"], states[2]["model"])
+    assert all(torch.isfinite(v).all() for v in weights_of(tmp_path / "out").values())
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run(script, small, tmp_path, monkeypatch, capsys):  # noqa: F811
+    import diffusers_ext.training.checkpoint as module
+
+    original = module.save_file
+
+    def disk(tensors, path):
+        if "00000001" not in str(path):
+            raise OSError(28, "No space left on device")
+        original(tensors, path)
+
+    monkeypatch.setattr(module, "save_file", disk)
+    script.run(*small, "--checkpointing_steps", 1, "--output_dir", tmp_path / "out")
+    assert [f.name for f in list_checkpoints(tmp_path / "out")] == ["checkpoint-00000001"]
+    assert "checkpoint of step 2 was not written" in capsys.readouterr().out
+    assert (tmp_path / "out" / "model_index.json").exists()
+
+
+# --- several devices --------------------------------------------------------------------------------------------------
+
+DRIVER = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from diffusers_ext import score_matching_loss
+from diffusers_ext.training import TrainingArguments, TrainingLoop, parse_arguments
+
+out = Path(sys.argv[1])
+loop = TrainingLoop(parse_arguments(TrainingArguments, sys.argv[2:]), "test", ("A paper", "2302.09057"))
+rank = loop.accelerator.process_index
+gradients, images, draws = [], [], []
+clip = loop.accelerator.clip_grad_norm_
+
+def spy(parameters, norm):
+    parameters = list(parameters)
+    gradients.append(torch.cat([p.grad.flatten().clone() for p in parameters]))
+    return clip(parameters, norm)
+
+loop.accelerator.clip_grad_norm_ = spy
+for batch in loop:
+    sigma = loop.schedule.draw_sigmas(len(batch.x0), batch.generator)
+    x = loop.denoiser.process.perturb(batch.x0, sigma, batch.generator)
+    loss = score_matching_loss(loop.denoiser, x, batch.x0, sigma, weight=loop.weight(sigma), **batch.cond)
+    images.append(batch.x0)
+    draws.append(sigma)
+    loop.update(loss.mean(), sigma=sigma, denoising=loss)
+state = {"gradients": torch.stack(gradients), "images": torch.cat(images), "sigma": torch.cat(draws),
+         "processes": torch.tensor(loop.accelerator.num_processes),
+         "ema": torch.cat([p.flatten() for p in loop.ema.shadow_params])}
+save_file(state, out / f"rank{rank}.safetensors")
+loop.finish()
+"""
+
+
+def test_two_processes_do_what_one_does(small, tmp_path):  # noqa: F811
+    """Two processes against one with two accumulation steps: the same global batch."""
+    (tmp_path / "driver.py").write_text(DRIVER)
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    results = {}
+    for world in (1, 2):
+        out = tmp_path / f"world{world}"
+        out.mkdir()
+        argv = [*map(str, small), "--gradient_accumulation_steps", str(2 // world), "--max_grad_norm", "1e9"]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+        command = [*launch, str(tmp_path / "driver.py"), str(out), *argv, "--output_dir", str(out / "model")]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        results[world] = [load_file(out / f"rank{rank}.safetensors") for rank in range(world)]
+    (one,), two = results[1], results[2]
+    assert [r["processes"].item() for r in two] == [2, 2]
+
+    def chunks(state, name):
+        return [tuple(v.flatten().tolist()) for v in state[name].split(8)]
+
+    for name in ("images", "sigma"):  # every micro-batch once, in turn; noise of its own on each
+        a, b = (chunks(r, name) for r in two)
+        assert [c for pair in zip(a, b, strict=True) for c in pair] == chunks(one, name)
+    assert not set(chunks(two[0], "sigma")) & set(chunks(two[1], "sigma"))
+
+    assert torch.equal(two[0]["gradients"], two[1]["gradients"])
+    first, expected = two[0]["gradients"][0], one["gradients"][0]
+    torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
+    assert (two[0]["ema"] - one["ema"]).abs().max() < 1e-6
+    assert torch.equal(two[0]["ema"], two[1]["ema"])
+    losses = [[r["denoising"] for r in log_of(tmp_path / f"world{w}" / "model") if "denoising" in r] for w in (1, 2)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len(losses[1]) == 3  # one writer
+
+
+def test_devices_share_a_stream_without_overlap(numbered):
+    args = TrainingArguments(dataset_name=numbered, streaming=True, train_batch_size=5, max_train_steps=1)
+    source = load_images(args, "train")
+    for world in (1, 2):
+        seen = []
+        for rank in range(world):
+            batches = micro_batches(args, source, Transform(8, 1), rank, world, 12 // world // 5 + 1, place=Place(0, 0))
+            values = [v for b in batches for v in ((b.images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()]
+            seen += values[: 12 // world]
+        counted = Counter(seen)
+        assert set(counted) == {20 * i for i in range(12) if i != 7}
+        assert max(counted.values()) == 2  # the one that replaces the damaged row
+
+
+def test_a_stream_without_a_length_needs_one(numbered):
+    args = TrainingArguments(dataset_name=numbered, streaming=True, preset="digits", resolution=8, report_to="none")
+    with pytest.raises(InputError, match="--max_train_steps"):
+        TrainingLoop(args, "test", ("A paper", "2302.09057"))
+
+
+def test_labels_are_dropped_at_the_stated_rate(small, tmp_path):  # noqa: F811
+    from diffusers_ext.training import parse_arguments
+
+    argv = [*map(str, small), "--class_conditional", "--label_drop", "0.2", "--train_batch_size", "400"]
+    args = parse_arguments(TrainingArguments, [*argv, "--output_dir", str(tmp_path / "out")])
+    batch = next(iter(TrainingLoop(args, "test", ("A paper", "2302.09057"))))
+    dropped = (batch.cond["class_labels"] == 10).float().mean().item()
+    assert abs(dropped - 0.2) < 5 * np.sqrt(0.2 * 0.8 / 400)
+
+
+def test_the_log_of_a_killed_run_is_cut_at_the_checkpoint(script, small, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    argv = [*small, "--max_train_steps", 4, "--checkpointing_steps", 2, "--output_dir", out]
+    script.run(*argv)
+    for folder in list_checkpoints(out)[1:]:
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    with (out / "logs" / "log.jsonl").open("a") as file:
+        file.write('{"step": 5, "torn')
+    script.run(*argv, "--resume_from_checkpoint", "latest")
+    assert [r["step"] for r in log_of(out) if "denoising" in r] == [1, 2, 3, 4]
+    assert json.loads((out / "logs" / "log.jsonl").read_text().splitlines()[-1])["validation"]["eps_mse"]
