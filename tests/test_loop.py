@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hub_server import HubServer
 from PIL import Image
 from safetensors.torch import load_file
 from test_models import tiny_unet
@@ -237,7 +238,7 @@ DRIVER = """
 import sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from diffusers_ext import score_matching_loss
+from diffusers_ext import consistency_loss, lower_sigma, score_matching_loss
 from diffusers_ext.training import TrainingArguments, TrainingLoop, parse_arguments
 
 out = Path(sys.argv[1])
@@ -255,7 +256,12 @@ loop.accelerator.clip_grad_norm_ = spy
 for batch in loop:
     sigma = loop.schedule.draw_sigmas(len(batch.x0), batch.generator)
     x = loop.denoiser.process.perturb(batch.x0, sigma, batch.generator)
-    loss = score_matching_loss(loop.denoiser, x, batch.x0, sigma, weight=loop.weight(sigma), **batch.cond)
+    denoised = loop.denoiser(x, sigma)
+    loss = score_matching_loss(loop.denoiser, x, batch.x0, sigma, prediction=denoised, weight=loop.weight(sigma))
+    lower = lower_sigma(sigma, 0.5, relative=True, generator=batch.generator)
+    loss = loss + 10 * consistency_loss(
+        loop.denoiser, x, sigma, lower, denoised=denoised, steps=2, generator=batch.generator
+    )
     images.append(batch.x0)
     draws.append(sigma)
     loop.update(loss.mean(), sigma=sigma, denoising=loss)
@@ -345,3 +351,49 @@ def test_the_log_of_a_killed_run_is_cut_at_the_checkpoint(script, small, tmp_pat
     script.run(*argv, "--resume_from_checkpoint", "latest")
     assert [r["step"] for r in log_of(out) if "denoising" in r] == [1, 2, 3, 4]
     assert json.loads((out / "logs" / "log.jsonl").read_text().splitlines()[-1])["validation"]["eps_mse"]
+
+
+# --- the Hub ----------------------------------------------------------------------------------------------------------
+
+
+def train_with_hub(hub, small, tmp_path, *options):  # noqa: F811
+    argv = [sys.executable, SCRIPT, *small, "--push_to_hub", "--hub_model_id", "tester/digits", *options]
+    argv += ["--output_dir", tmp_path / "out", "--hub_timeout", 30]
+    environment = hub.environment(tmp_path / "hf-home")
+    return subprocess.run(list(map(str, argv)), env=environment, capture_output=True, text=True)
+
+
+def test_a_trained_model_reaches_strangers_with_its_card(small, tmp_path):  # noqa: F811
+    with HubServer() as hub:
+        options = ("--hub_private_repo", "--hub_strategy", "every_save", "--checkpointing_steps", 1)
+        done = train_with_hub(hub, small, tmp_path, *options)
+        assert done.returncode == 0, done.stderr
+        assert hub.private("tester/digits")
+        files = hub.files("tester/digits")
+        assert {f.split("/")[0] for f in files} == {
+            *(".gitattributes", "README.md", "model_index.json", "samples", "scheduler", "unet")
+        } - ({".gitattributes"} - set(files))
+        assert any("step 3" in str(commit) for commit in hub.commits("tester/digits"))
+        code = (
+            "from diffusers import DiffusionPipeline\nimport sys\n"
+            "pipe = DiffusionPipeline.from_pretrained('tester/digits')\n"
+            "print(pipe.unet.conv_in.weight.sum().item(), 'diffusers_ext' in sys.modules)"
+        )
+        environment = hub.environment(tmp_path / "other-home")
+        loaded = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    expected = weights_of(tmp_path / "out")["conv_in.weight"].sum().item()
+    assert loaded.stdout.split() == [str(expected), "False"], loaded.stderr
+    card = (tmp_path / "out" / "README.md").read_text()
+    for text in ("2302.09057", "learning_rate", "samples/step-00000003.png", "eps_mse"):
+        assert text in card
+    assert str(tmp_path) not in card
+
+
+def test_a_refused_push_keeps_the_model_and_says_how_to_push_it(small, tmp_path):  # noqa: F811
+    with HubServer() as hub:
+        hub.fail("/api/repos/create", status=403, times=99)
+        done = train_with_hub(hub, small, tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "hf upload tester/digits" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(weights_of(tmp_path / "out")) > 5

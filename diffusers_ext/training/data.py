@@ -409,6 +409,10 @@ class Images:
     unreadable: list[str]
     place: Place | None = None
 
+    def pin_memory(self) -> Images:
+        """Page-locked copies, from which a GPU copies without a wait; `DataLoader` calls this, too."""
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+
 
 def collate(samples: Sequence[Sample]) -> Images:
     images = torch.stack([s.image for s in samples])
@@ -523,7 +527,8 @@ def micro_batches(
     if isinstance(source, HubStream):
         share = source.share(first % world, world)
         samples = stream_samples(share, transform, args.seed, place, args.dataloader_num_workers)
-        return itertools.islice(_batched(samples, args.train_batch_size), count)
+        batches = itertools.islice(_batched(samples, args.train_batch_size), count)
+        return (batch.pin_memory() for batch in batches) if pin_memory else batches
     return DataLoader(
         StreamDataset(source, transform, args.seed, args.max_train_samples),
         batch_sampler=MicroBatches(args.train_batch_size, first, world, count),

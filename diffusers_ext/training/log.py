@@ -60,7 +60,8 @@ class RunLog:
         disable = not self.accelerator.is_main_process
         self.bar = tqdm(total=self.total_steps, initial=step, unit="step", disable=disable)
         self._since, self._since_step = time.monotonic(), step
-        where = {"processes": self.accelerator.num_processes, "device": str(self.accelerator.device)}
+        device, kind = str(self.accelerator.device), str(self.accelerator.distributed_type.value)
+        where = {"processes": self.accelerator.num_processes, "distributed": kind, "device": device}
         self.write({"step": step, "start": {**where, "images_per_step": self.images_per_step}})
 
     def _drop_after(self, step: int) -> None:

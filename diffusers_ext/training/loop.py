@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from ..interop import denoiser_from, noise_schedule
+from ..interop import denoiser_from, noise_schedule, unwrap
 from ..losses import score_matching_loss
 from ..noise_levels import log_linear_sigmas, min_snr_weight
 from ..process import randn_like
@@ -70,6 +70,8 @@ from .stops import FiniteGuard, StopSignals, TrainingStopped
 
 # Streams of `seed_for(seed, stream, ...)`; data.py uses 0 and 1.
 _NOISE, _DROPOUT, _VALIDATION = 2, 3, 4
+
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 # A run can only be continued with the same values of these: the data and noise of a step follow from them.
 _FIXED = (
@@ -119,6 +121,11 @@ class TrainingLoop:
             project_dir=str(self.output_dir / "logs"),
             dynamo_backend="inductor" if args.torch_compile else None,
         )
+        if (kind := self.accelerator.distributed_type) in _SHARDED:
+            raise InputError(
+                f"{kind.value} keeps a part of the optimiser in each process; the checkpoints here hold one of them, so "
+                f"the run could not be resumed. Launch without it (DistributedDataParallel)"
+            )
         if args.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
         resume_from = self._checkpoint_to_resume()
@@ -229,6 +236,8 @@ class TrainingLoop:
         except RuntimeError:  # a signal to the whole process group ends the loader's workers, too
             if stop.received is None:
                 raise
+            if world > 1:  # the others are in the middle of the next step
+                raise TrainingStopped("stopped; resume from the last checkpoint", 128 + stop.received) from None
             self._stop(stop.received)
 
     def _batch(self, m: int, batch: Images) -> Batch:
@@ -306,10 +315,14 @@ class TrainingLoop:
         parts |= {} if self.ema is None else {"ema": self.ema}
         return parts | ({} if self.accelerator.scaler is None else {"scaler": self.accelerator.scaler})
 
+    def _weights(self) -> dict[str, Tensor]:
+        """The network's state dict; every process must call it."""
+        return {k.replace("_orig_mod.", ""): v for k, v in self.accelerator.get_state_dict(self.model).items()}
+
     def checkpoint(self) -> None:
         """Write a checkpoint; on a full disk say so and go on, with the last one in place."""
         self.guard.check(self.args.max_skipped_steps)
-        weights = self.accelerator.get_state_dict(self.model)
+        weights = self._weights()
         places = gather_object([list(self.place)])
         if self.accelerator.is_main_process:
             state = {
@@ -318,7 +331,7 @@ class TrainingLoop:
                 "processes": self.accelerator.num_processes,
                 "places": places,
                 "arguments": {k: v for k, v in asdict(self.args).items() if "token" not in k},
-                "model": dict(weights),
+                "model": weights,
                 **{name: part.state_dict() for name, part in self._stateful().items()},
             }
             try:
@@ -375,7 +388,7 @@ class TrainingLoop:
         self.step = state["step"]
         if isinstance(self.source, HubStream):
             self.place = Place(*state["places"][self.accelerator.process_index])
-        self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
+        unwrap(self.model).load_state_dict(state["model"])
         for name, part in self._stateful().items():
             part.load_state_dict(state[name])
         if self.ema is not None:
@@ -391,7 +404,7 @@ class TrainingLoop:
         if self.ema is not None:
             self.ema.store(parameters)
             self.ema.copy_to(parameters)
-        state = {k: v.clone() for k, v in self.accelerator.get_state_dict(self.model).items()}
+        state = {k: v.clone() for k, v in self._weights().items()}
         if self.ema is not None:
             self.ema.restore(parameters)
         return with_weights(self.pipeline, state)
