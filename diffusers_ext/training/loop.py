@@ -123,8 +123,8 @@ class TrainingLoop:
         )
         if (kind := self.accelerator.distributed_type) in _SHARDED:
             raise InputError(
-                f"{kind.value} keeps a part of the optimiser in each process; the checkpoints here hold one of them, so "
-                f"the run could not be resumed. Launch without it (DistributedDataParallel)"
+                f"{kind.value} keeps a part of the optimiser in each process, and one process writes the checkpoints "
+                f"here: the run could not be resumed. Launch without it (DistributedDataParallel)"
             )
         if args.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
