@@ -53,7 +53,7 @@ def by_hand(loop: TrainingLoop) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     ema = EMAModel(network.parameters(), decay=args.ema_decay, foreach=True)
     abar = loop.pipeline.scheduler.alphas_cumprod.to(loop.accelerator.device)
-    images = loop.validation[0][: args.train_batch_size].to(loop.accelerator.device)
+    images = loop.validation.images[: args.train_batch_size].to(loop.accelerator.device)
     images = images.repeat(-(-args.train_batch_size // len(images)), 1, 1, 1)[: args.train_batch_size]
 
     def step() -> None:
@@ -73,7 +73,7 @@ def by_hand(loop: TrainingLoop) -> Callable[[], None]:
 
 def bare(loop: TrainingLoop) -> Callable[[], None]:
     """Forward and backward pass of the loop's own network, nothing else."""
-    x = torch.randn(loop.args.train_batch_size, *loop.validation[0].shape[1:], device=loop.accelerator.device)
+    x = torch.randn(loop.args.train_batch_size, *loop.validation.images.shape[1:], device=loop.accelerator.device)
     if loop.args.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     t = torch.rand(len(x), device=x.device) * 1000

@@ -86,7 +86,7 @@ def consistency_loss(
         generator: source of both rollouts' noise.
 
     Raises:
-        ValueError: `rollout` is unknown or `steps` below 1.
+        ValueError: `rollout` is unknown, `steps` below 1, or dropout meets gradient checkpointing.
     """
     if rollout not in ROLLOUTS:
         raise ValueError(f"rollout {rollout!r} is not one of {', '.join(ROLLOUTS)}")
@@ -120,8 +120,13 @@ def _mean_of_elements(x: Tensor) -> Tensor:
 @contextmanager
 def _without_dropout(network: object) -> Iterator[bool]:
     """Switch active dropout, of activations and of labels, off for a while; says whether there was any."""
-    modules = network.modules() if isinstance(network, nn.Module) else ()
+    modules = list(network.modules()) if isinstance(network, nn.Module) else []
     active = [m for m in modules if m.training and _drop_probability(m) > 0]
+    if active and any(getattr(m, "gradient_checkpointing", False) for m in modules):
+        raise ValueError(
+            "a network with dropout cannot use gradient checkpointing here: the backward pass would compute its "
+            "activations again with dropout on. Switch one of them off"
+        )
     for module in active:
         module.training = False
     try:

@@ -71,10 +71,10 @@ def main() -> None:
     plot_losses(log, args.output_dir / "loss_by_sigma.png")
 
     # Pixels as features: both sides in [0, 1]; the floor is the distance of as many training digits.
-    held_out, _ = first_images(Digits("test"), 500, Transform(16, 1))
+    held_out = first_images(Digits("test"), 500, Transform(16, 1)).images
     train_source = Digits("train")
     order = torch.randperm(len(train_source), generator=torch.Generator().manual_seed(0))[: args.num_samples]
-    real, _ = first_images(train_source, len(train_source), Transform(16, 1))
+    real = first_images(train_source, len(train_source), Transform(16, 1)).images
     pixels = {
         "samples": torch.from_numpy(samples).flatten(1),
         "training_digits": real[order].flatten(1) / 2 + 0.5,

@@ -1,5 +1,7 @@
 """Truth: what the user wrote, in the order that the documentation promises."""
 
+from dataclasses import fields
+
 import pytest
 
 from diffusers_ext.training import PRESETS, TrainingArguments, parse_arguments
@@ -26,6 +28,8 @@ def test_the_command_line_switches_a_default_off():
     [
         (["--preset", "digitz"], None, "no preset 'digitz'; presets: digits, mnist, cifar10"),
         (["--train_batch_size", "0"], None, "--train_batch_size must be at least 1"),
+        (["--lr_scheduler", "cosinus"], None, "--lr_scheduler 'cosinus' is not one of constant"),
+        (["--learning_rate=-1"], None, "--learning_rate must not be negative"),
         (["--label_drop", "2"], None, "--label_drop must be from 0 to 1"),
         (["--max_train_step", "3"], None, "unrecognized|not used|--max_train_step"),
         ([], "learning_rat: 1", "unknown argument 'learning_rat'; did you mean learning_rate?"),
@@ -43,3 +47,10 @@ def test_mistakes_end_with_a_message(argv, yaml, message, tmp_path, capsys):
         parse_arguments(TrainingArguments, argv)
     printed = capsys.readouterr().err + str(error.value)
     assert any(m in printed for m in message.split("|"))
+
+
+def test_help_names_every_argument(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(TrainingArguments, ["--help"])
+    printed = capsys.readouterr().out
+    assert [f.name for f in fields(TrainingArguments) if f"--{f.name}" not in printed] == []

@@ -1,5 +1,7 @@
 """Truth: the objects that were saved, and what lies in the folder."""
 
+import resource
+
 import pytest
 import torch
 
@@ -59,20 +61,35 @@ def test_nothing_is_pickled(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == [folder.name]
 
 
-def test_the_oldest_are_deleted_and_only_after_a_success(tmp_path, monkeypatch):
+def test_the_oldest_are_deleted_and_only_after_a_success(tmp_path):
     for step in (1, 2, 10):
         save_checkpoint(tmp_path, step, {"x": torch.tensor(step)}, limit=2)
     assert [f.name for f in list_checkpoints(tmp_path)] == ["checkpoint-00000002", "checkpoint-00000010"]
 
-    def full_disk(tensors, path):
-        path.write_bytes(b"half of it")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, 11, {"x": torch.tensor(11)}, limit=2)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))  # what a write meets that finds no more space
+    try:
+        with pytest.raises(OSError, match=r"state\.safetensors: "):
+            save_checkpoint(tmp_path, 11, {"x": torch.zeros(10_000)}, limit=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-00000002", "checkpoint-00000010"]
     assert load_checkpoint(list_checkpoints(tmp_path)[-1])["x"] == 10
+
+
+def test_a_step_that_is_written_again_replaces_the_first(tmp_path):
+    for value in (1, 2):
+        save_checkpoint(tmp_path, 5, {"x": torch.tensor(value)}, limit=1)
+    assert load_checkpoint(tmp_path / "checkpoint-00000005")["x"] == 2
+    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint-00000005"]
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    folder = save_checkpoint(tmp_path, 1, {"x": torch.ones(100)})
+    file = folder / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(OSError, match="checkpoint-00000001 is damaged"):
+        load_checkpoint(folder)
 
 
 def test_what_a_killed_writer_left_is_no_checkpoint(tmp_path):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -75,6 +76,7 @@ RUNS = {
     "plain": [],
     "accumulation and workers": ["--gradient_accumulation_steps", 2, "--dataloader_num_workers", 2],
     "class-conditional EDM": ["--class_conditional", "--scheduler", "EDMEulerScheduler"],
+    "channels_last": ["--channels_last"],
     "warm-up, cosine, no ema": ["--lr_scheduler", "cosine", "--lr_warmup_steps", 3, "--no_use_ema"],
 }
 
@@ -121,10 +123,14 @@ def test_a_checkpoint_of_another_run_is_refused(script, small, tmp_path):  # noq
     script.run(*small, *out)
     for options, message in (
         (["--seed", 5], "seed was 0, is 5"),
+        (["--prediction_type", "sample"], "prediction_type was None, is 'sample'"),
+        (["--consistency_weight", 1], "consistency_weight was 10.0, is 1.0"),
         (["--gradient_accumulation_steps", 2], "images per step, over all devices was 8, is 16"),
     ):
         with pytest.raises(SystemExit, match=message):
             script.run(*small, *options, *out, "--resume_from_checkpoint", "latest")
+    with pytest.raises(SystemExit, match=r"holds later checkpoints than .*1: checkpoint-00000002, checkpoint-00000003"):
+        script.run(*small, *out, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-00000001")
     with pytest.raises(SystemExit, match=r"no checkpoint there; found: checkpoint-00000001, .*3"):
         script.run(*small, *out, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-7")
 
@@ -172,6 +178,22 @@ def test_a_second_signal_leaves_at_once(small, tmp_path):  # noqa: F811
     assert "stopped at once" in done.stderr
 
 
+def test_a_signal_to_the_whole_process_group_leaves_a_checkpoint(small, tmp_path):  # noqa: F811
+    """As launchers send it: the data workers get it, too."""
+    out = tmp_path / "out"
+    options = ["--dataloader_num_workers", 2, "--max_train_steps", 100_000, "--output_dir", out]
+    command = list(map(str, [sys.executable, SCRIPT, *small, *options]))
+    run = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while run.poll() is None and not (out / "logs" / "log.jsonl").exists():
+        time.sleep(0.1)
+    time.sleep(1)
+    os.killpg(run.pid, signal.SIGTERM)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM, output
+    assert len(list_checkpoints(out)) == 1
+    assert "--resume_from_checkpoint latest" in output
+
+
 def poison(script, monkeypatch, step, value=float("nan")):  # noqa: F811
     """Make the loss of the third sample of a step `value`."""
     original = script.score_matching_loss
@@ -216,19 +238,22 @@ def test_a_few_steps_that_are_not_finite_may_be_left_out(script, small, tmp_path
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_the_run(script, small, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """The library's own error, see test_checkpoint.py."""
+    from safetensors import SafetensorError
+
     import diffusers_ext.training.checkpoint as module
 
     original = module.save_file
 
     def disk(tensors, path):
         if "00000001" not in str(path):
-            raise OSError(28, "No space left on device")
+            raise SafetensorError("I/O error: No space left on device")
         original(tensors, path)
 
     monkeypatch.setattr(module, "save_file", disk)
     script.run(*small, "--checkpointing_steps", 1, "--output_dir", tmp_path / "out")
     assert [f.name for f in list_checkpoints(tmp_path / "out")] == ["checkpoint-00000001"]
-    assert "checkpoint of step 2 was not written" in capsys.readouterr().out
+    assert "the checkpoint of step 2 could not be written" in capsys.readouterr().out
     assert (tmp_path / "out" / "model_index.json").exists()
 
 
@@ -306,6 +331,21 @@ def test_two_processes_do_what_one_does(small, tmp_path):  # noqa: F811
     losses = [[r["denoising"] for r in log_of(tmp_path / f"world{w}" / "model") if "denoising" in r] for w in (1, 2)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert len(losses[1]) == 3  # one writer
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_stream_begins_at_any_row_and_each_epoch_is_shuffled_anew(numbered, world):
+    """Two files: shared by whole files between 2 devices, by rows between 3."""
+    args = TrainingArguments(dataset_name=numbered, streaming=True, shuffle_buffer=4, max_train_steps=1)
+    for rank in range(world):
+        share = load_images(args, "train").share(rank, world)
+        epochs = [[name for *_, name in share.rows(epoch, 0)] for epoch in (0, 1)]
+        cells = [[cell["bytes"] for cell, *_ in share.rows(epoch, 0)] for epoch in (0, 1)]
+        assert len(epochs[0]) == 12 // world
+        assert sorted(cells[0]) == sorted(cells[1]) or world == 3
+        assert cells[0] != cells[1]
+        for first in (1, 3):
+            assert [cell["bytes"] for cell, *_ in share.rows(0, first)] == cells[0][first:]
 
 
 def test_devices_share_a_stream_without_overlap(numbered):

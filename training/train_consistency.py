@@ -33,6 +33,10 @@ class ConsistencyArguments(TrainingArguments):
         super().__post_init__()
         if not 0 < self.consistency_fraction <= 1:
             raise InputError(f"--consistency_fraction must be above 0 and at most 1, got {self.consistency_fraction}")
+        if self.rollout_steps < 1:
+            raise InputError(f"--rollout_steps must be at least 1, got {self.rollout_steps}")
+        if self.sigma_width < 0 or (self.sigma_width_relative and self.sigma_width >= 1):
+            raise InputError(f"--sigma_width must not be negative, and a relative one below 1, got {self.sigma_width}")
 
 
 @command

@@ -20,6 +20,11 @@ from transformers.hf_argparser import HfArgumentParser
 from .presets import PRESETS
 from .stops import TrainingStopped
 
+LR_SCHEDULERS = (
+    *("constant", "constant_with_warmup", "cosine", "cosine_with_restarts"),
+    *("linear", "polynomial"),
+)
+
 
 class InputError(ValueError):
     """What the user asked for cannot be done; the message says what was wrong, where, and what to do."""
@@ -117,7 +122,16 @@ class TrainingArguments:
 
     def __post_init__(self) -> None:
         self.checkpointing_steps = self.checkpointing_steps or None
-        positive = ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "num_inference_steps")
+        counts = ("dataloader_num_workers", "num_validation_images", "max_skipped_steps", "lr_warmup_steps", "seed")
+        for name in (*counts, "learning_rate", "num_train_epochs", "max_grad_norm", "hub_timeout"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name} must not be negative, got {getattr(self, name)}")
+        if self.lr_scheduler not in LR_SCHEDULERS:
+            raise InputError(f"--lr_scheduler {self.lr_scheduler!r} is not one of {', '.join(LR_SCHEDULERS)}")
+        positive = (
+            *("train_batch_size", "gradient_accumulation_steps", "logging_steps", "num_inference_steps"),
+            *("max_validation_samples", "shuffle_buffer"),
+        )
         optional = ("max_train_steps", "resolution", "validation_steps", "max_train_samples", "checkpoints_total_limit")
         for name in (*positive, *optional):
             value = getattr(self, name)
@@ -154,7 +168,7 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
     parser = HfArgumentParser(kind, allow_abbrev=False)
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        first, _ = HfArgumentParser(_Sources).parse_known_args(argv)
+        first, _ = HfArgumentParser(_Sources, allow_abbrev=False, add_help=False).parse_known_args(argv)
         file = _read_yaml(first.config) if first.config else {}
         preset = first.preset or file.get("preset")
         if preset is not None and preset not in PRESETS:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,7 +35,7 @@ def save_checkpoint(output_dir: Path, step: int, state: Mapping[str, Any], limit
         OSError: it could not be written; the older checkpoints are as they were.
     """
     folder = output_dir / f"checkpoint-{step:08d}"
-    partial = output_dir / f"{_PARTIAL}{folder.name}"
+    partial, replaced = (output_dir / f"{_PARTIAL}{kind}{folder.name}" for kind in ("", "old-"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -44,12 +45,15 @@ def save_checkpoint(output_dir: Path, step: int, state: Mapping[str, Any], limit
         (partial / "state.json").write_text(json.dumps(tree))
         for file in (*partial.iterdir(), partial):
             _to_disk(file)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, replaced)
         os.replace(partial, folder)
         _to_disk(output_dir)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    except SafetensorError as error:  # how the library reports a full disk, too
+        raise OSError(f"state.safetensors: {error}") from error
+    finally:
+        for left in (partial, replaced):
+            shutil.rmtree(left, ignore_errors=True)
     if limit is not None:
         for old in list_checkpoints(output_dir)[:-limit]:
             shutil.rmtree(old)
@@ -60,10 +64,13 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     """The state that `save_checkpoint` got, tensors on the CPU.
 
     Raises:
-        OSError: the folder holds no checkpoint.
+        OSError: the folder holds no checkpoint, or a damaged one.
     """
-    tree = json.loads((folder / "state.json").read_text())
-    return _from_json(tree, load_file(folder / "state.safetensors"))
+    try:
+        tree = json.loads((folder / "state.json").read_text())
+        return _from_json(tree, load_file(folder / "state.safetensors"))
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise OSError(f"{folder} is damaged: {error}") from error
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -90,7 +97,7 @@ def _to_disk(path: Path) -> None:
 def _to_json(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """A tree of dicts, lists and tuples as JSON; tensors go to `tensors` under their path in the tree."""
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().cpu().contiguous().clone()
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {"tensor": name}
     if isinstance(value, Mapping):
         return {"dict": [[k, _to_json(v, f"{name}/{k}", tensors)] for k, v in value.items()]}

@@ -120,7 +120,8 @@ class ImageFolder:
             raise InputError(f"no images below {folder}; looked for {', '.join(IMAGE_EXTENSIONS)}")
         parents = [f.parent.relative_to(self.folder).as_posix() for f in self.files]
         self.class_names: Sequence[str] = sorted(set(parents))
-        self.labels: Sequence[int] = [self.class_names.index(p) for p in parents]
+        number = {name: i for i, name in enumerate(self.class_names)}
+        self.labels: Sequence[int] = [number[p] for p in parents]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -141,7 +142,7 @@ class HubImages:
         self.rows = _undecoded(dataset, self.image_column)
         self.labels: Sequence[int] | None = None
         if label is not None:
-            self.labels = [int(v) for v in dataset[label]]
+            self.labels = _integers(dataset[label], label)
             self.class_names = self.class_names or [str(i) for i in range(max(self.labels) + 1)]
 
     def __len__(self) -> int:
@@ -165,8 +166,9 @@ class HubStream:
         )
         if self.class_names is None:  # integers without names: how many there are is not known
             self.label_column = None
+        limit = args.max_train_samples if split == args.train_split else None
         dataset = _undecoded(dataset, self.image_column)
-        self.dataset = dataset if args.max_train_samples is None else dataset.take(args.max_train_samples)
+        self.dataset = dataset if limit is None else dataset.take(limit)
         self.buffer_size = args.shuffle_buffer
 
     def share(self, rank: int, world: int) -> HubStream:
@@ -181,10 +183,18 @@ class HubStream:
     def rows(self, epoch: int, first: int) -> Iterator[tuple[dict[str, Any], int, str]]:
         """(image cell, label, name) of the rows of an epoch from number `first` on."""
         self.dataset.set_epoch(epoch)
-        for i, row in enumerate(self.dataset.skip(first), first):
+        # Not `skip`: it counts the rows of all devices where they share a file.
+        for i, row in enumerate(itertools.islice(self.dataset, first, None), first):
             label = -1 if self.label_column is None else row[self.label_column]
             cell = row[self.image_column]
-            yield cell, label, _name_of(f"{self.split}, epoch {epoch}", i, cell)
+            yield cell, label, _name_of(self.split, i, cell)
+
+
+def _integers(values: Sequence[Any], column: str) -> list[int]:
+    try:
+        return [int(v) for v in values]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the labels in column {column!r} must be integers from 0 on: {error}") from error
 
 
 def _undecoded(dataset: Any, image_column: str) -> Any:
@@ -420,7 +430,7 @@ def collate(samples: Sequence[Sample]) -> Images:
     return Images(images, labels, [name for s in samples for name in s.unreadable])
 
 
-def first_images(source: ImageSource | HubStream, n: int, transform: Transform) -> tuple[Tensor, Tensor]:
+def first_images(source: ImageSource | HubStream, n: int, transform: Transform) -> Images:
     """The first `n` images and labels, cropped in the centre and not mirrored."""
     still = Transform(transform.resolution, transform.channels)
     if isinstance(source, HubStream):
@@ -429,8 +439,7 @@ def first_images(source: ImageSource | HubStream, n: int, transform: Transform) 
     else:
         n = min(n, len(source))
         samples = [read_image(source, i, len(source), still, torch.Generator()) for i in range(n)]
-    batch = collate(samples)
-    return batch.images, batch.labels
+    return collate(samples)
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------
@@ -546,5 +555,6 @@ def _batched(samples: Iterator[tuple[Sample, Place]], batch_size: int) -> Iterat
 
 
 def _leave_signals_to_the_main_process(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Ctrl-C, and what launchers send, reaches the whole process group; a worker that ends by it would end the run."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

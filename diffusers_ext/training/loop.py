@@ -11,8 +11,9 @@ resuming, logs, sample grids, the Hub.
 
 Training is a sequence of micro-batches m = 0, 1, 2, ...; with A accumulation steps on W devices, optimiser step k takes
 m = k A W, ..., (k + 1) A W - 1, and device r those with m = r modulo W. The samples and the noise of a micro-batch
-depend on (seed, m) alone, see `diffusers_ext.training.data`. So W devices do what one does with W times the
-accumulation, and the place in a run, its random state included, is one number: the step.
+depend on the seed, the batch size and m alone, see `diffusers_ext.training.data`. So W devices do what one does with W
+times the accumulation, and the place in a run, its random state included, is one number: the step (and, of a stream,
+the row that comes next).
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -71,12 +73,20 @@ from .stops import FiniteGuard, StopSignals, TrainingStopped
 # Streams of `seed_for(seed, stream, ...)`; data.py uses 0 and 1.
 _NOISE, _DROPOUT, _VALIDATION = 2, 3, 4
 
+# After a signal the process has little time: a push that takes longer than so many seconds is given up.
+STOP_TIMEOUT = 10.0
+
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
-# A run can only be continued with the same values of these: the data and noise of a step follow from them.
-_FIXED = (
-    *("seed", "train_batch_size", "dataset_name", "dataset_config_name", "train_data_dir", "train_split"),
-    *("max_train_samples", "resolution", "center_crop", "random_flip", "streaming", "label_drop", "use_ema"),
+# A run is continued with the values that it was started with; these may change. (Accumulation and devices only
+# together: the images of a step must stay.)
+_MAY_CHANGE = (
+    *("config", "revision", "variant", "cache_dir", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"),
+    *("checkpointing_steps", "checkpoints_total_limit", "logging_steps", "report_to", "validation_split"),
+    *("max_validation_samples", "validation_steps", "num_validation_images", "num_inference_steps"),
+    *("dataloader_num_workers", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs"),
+    *("max_skipped_steps", "allow_tf32", "channels_last", "torch_compile", "gradient_checkpointing"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "hub_strategy", "hub_timeout"),
 )
 
 
@@ -113,14 +123,18 @@ class TrainingLoop:
 
     def __init__(self, args: TrainingArguments, name: str, paper: tuple[str, str]) -> None:
         self.args, self.name, self.paper, self.step = args, name, paper, 0
+        self.warnings: list[str] = []
         self.output_dir = Path(args.output_dir)
-        self.accelerator = Accelerator(
-            mixed_precision=args.mixed_precision,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_dir=str(self.output_dir / "logs"),
-            dynamo_backend="inductor" if args.torch_compile else None,
-        )
+        try:
+            self.accelerator = Accelerator(
+                mixed_precision=args.mixed_precision,
+                gradient_accumulation_steps=args.gradient_accumulation_steps,
+                log_with=None if args.report_to == "none" else args.report_to,
+                project_dir=str(self.output_dir / "logs"),
+                dynamo_backend="inductor" if args.torch_compile else None,
+            )
+        except (ValueError, ImportError) as error:  # no such tracker, no such precision on this device
+            raise InputError(f"accelerate: {error}") from error
         if (kind := self.accelerator.distributed_type) in _SHARDED:
             raise InputError(
                 f"{kind.value} keeps a part of the optimiser in each process, and one process writes the checkpoints "
@@ -169,7 +183,7 @@ class TrainingLoop:
     def _set_up_model(self) -> None:
         args, device = self.args, self.accelerator.device
         _, network = network_of(self.pipeline)
-        network.train().requires_grad_(True)
+        network.train()
         if args.channels_last:
             network.to(memory_format=torch.channels_last)
         if args.gradient_checkpointing:
@@ -210,18 +224,27 @@ class TrainingLoop:
     # --- training -----------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Batch]:
+        if self.args.overwrite_output_dir and self.step == 0:
+            self._clear_output_dir()
+        if self.accelerator.is_main_process:
+            checkpoint.remove_partial(self.output_dir)
         self.log.start(self.name, self.step)
-        with StopSignals(self.accelerator) as stop:
-            for m, batch in self._micro_batches(stop):
-                self.log.unreadable(self.step, batch.unreadable)
-                with self.accelerator.accumulate(self.model):
-                    yield self._batch(m, batch)
-                self.place = batch.place or self.place
-                if self.accelerator.sync_gradients:
-                    self._after_step(stop)
-        self.log.close()
+        self.log.unreadable(self.step, self.validation.unreadable)
+        try:
+            with StopSignals(self.accelerator) as stop:
+                for m, batch in self._micro_batches():
+                    self.log.unreadable(self.step, batch.unreadable)
+                    with self.accelerator.accumulate(self.model):
+                        yield self._batch(m, batch)
+                    self.place = batch.place or self.place
+                    if self.accelerator.sync_gradients:
+                        self._after_step(stop)
+        except TrainingStopped as stopped:
+            raise self._leave(stopped) from None
+        finally:
+            self.log.close()
 
-    def _micro_batches(self, stop: StopSignals) -> Iterator[tuple[int, Images]]:
+    def _micro_batches(self) -> Iterator[tuple[int, Images]]:
         """The micro-batches of this device, with their numbers m, from the current step on."""
         accumulate, world = self.args.gradient_accumulation_steps, self.accelerator.num_processes
         first = self.step * accumulate * world + self.accelerator.process_index
@@ -233,12 +256,8 @@ class TrainingLoop:
         try:
             for i, batch in enumerate(loader):
                 yield first + i * world, batch
-        except RuntimeError:  # a signal to the whole process group ends the loader's workers, too
-            if stop.received is None:
-                raise
-            if world > 1:  # the others are in the middle of the next step
-                raise TrainingStopped("stopped; resume from the last checkpoint", 128 + stop.received) from None
-            self._stop(stop.received)
+        except InputError as error:  # of a worker process, it comes with that one's traceback
+            raise InputError(str(error).split("InputError: ")[-1].strip()) from error
 
     def _batch(self, m: int, batch: Images) -> Batch:
         device = self.accelerator.device
@@ -270,9 +289,9 @@ class TrainingLoop:
             sigma: noise level of each sample, (B,), for the log.
             terms: the loss terms by name, each (B,) or for the first samples of the batch; for the log only.
         """
+        terms = terms or {"loss": loss.expand(len(sigma))}
         self.log.record(sigma, terms)
-        self.guard.watch(loss, sigma, terms)
-        self.accelerator.backward(loss)
+        self.accelerator.backward(self.guard.watch(loss, sigma, terms))
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
             self.guard.before_step(self.optimizer, norm, self.step + 1)
@@ -290,22 +309,41 @@ class TrainingLoop:
         if self.step % args.logging_steps == 0 or done:
             self.log.flush(self.step, self.lr_scheduler.get_last_lr()[0])
             self.guard.check(args.max_skipped_steps)
-        if args.validation_steps is not None and self.step % args.validation_steps == 0 and not done:
-            self.validate()
+        if not done and (number := stop.agreed()) is not None:
+            written = self.checkpoint()
+            raise TrainingStopped(
+                f"stopped at step {self.step} of {self.total_steps}{'' if written else ', without a checkpoint'}; "
+                f"to go on, repeat the command with --resume_from_checkpoint latest",
+                code=128 + number,
+            )
+        validate = args.validation_steps is not None and self.step % args.validation_steps == 0
         if args.checkpointing_steps is not None and self.step % args.checkpointing_steps == 0:
             self.checkpoint()
-        if (number := stop.agreed()) is not None and not done:
-            self._stop(number)
+            push = args.push_to_hub and args.hub_strategy == "every_save"
+        else:
+            push = False
+        if (validate or push) and not done:
+            with self._goes_on_without("the sample grid or the pipeline"):
+                metrics = self.validate()
+                if push:
+                    self.save()
+                    self._push(metrics)
+            self.accelerator.wait_for_everyone()
 
-    def _stop(self, number: int) -> None:
-        self.checkpoint()
-        self.log.close()
+    @contextmanager
+    def _goes_on_without(self, what: str) -> Iterator[None]:
+        """Turn a failed write, on a full disk say, into a warning."""
+        try:
+            yield
+        except OSError as error:
+            self.warnings.append(f"{what} of step {self.step} could not be written: {error}")
+            print(f"\nwarning: {self.warnings[-1]}")
+
+    def _leave(self, stopped: TrainingStopped) -> TrainingStopped:
+        """Close what an early end leaves open; what was not pushed is added to the message."""
+        failure = None if self.pusher is None else self.pusher.finish(min(self.args.hub_timeout, STOP_TIMEOUT))
         self.accelerator.end_training()
-        raise TrainingStopped(
-            f"stopped at step {self.step} of {self.total_steps}; to go on, repeat the command with "
-            f"--resume_from_checkpoint latest",
-            code=128 + number,
-        )
+        return stopped if failure is None else TrainingStopped(f"{stopped}\n{failure}", stopped.code)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -315,15 +353,12 @@ class TrainingLoop:
         parts |= {} if self.ema is None else {"ema": self.ema}
         return parts | ({} if self.accelerator.scaler is None else {"scaler": self.accelerator.scaler})
 
-    def _weights(self) -> dict[str, Tensor]:
-        """The network's state dict; every process must call it."""
-        return {k.replace("_orig_mod.", ""): v for k, v in self.accelerator.get_state_dict(self.model).items()}
-
-    def checkpoint(self) -> None:
-        """Write a checkpoint; on a full disk say so and go on, with the last one in place."""
+    def checkpoint(self) -> bool:
+        """Write a checkpoint; on a full disk say so and go on, with the last one in place. Says whether it was written,
+        on the main process."""
         self.guard.check(self.args.max_skipped_steps)
-        weights = self._weights()
         places = gather_object([list(self.place)])
+        before = len(self.warnings)
         if self.accelerator.is_main_process:
             state = {
                 "step": self.step,
@@ -331,17 +366,13 @@ class TrainingLoop:
                 "processes": self.accelerator.num_processes,
                 "places": places,
                 "arguments": {k: v for k, v in asdict(self.args).items() if "token" not in k},
-                "model": weights,
+                "model": dict(unwrap(self.model).state_dict()),
                 **{name: part.state_dict() for name, part in self._stateful().items()},
             }
-            try:
+            with self._goes_on_without("the checkpoint"):
                 checkpoint.save_checkpoint(self.output_dir, self.step, state, self.args.checkpoints_total_limit)
-            except OSError as error:
-                kept = [f.name for f in checkpoint.list_checkpoints(self.output_dir)[-1:]]
-                print(f"\nwarning: the checkpoint of step {self.step} was not written: {error}; kept: {kept or 'none'}")
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub and self.args.hub_strategy == "every_save" and self.step < self.total_steps:
-            self._push(self.validate())
+        return len(self.warnings) == before
 
     def _checkpoint_to_resume(self) -> Path | None:
         """The checkpoint that the arguments name; an output folder that holds a run must be meant."""
@@ -360,31 +391,30 @@ class TrainingLoop:
                 f"--output_dir {self.output_dir} holds another run (checkpoints: {_names(found)}): continue it with "
                 f"--resume_from_checkpoint latest, replace it with --overwrite_output_dir, or name another folder"
             )
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            checkpoint.remove_partial(self.output_dir)
-            if asked is None and self.args.overwrite_output_dir:
-                for old in (*found, self.output_dir / "logs", self.output_dir / "samples"):
-                    shutil.rmtree(old, ignore_errors=True)
-        if asked == "latest" and folder is None:
+        later = [f for f in found if folder is not None and f.parent == folder.parent and f.name > folder.name]
+        if later:
+            raise InputError(
+                f"{self.output_dir} holds later checkpoints than {folder}: {_names(later)}. To branch off there, name "
+                f"another --output_dir or delete them"
+            )
+        if asked == "latest" and folder is None and self.accelerator.is_main_process:
             print(f"no checkpoint in {self.output_dir} yet: starting from the beginning")
-        return folder
+        return broadcast_object_list([folder])[0]  # what the main process sees
+
+    def _clear_output_dir(self) -> None:
+        """Delete the run that the folder holds."""
+        if self.accelerator.is_main_process:
+            found = checkpoint.list_checkpoints(self.output_dir)
+            for old in (*found, self.output_dir / "logs", self.output_dir / "samples"):
+                shutil.rmtree(old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
 
     def _resume(self, folder: Path) -> None:
         try:
             state = checkpoint.load_checkpoint(folder)
-        except (OSError, ValueError, KeyError) as error:
+        except OSError as error:
             raise InputError(f"the checkpoint {folder} cannot be read: {error}") from error
-        before, now = state["arguments"], asdict(self.args)
-        changed = {k: (before.get(k), now[k]) for k in _FIXED if before.get(k) != now[k]}
-        if state["images_per_step"] != self.images_per_step:
-            changed["images per step, over all devices"] = state["images_per_step"], self.images_per_step
-        world = self.accelerator.num_processes
-        if isinstance(self.source, HubStream) and state["processes"] != world:
-            changed["processes that share a stream"] = state["processes"], world
-        if changed:
-            listed = "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in changed.items())
-            raise InputError(f"{folder.name} is of another run: {listed}. Continue with the same values")
+        self._check_same_run(folder, state)
         self.step = state["step"]
         if isinstance(self.source, HubStream):
             self.place = Place(*state["places"][self.accelerator.process_index])
@@ -393,35 +423,45 @@ class TrainingLoop:
             part.load_state_dict(state[name])
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
+        for parameter, values in self.optimizer.state.items():
+            for name, value in values.items():  # in the memory format of the parameter, as the optimiser made it
+                if value.shape == parameter.shape:
+                    values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         if self.accelerator.is_main_process:
             print(f"going on from {folder}, step {self.step} of {self.total_steps}")
+
+    def _check_same_run(self, folder: Path, state: dict[str, Any]) -> None:
+        before, now = state["arguments"], asdict(self.args)
+        changed = {k: (before.get(k), now[k]) for k in now if k not in _MAY_CHANGE and before.get(k) != now[k]}
+        if state["images_per_step"] != self.images_per_step:
+            changed["images per step, over all devices"] = state["images_per_step"], self.images_per_step
+        if isinstance(self.source, HubStream) and state["processes"] != self.accelerator.num_processes:
+            changed["processes that share a stream"] = state["processes"], self.accelerator.num_processes
+        if changed:
+            listed = "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in changed.items())
+            raise InputError(
+                f"{folder.name} is of a run with other arguments: {listed}. Continue with the same values; to change "
+                f"them, start a new run from the saved pipeline with --pretrained_model_name_or_path"
+            )
 
     # --- results ------------------------------------------------------------------------------------------------------
 
     def trained_pipeline(self) -> DiffusionPipeline:
-        """A copy of the pipeline with the weights of now, or their moving average; every process must call it."""
-        parameters = list(self.model.parameters())
-        if self.ema is not None:
-            self.ema.store(parameters)
-            self.ema.copy_to(parameters)
-        state = {k: v.clone() for k, v in self._weights().items()}
-        if self.ema is not None:
-            self.ema.restore(parameters)
-        return with_weights(self.pipeline, state)
+        """A copy of the pipeline with the weights of now, or their moving average."""
+        return with_weights(self.pipeline, unwrap(self.model).state_dict(), self.ema)
 
     def validate(self) -> dict[str, Any]:
         """A sample grid in `samples/` and the denoising loss by noise level; on the main process, {} on the others."""
-        metrics: dict[str, Any] = {}
+        if not self.accelerator.is_main_process:
+            return {}
         pipeline = self.trained_pipeline()
-        if self.accelerator.is_main_process:
-            if self.args.num_validation_images > 0:
-                n, steps = self.args.num_validation_images, self.args.num_inference_steps
-                path = self._sample_grid()
-                path.parent.mkdir(parents=True, exist_ok=True)
-                image_grid(sample_images(pipeline, n, steps, self.args.seed)).save(path)
-            metrics = self._loss_by_sigma(pipeline) | {"measured_on": self.validation_name}
-            self.log.write({"step": self.step, "validation": metrics})
-        self.accelerator.wait_for_everyone()
+        if self.args.num_validation_images > 0:
+            n, steps = self.args.num_validation_images, self.args.num_inference_steps
+            path = self._sample_grid()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image_grid(sample_images(pipeline, n, steps, self.args.seed)).save(path)
+        metrics = self._loss_by_sigma(pipeline) | {"measured_on": self.validation_name}
+        self.log.write({"step": self.step, "validation": metrics})
         return metrics
 
     def _sample_grid(self) -> Path:
@@ -435,7 +475,7 @@ class TrainingLoop:
         generator = torch.Generator().manual_seed(seed_for(self.args.seed, _VALIDATION))
         sigmas = log_linear_sigmas(SIGMA_BINS, *self.log.sigma_range)
         total = torch.zeros(len(sigmas))
-        images, labels = self.validation
+        images, labels = self.validation.images, self.validation.labels
         for x0, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             x0 = encode(self.pipeline, x0.to(device), generator)
             cond = {"class_labels": y.to(device)} if self.takes_labels else {}
@@ -444,21 +484,16 @@ class TrainingLoop:
                 total[i] += score_matching_loss(denoiser, x0 + sigma * noise, x0, sigma, **cond).sum().cpu()
         return {"sigmas": sigmas.tolist(), "eps_mse": (total / len(images)).tolist()}
 
-    def save(self) -> Path:
-        """Write the trained pipeline to the output folder."""
-        pipeline = self.trained_pipeline()
+    def save(self) -> None:
+        """Write the trained pipeline to the output folder, on the main process."""
         if self.accelerator.is_main_process:
-            save_pipeline(pipeline, self.output_dir)
-        self.accelerator.wait_for_everyone()
-        return self.output_dir
+            save_pipeline(self.trained_pipeline(), self.output_dir)
 
     def _push(self, metrics: dict[str, Any]) -> None:
-        """Save the pipeline with a model card and hand both over to the pusher."""
-        self.save()
+        """Write the model card of the saved pipeline and hand both over to the pusher."""
         if self.pusher is None:
             return
-        sample = self._sample_grid()
-        folder = self.args.train_data_dir
+        sample, folder = self._sample_grid(), self.args.train_data_dir
         write_model_card(
             self.output_dir,
             name=self.pusher.repo_id,
@@ -474,15 +509,17 @@ class TrainingLoop:
         self.pusher.push(self.output_dir, f"step {self.step}")
 
     def finish(self) -> None:
-        """The end of a run: validation, the pipeline in the output folder, and on the Hub if that was asked for.
+        """The end of a run: the pipeline in the output folder, validation, and the Hub if that was asked for.
 
         Raises:
             TrainingStopped: the pipeline is in the output folder, but could not be pushed; says how to push it.
         """
-        self._push(self.validate())
+        self.save()
         if self.accelerator.is_main_process:
             print(f"the trained pipeline is in {self.output_dir}")
+        self._push(self.validate())
         failure = None if self.pusher is None else self.pusher.finish(self.args.hub_timeout)
+        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         if failure is not None:
             raise TrainingStopped(failure, code=3)

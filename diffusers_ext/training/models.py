@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, DiTTransformer2DModel, UNet2DModel
 from diffusers.models.embeddings import LabelEmbedding
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor
 
@@ -71,7 +72,10 @@ def _load_pipeline(args: TrainingArguments) -> DiffusionPipeline:
 
 def _new_pipeline(args: TrainingArguments, num_classes: int | None) -> DiffusionPipeline:
     if args.model_config_name_or_path is not None:
-        config = dict(UNet2DModel.load_config(args.model_config_name_or_path, cache_dir=args.cache_dir))
+        try:
+            config = dict(UNet2DModel.load_config(args.model_config_name_or_path, cache_dir=args.cache_dir))
+        except (OSError, ValueError) as error:
+            raise InputError(f"--model_config_name_or_path: {error}") from error
         scheduler_name, settings = "DDIMScheduler", {"timestep_spacing": "trailing"}
     elif args.preset is not None:
         config = dict(PRESETS[args.preset].model)
@@ -85,7 +89,10 @@ def _new_pipeline(args: TrainingArguments, num_classes: int | None) -> Diffusion
     kind = getattr(diffusers, scheduler_name, None)
     if kind is None:
         raise InputError(f"diffusers has no scheduler {scheduler_name!r}")
-    scheduler, unused = kind.from_config(settings, return_unused_kwargs=True)
+    try:
+        scheduler, unused = kind.from_config(settings, return_unused_kwargs=True)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise InputError(f"{scheduler_name} cannot be made with {settings}: {error}") from error
     if unused:
         raise InputError(f"{scheduler_name} takes no {', '.join(sorted(unused))}")
 
@@ -199,8 +206,10 @@ def image_format(pipeline: DiffusionPipeline, resolution: int | None) -> tuple[i
 # --- the trained pipeline ---------------------------------------------------------------------------------------------
 
 
-def with_weights(pipeline: DiffusionPipeline, state: dict[str, Tensor]) -> DiffusionPipeline:
-    """A copy of the pipeline with these weights in its network; shares what is not trained.
+def with_weights(
+    pipeline: DiffusionPipeline, state: dict[str, Tensor], ema: EMAModel | None = None
+) -> DiffusionPipeline:
+    """A copy of the pipeline with these weights in its network, or their moving average; shares what is not trained.
 
     The network is built anew: accelerate replaces `forward` of the one it wraps, and a deep copy would keep calling it.
     """
@@ -209,6 +218,8 @@ def with_weights(pipeline: DiffusionPipeline, state: dict[str, Tensor]) -> Diffu
         trained = type(network).from_config(network.config)
     trained.load_state_dict(state)
     trained.to(network.device)
+    if ema is not None:
+        ema.copy_to(trained.parameters())
     components = dict(pipeline.components) | {name: trained.eval(), "scheduler": copy.deepcopy(pipeline.scheduler)}
     if isinstance(pipeline, ClassConditionalPipeline):
         components["null_class"] = pipeline.config.null_class

@@ -64,40 +64,39 @@ class StopSignals:
 
 
 class FiniteGuard:
-    """Leaves out optimiser steps whose loss or gradient is not finite, and remembers the first, without a wait.
+    """Leaves out optimiser steps whose gradient is not finite, and remembers the first, without a wait.
 
+    A loss that is not finite makes every gradient NaN, on all devices once they have averaged: all decide alike.
     The decision stays on the device: it reaches the fused AdamW as `found_inf`, in the way that gradient scalers take.
-    With float16 the scaler itself leaves steps out when gradients overflow, as it should, and the loss alone is
-    watched.
+    With float16 the scaler itself leaves steps out, as it should while it looks for its scale; there only
+    `MAX_OVERFLOWS` in a row count as a failure.
     """
+
+    MAX_OVERFLOWS = 50
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        device = accelerator.device
-        self._nothing = torch.tensor(-1.0, device=device)
-        self._skipped = torch.zeros((), device=device)
-        self._first_step, self._first_sigma = self._nothing, self._nothing
-        self._loss_is_bad, self._sigma = torch.zeros((), dtype=torch.bool, device=device), self._nothing
+        self._nothing = torch.tensor(-1.0, device=accelerator.device)
+        self._skipped, self._in_a_row = torch.zeros(2, device=accelerator.device)
+        self._first_step = self._first_sigma = self._sigma = self._nothing
 
-    def watch(self, loss: Tensor, sigma: Tensor, terms: dict[str, Tensor]) -> None:
-        """Look at a micro-batch: its loss, and the noise levels (B,) of its loss terms."""
-        self._loss_is_bad = self._loss_is_bad | ~loss.detach().isfinite()
+    def watch(self, loss: Tensor, sigma: Tensor, terms: dict[str, Tensor]) -> Tensor:
+        """The loss of a micro-batch to go backward from; remembers at which of sigma (B,) its terms were not finite."""
         for values in terms.values():
             bad = ~values.detach().isfinite()
             self._sigma = torch.maximum(self._sigma, torch.where(bad, sigma[: len(values)], -1.0).max().float())
+        return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
-    def before_step(self, optimizer: Any, grad_norm: Tensor | None, step: int) -> None:
+    def before_step(self, optimizer: Any, grad_norm: Tensor, step: int) -> None:
         """Decide on the step, once its gradient is complete."""
-        bad = self._loss_is_bad
-        if grad_norm is not None and self.accelerator.scaler is None:
-            bad = bad | ~torch.as_tensor(grad_norm, device=bad.device).isfinite()
+        bad = ~grad_norm.isfinite()
         if self.accelerator.scaler is None:
             getattr(optimizer, "optimizer", optimizer).found_inf = bad.float()
         first = bad & (self._first_step < 0)
         self._first_step = torch.where(first, float(step), self._first_step)
         self._first_sigma = torch.where(first, self._sigma, self._first_sigma)
-        self._skipped = self._skipped + bad
-        self._loss_is_bad, self._sigma = torch.zeros_like(self._loss_is_bad), self._nothing
+        self._skipped, self._in_a_row = self._skipped + bad, (self._in_a_row + 1) * bad
+        self._sigma = self._nothing
 
     def check(self, limit: int) -> None:
         """Stop if more than `limit` steps were left out; waits for the device, so call it when a log is due.
@@ -105,9 +104,11 @@ class FiniteGuard:
         Raises:
             TrainingStopped: with the step and the noise level of the first.
         """
-        local = torch.stack([self._skipped, self._first_step, self._first_sigma])
-        skipped, step, sigma = self.accelerator.gather(local[None]).amax(0).tolist()
-        if skipped <= limit:
+        local = torch.stack([self._skipped, self._in_a_row, self._first_step, self._first_sigma])
+        skipped, in_a_row, step, sigma = self.accelerator.gather(local[None]).amax(0).tolist()
+        if self.accelerator.scaler is not None and in_a_row <= self.MAX_OVERFLOWS:
+            return
+        if self.accelerator.scaler is None and skipped <= limit:
             return
         where = f"the loss at sigma = {sigma:.4g}" if sigma > 0 else "the gradient (the loss was finite)"
         raise TrainingStopped(
