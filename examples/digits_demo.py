@@ -19,7 +19,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_ext.metrics import frechet_distance
-from diffusers_ext.training.data import Digits, Transform, first_images
+from diffusers_ext.training.data import first_images
+from diffusers_ext.training.images import Digits, Transform
 from diffusers_ext.training.models import image_grid
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,13 +12,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from diffusers_ext.training import InputError, TrainingArguments
-from diffusers_ext.training.data import (
+from diffusers_ext.training.data import MicroBatches, StreamDataset, collate
+from diffusers_ext.training.images import (
     Digits,
     ImageFolder,
-    MicroBatches,
-    StreamDataset,
     Transform,
-    collate,
     convert,
     load_images,
     load_validation_images,

@@ -21,7 +21,8 @@ from test_train_consistency import SCRIPT, assert_same_weights, log_of, script, 
 
 from diffusers_ext.training import InputError, TrainingArguments, TrainingLoop
 from diffusers_ext.training.checkpoint import list_checkpoints, load_checkpoint, same_state
-from diffusers_ext.training.data import Place, Transform, load_images, micro_batches
+from diffusers_ext.training.data import Place, micro_batches
+from diffusers_ext.training.images import Transform, load_images
 
 
 @pytest.fixture

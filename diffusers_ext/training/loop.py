@@ -43,18 +43,9 @@ from ..process import randn_like
 from . import checkpoint
 from .arguments import InputError, TrainingArguments
 from .card import write_model_card
-from .data import (
-    HubStream,
-    Images,
-    Place,
-    Transform,
-    first_images,
-    load_images,
-    load_validation_images,
-    micro_batches,
-    seed_for,
-)
+from .data import Images, Place, first_images, micro_batches, seed_for
 from .hub import HubPusher
+from .images import HubStream, Transform, load_images, load_validation_images
 from .log import SIGMA_BINS, RunLog
 from .models import (
     build_pipeline,
