@@ -59,6 +59,7 @@ from .models import (
     save_pipeline,
     with_weights,
 )
+from .resume import check_same_run, checkpoint_to_resume
 from .stops import FiniteGuard, StopSignals, TrainingStopped
 
 # Streams of `seed_for(seed, stream, ...)`; data.py uses 0 and 1.
@@ -68,17 +69,6 @@ _NOISE, _DROPOUT, _VALIDATION = 2, 3, 4
 STOP_TIMEOUT = 10.0
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-
-# A run is continued with the values that it was started with; these may change. (Accumulation and devices only
-# together: the images of a step must stay.)
-_MAY_CHANGE = (
-    *("config", "revision", "variant", "cache_dir", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"),
-    *("checkpointing_steps", "checkpoints_total_limit", "logging_steps", "report_to", "validation_split"),
-    *("max_validation_samples", "validation_steps", "num_validation_images", "num_inference_steps"),
-    *("dataloader_num_workers", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs"),
-    *("max_skipped_steps", "allow_tf32", "channels_last", "torch_compile", "gradient_checkpointing"),
-    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "hub_strategy", "hub_timeout"),
-)
 
 
 @dataclass(frozen=True)
@@ -133,7 +123,9 @@ class TrainingLoop:
             )
         if args.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
-        resume_from = self._checkpoint_to_resume()
+        (resume_from,) = broadcast_object_list([checkpoint_to_resume(args)])  # what the main process sees
+        if args.resume_from_checkpoint == "latest" and resume_from is None and self.accelerator.is_main_process:
+            print(f"no checkpoint in {self.output_dir} yet: starting from the beginning")
         self._set_up_data()
         self._set_up_model()
         self.log = RunLog(
@@ -365,33 +357,6 @@ class TrainingLoop:
         self.accelerator.wait_for_everyone()
         return len(self.warnings) == before
 
-    def _checkpoint_to_resume(self) -> Path | None:
-        """The checkpoint that the arguments name; an output folder that holds a run must be meant."""
-        asked = self.args.resume_from_checkpoint
-        found = checkpoint.list_checkpoints(self.output_dir)
-        folder: Path | None
-        if asked is not None and asked != "latest":
-            folder = Path(asked)
-            if not (folder / "state.json").is_file():
-                raise InputError(f"--resume_from_checkpoint {asked}: no checkpoint there; found: {_names(found)}")
-        else:
-            folder = found[-1] if asked == "latest" and found else None
-        holds_run = bool(found) or (self.output_dir / "logs" / "log.jsonl").exists()
-        if holds_run and asked is None and not self.args.overwrite_output_dir:
-            raise InputError(
-                f"--output_dir {self.output_dir} holds another run (checkpoints: {_names(found)}): continue it with "
-                f"--resume_from_checkpoint latest, replace it with --overwrite_output_dir, or name another folder"
-            )
-        later = [f for f in found if folder is not None and f.parent == folder.parent and f.name > folder.name]
-        if later:
-            raise InputError(
-                f"{self.output_dir} holds later checkpoints than {folder}: {_names(later)}. To branch off there, name "
-                f"another --output_dir or delete them"
-            )
-        if asked == "latest" and folder is None and self.accelerator.is_main_process:
-            print(f"no checkpoint in {self.output_dir} yet: starting from the beginning")
-        return broadcast_object_list([folder])[0]  # what the main process sees
-
     def _clear_output_dir(self) -> None:
         """Delete the run that the folder holds."""
         if self.accelerator.is_main_process:
@@ -405,7 +370,8 @@ class TrainingLoop:
             state = checkpoint.load_checkpoint(folder)
         except OSError as error:
             raise InputError(f"the checkpoint {folder} cannot be read: {error}") from error
-        self._check_same_run(folder, state)
+        shares = self.accelerator.num_processes if isinstance(self.source, HubStream) else None
+        check_same_run(folder, state, self.args, self.images_per_step, shares)
         self.step = state["step"]
         if isinstance(self.source, HubStream):
             self.place = Place(*state["places"][self.accelerator.process_index])
@@ -420,20 +386,6 @@ class TrainingLoop:
                     values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         if self.accelerator.is_main_process:
             print(f"going on from {folder}, step {self.step} of {self.total_steps}")
-
-    def _check_same_run(self, folder: Path, state: dict[str, Any]) -> None:
-        before, now = state["arguments"], asdict(self.args)
-        changed = {k: (before.get(k), now[k]) for k in now if k not in _MAY_CHANGE and before.get(k) != now[k]}
-        if state["images_per_step"] != self.images_per_step:
-            changed["images per step, over all devices"] = state["images_per_step"], self.images_per_step
-        if isinstance(self.source, HubStream) and state["processes"] != self.accelerator.num_processes:
-            changed["processes that share a stream"] = state["processes"], self.accelerator.num_processes
-        if changed:
-            listed = "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in changed.items())
-            raise InputError(
-                f"{folder.name} is of a run with other arguments: {listed}. Continue with the same values; to change "
-                f"them, start a new run from the saved pipeline with --pretrained_model_name_or_path"
-            )
 
     # --- results ------------------------------------------------------------------------------------------------------
 
@@ -514,7 +466,3 @@ class TrainingLoop:
         self.accelerator.end_training()
         if failure is not None:
             raise TrainingStopped(failure, code=3)
-
-
-def _names(checkpoints: list[Path]) -> str:
-    return ", ".join(f.name for f in checkpoints) or "none"
