@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
 from .noise_levels import log_normal_sigmas
@@ -142,8 +143,11 @@ def noise_schedule(scheduler: Any) -> NoiseSchedule:
     """Read a stock scheduler of diffusers, or a subclass of one.
 
     Raises:
+        TypeError: it is no scheduler.
         ValueError: the scheduler, or a setting of it, has no place in the table of this module or of `score`.
     """
+    if not isinstance(scheduler, SchedulerMixin):
+        raise TypeError(f"the scheduler must be an instance of a diffusers scheduler, got {scheduler!r:.80}")
     schedule = _read_schedule(scheduler)
     preconditioning(schedule.prediction_type, schedule.sigma_data)
     return schedule

@@ -54,8 +54,12 @@ def score_matching_loss(
         prediction: `model(x, sigma, **cond)`, where the caller has it already.
         weight: a number or (B,); 1 is the mean square error of eps. `Denoiser.output_weight` gives that of the
             network's own output.
+
+    Raises:
+        ValueError: x0 or the prediction is not of the shape of x.
     """
     prediction = model(x, sigma, **cond) if prediction is None else prediction
+    _check_shapes(x, x0=x0, prediction=prediction)
     return _mean_of_elements(align(weight, x) * model.score_error(prediction, x, x0, sigma) ** 2)
 
 
@@ -76,7 +80,7 @@ def consistency_loss(
     Args:
         denoiser: the model; conditions in `cond` reach every one of its evaluations.
         x: noisy samples at `sigma`, (B, ...).
-        sigma, sigma_next: (B,), 0 < sigma_next <= sigma.
+        sigma, sigma_next: (B,), 0 < sigma_next <= sigma; a sigma_next above sigma gives NaN.
         denoised: D(x, sigma), with its graph, where the denoising loss has made it; one rollout step then costs no
             further evaluation beside the two at sigma_next. A network with active dropout is evaluated here with
             dropout off and `denoised` is not used: its mask would sit in both residuals and add its variance.
@@ -86,12 +90,15 @@ def consistency_loss(
         generator: source of both rollouts' noise.
 
     Raises:
-        ValueError: `rollout` is unknown, `steps` below 1, or dropout meets gradient checkpointing.
+        ValueError: `rollout` is unknown, `steps` below 1, shapes differ, or dropout meets gradient checkpointing.
     """
     if rollout not in ROLLOUTS:
         raise ValueError(f"rollout {rollout!r} is not one of {', '.join(ROLLOUTS)}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    _check_shapes(sigma, sigma_next=sigma_next)
+    if denoised is not None:
+        _check_shapes(x, denoised=denoised)
     step = ROLLOUTS[rollout]
     between = karras_sigmas(steps + 1, sigma_next, sigma)[1:-1].clamp(sigma_next, sigma)  # rounding may leave the range
     sigmas = [sigma, *between, sigma_next]
@@ -111,6 +118,12 @@ def consistency_loss(
         residual_1 = denoiser(x_1, sigma_next, **cond) - denoised
         residual_2 = denoiser(x_2, sigma_next, **cond) - denoised
     return _mean_of_elements(residual_1 * residual_2)
+
+
+def _check_shapes(x: Tensor, **others: Tensor) -> None:
+    for name, other in others.items():
+        if other.shape != x.shape:
+            raise ValueError(f"{name} has shape {tuple(other.shape)}, it must be {tuple(x.shape)}")
 
 
 def _mean_of_elements(x: Tensor) -> Tensor:

@@ -148,6 +148,25 @@ def test_a_folder_with_another_run_is_not_overwritten_unasked(script, small, tmp
     assert [r["step"] for r in log_of(tmp_path / "out")] == [0, 1, 2, 3, 3]
 
 
+def test_a_finished_run_without_checkpoints_is_not_started_over(script, small, tmp_path):  # noqa: F811
+    out = ["--output_dir", tmp_path / "out"]
+    script.run(*small, *out)
+    before = weights_of(tmp_path / "out")
+    with pytest.raises(SystemExit, match="holds a finished run without checkpoints"):
+        script.run(*small, *out, "--resume_from_checkpoint", "latest")
+    assert_same_weights(before, weights_of(tmp_path / "out"))
+
+
+def test_a_sampler_that_fails_does_not_end_the_run(script, small, tmp_path, monkeypatch, capsys):  # noqa: F811
+    def fails(*args, **kwargs):
+        raise ValueError("too few steps")
+
+    monkeypatch.setattr("diffusers_ext.training.loop.sample_images", fails)
+    script.run(*small, "--output_dir", tmp_path / "out", "--validation_steps", 1)
+    assert "no sample grid at step 3, ValueError in the sampler: too few steps" in capsys.readouterr().out
+    assert log_of(tmp_path / "out")[-1]["validation"]["eps_mse"]
+
+
 def test_the_token_is_in_no_file(script, small, tmp_path):  # noqa: F811
     script.run(*small, "--output_dir", tmp_path / "out", "--hub_token", "hf_secret", "--checkpointing_steps", 3,
                "--report_to", "tensorboard")  # fmt: skip

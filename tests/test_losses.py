@@ -6,12 +6,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import EDMEulerScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler
 from diffusers.models.embeddings import LabelEmbedding
 from oracles import Gaussian, along, image_mixture, plain_denoiser, two_bumps
 from torch import Tensor, nn
 
-from diffusers_ext import Denoiser, consistency_loss, losses, score_matching_loss
+from diffusers_ext import Denoiser, consistency_loss, denoiser_from, losses, score_matching_loss
 from diffusers_ext.solvers import posterior
 
 V = 0.25
@@ -384,3 +384,14 @@ def test_score_matching_weighs_each_sample_reuses_a_prediction_and_passes_condit
     calls.clear()
     torch.testing.assert_close(score_matching_loss(denoiser, x, x0, sigma, prediction=prediction), plain)
     assert calls == []
+
+
+@pytest.mark.parametrize("name", ["x0", "prediction", "denoised", "sigma_next"])
+def test_shapes_that_would_broadcast_are_refused(name: str) -> None:
+    x, sigma = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0)), torch.full((4,), 0.5)
+    denoiser = denoiser_from(lambda y, t: 0.1 * y, DDIMScheduler())
+    right = {"x0": x, "sigma": sigma} if name in ("x0", "prediction") else {"sigma": sigma, "sigma_next": sigma / 2}
+    loss = score_matching_loss if name in ("x0", "prediction") else consistency_loss
+    assert loss(denoiser, x, **right).isfinite().all()
+    with pytest.raises(ValueError, match=f"{name} has shape"):
+        loss(denoiser, x, **right | {name: sigma[:1] if name == "sigma_next" else x[:, :1]})

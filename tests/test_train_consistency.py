@@ -195,6 +195,10 @@ def test_fine_tuning_keeps_pipeline_scheduler_and_prediction_type(script, small,
     assert (tuned.scheduler.config.prediction_type, tuned.scheduler.config.clip_sample_range) == ("sample", 2.0)
     base, after = weights_of(tmp_path / "base"), weights_of(tmp_path / "out")
     assert 0 < max((base[k] - after[k]).abs().max().item() for k in base) < 0.1
+    base = ("--pretrained_model_name_or_path", tmp_path / "base", "--output_dir", tmp_path / "other")
+    for option in (["--class_conditional"], ["--scheduler", "DDIMScheduler"], ["--prediction_type", "epsilon"]):
+        with pytest.raises(SystemExit, match=f"error: {option[0]} is for training from scratch"):
+            script.run(*argv, *base, *option)
 
 
 def test_fine_tuning_a_latent_class_conditional_transformer(script, small, tmp_path):
@@ -264,6 +268,7 @@ def test_accelerate_launch_and_yaml(small, tmp_path):
         (["--dataset_name", "no/such-data"], "error: the data set 'no/such-data'"),
         (["--resolution", 9], "error: --resolution 9 does not fit the model: use 8 or 10"),
         (["--scheduler", "UnCLIPScheduler"], "error: UnCLIPScheduler cannot be written"),
+        (["--train_data_dir", "."], "error: --train_data_dir and --dataset_name both name the data"),
     ],
 )
 def test_mistakes_end_with_a_message_and_no_traceback(script, small, tmp_path, options, message):
@@ -282,5 +287,5 @@ def test_unreadable_images_are_skipped_counted_and_named(script, small, tmp_path
     script.run(*argv, "--train_data_dir", folder, "--train_batch_size", 4, "--output_dir", tmp_path / "out")
     printed = capsys.readouterr()
     assert printed.out.count("bad.png: Unidentified") == 1
-    assert "1 unreadable images were skipped" in printed.out
+    assert "unreadable images skipped: 1;" in printed.out
     assert ["bad.png" in r["unreadable"] for r in log_of(tmp_path / "out") if "unreadable" in r] == [True]

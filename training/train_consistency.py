@@ -24,7 +24,9 @@ class ConsistencyArguments(TrainingArguments):
     consistency_weight: float = field(default=10.0, metadata={"help": "Weight of the regulariser; 0 switches it off."})
     consistency_fraction: float = field(default=0.25, metadata={"help": "Share of the batch that it is applied to."})
     consistency_start: float = field(default=0.0, metadata={"help": "Share of the training after which it begins."})
-    rollout: Literal["posterior", "euler_maruyama"] = field(default="posterior", metadata={"help": "Rule of one step."})
+    rollout: Literal["posterior", "euler_maruyama"] = field(
+        default="posterior", metadata={"help": "Rule of one step; euler_maruyama, the paper's, needs 5 of them."}
+    )
     rollout_steps: int = field(default=1, metadata={"help": "Steps from sigma to the lower noise level."})
     sigma_width: float = field(default=0.05, metadata={"help": "The lower level is at most this far below sigma."})
     sigma_width_relative: bool = field(default=False, metadata={"help": "sigma_width is a fraction of sigma."})

@@ -37,6 +37,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin, null_class: int | None = None) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
+        embeddings = unet.config.num_class_embeds
+        if null_class is not None and (embeddings is None or not 0 <= null_class < embeddings):
+            raise ValueError(f"null_class={null_class} is not one of the {embeddings or 0} classes of the UNet")
         self.register_to_config(null_class=null_class)
 
     @property
@@ -82,6 +85,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         Raises:
             ValueError: an argument contradicts the model or another argument; the message says how.
         """
+        if num_inference_steps < 1 or (batch_size is not None and batch_size < 1):
+            raise ValueError(f"{num_inference_steps=} and {batch_size=} must be at least 1")
         labels = self._labels(class_labels, batch_size, guidance_scale)
         n = len(labels) if labels is not None else batch_size if batch_size is not None else 1
         self._check(n, generator, latents, output_type, callback_on_step_end_tensor_inputs)
@@ -102,7 +107,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             sample = self.scheduler.step(output.to(precise), t, sample, **options).prev_sample
             if callback_on_step_end is not None:
                 tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, sample)
-                sample = callback_on_step_end(self, i, t, tensors).get("latents", sample)
+                sample = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", sample)
 
         images: Any = (sample / 2 + 0.5).clamp(0, 1)
         images = images.to(dtype) if output_type == "pt" else images.cpu().permute(0, 2, 3, 1).numpy()
@@ -140,7 +145,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 f"guidance_scale={guidance_scale} needs a null class, and this model was trained without one; if it "
                 f"has one, say so: pipe.register_to_config(null_class=...)"
             )
-        labels = torch.as_tensor(class_labels, dtype=torch.long).reshape(-1)
+        labels = torch.as_tensor(class_labels).reshape(-1)
+        if len(labels) and labels.is_floating_point():
+            raise ValueError(f"class_labels must be integers, got {class_labels}")
+        labels = labels.long()
         if len(labels) == 1 and batch_size is not None:
             labels = labels.expand(batch_size)
         if batch_size is not None and batch_size != len(labels):
@@ -152,8 +160,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def _check(
         self, n: int, generator: Any, latents: Tensor | None, output_type: str, callback_tensors: Sequence[str]
     ) -> None:
-        if n < 1:
-            raise ValueError(f"batch_size must be at least 1, got {n}")
         if isinstance(generator, list) and len(generator) != n:
             raise ValueError(f"{len(generator)} generators for {n} images: pass one, or one for each")
         if latents is not None and tuple(latents.shape) != self._shape(n):

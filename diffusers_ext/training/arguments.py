@@ -93,7 +93,7 @@ class TrainingArguments:
     adam_epsilon: float = _arg(1e-8, "AdamW epsilon.")
     max_grad_norm: float = _arg(1.0, "Gradients are clipped to this norm.")
     min_snr_gamma: float | None = _arg(None, "Min-SNR weighting with this gamma; by default the network's own output.")
-    use_ema: bool = _arg(True, "Keep, validate and save the moving average of the weights.")
+    use_ema: bool = _arg(True, "Validate and save the moving average of the weights; --no_use_ema: the raw ones.")
     ema_decay: float = _arg(0.9999, "Decay of the moving average, reached by (1 + step) / (10 + step).")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _arg(None, "By default what `accelerate launch` says.")
     gradient_checkpointing: bool = _arg(False, "Less memory for more time.")
@@ -165,7 +165,8 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
 
     Errors in any of them end the program with a message, as argparse does.
     """
-    parser = HfArgumentParser(kind, allow_abbrev=False)
+    usage = "%(prog)s [--preset NAME] [--config FILE] [--ARGUMENT VALUE ...]; --help lists the arguments"
+    parser = HfArgumentParser(kind, allow_abbrev=False, usage=usage)
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         first, _ = HfArgumentParser(_Sources, allow_abbrev=False, add_help=False).parse_known_args(argv)
@@ -177,7 +178,9 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
         _check_names(values, kind, first.config)
         # Put in front of the command line, they are checked and converted alike, and what comes later wins.
         argv = [f"--{name}={value}" for name, value in values.items() if value is not None] + argv
-        (args,) = parser.parse_args_into_dataclasses(argv)
+        args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        for name in (word.split("=")[0] for word in unknown):
+            raise InputError(f"unknown argument {name!r}{_hint(name.lstrip('-'), kind)}")
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -200,10 +203,11 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _check_names(values: Mapping[str, Any], kind: type, path: str | None) -> None:
-    known = [f.name for f in fields(kind)]
     for name in values:
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            raise InputError(
-                f"--config {path}: unknown argument {name!r}" + (f"; did you mean {close[0]}?" if close else "")
-            )
+        if name not in {f.name for f in fields(kind)}:
+            raise InputError(f"--config {path}: unknown argument {name!r}{_hint(str(name), kind)}")
+
+
+def _hint(name: str, kind: type) -> str:
+    close = difflib.get_close_matches(name, [f.name for f in fields(kind)], n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -232,6 +232,8 @@ def load_images(args: TrainingArguments, split: str) -> ImageSource | HubStream:
         InputError: no data were named, or they cannot be had; the message says what to do.
     """
     if args.train_data_dir is not None:
+        if args.dataset_name is not None and args.preset is None:
+            raise InputError("--train_data_dir and --dataset_name both name the data: give one of them")
         if split != args.train_split:
             raise InputError("a folder of images has no other split")
         return ImageFolder(args.train_data_dir)

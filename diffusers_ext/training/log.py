@@ -120,7 +120,7 @@ class RunLog:
         """The end of training, or of this part of it."""
         self.bar.close()
         if self._unreadable:
-            print(f"{len(self._unreadable)} unreadable images were skipped; their names stand above")
+            print(f"unreadable images skipped: {len(self._unreadable)}; their names stand above")
 
 
 def _step_of(line: str) -> float:

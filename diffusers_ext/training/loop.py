@@ -126,6 +126,10 @@ class TrainingLoop:
         (resume_from,) = broadcast_object_list([checkpoint_to_resume(args)])  # what the main process sees
         if args.resume_from_checkpoint == "latest" and resume_from is None and self.accelerator.is_main_process:
             print(f"no checkpoint in {self.output_dir} yet: starting from the beginning")
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--output_dir {self.output_dir} cannot be made: {error}") from error
         self._set_up_data()
         self._set_up_model()
         self.log = RunLog(
@@ -399,13 +403,21 @@ class TrainingLoop:
             return {}
         pipeline = self.trained_pipeline()
         if self.args.num_validation_images > 0:
-            n, steps = self.args.num_validation_images, self.args.num_inference_steps
-            path = self._sample_grid()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image_grid(sample_images(pipeline, n, steps, self.args.seed)).save(path)
+            self._draw_sample_grid(pipeline)
         metrics = self._loss_by_sigma(pipeline) | {"measured_on": self.validation_name}
         self.log.write({"step": self.step, "validation": metrics})
         return metrics
+
+    def _draw_sample_grid(self, pipeline: DiffusionPipeline) -> None:
+        n, steps, path = self.args.num_validation_images, self.args.num_inference_steps, self._sample_grid()
+        try:
+            images = sample_images(pipeline, n, steps, self.args.seed)
+        except (ValueError, RuntimeError, IndexError) as error:  # some samplers cannot take few steps
+            self.warnings.append(f"no sample grid at step {self.step}, {type(error).__name__} in the sampler: {error}")
+            print(f"\nwarning: {self.warnings[-1]}; try another --num_inference_steps")
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image_grid(images).save(path)
 
     def _sample_grid(self) -> Path:
         return self.output_dir / "samples" / f"step-{self.step:08d}.png"
@@ -459,7 +471,9 @@ class TrainingLoop:
         """
         self.save()
         if self.accelerator.is_main_process:
-            print(f"the trained pipeline is in {self.output_dir}")
+            ours = type(self.pipeline).__module__.startswith("diffusers_ext")
+            how = "; `import diffusers_ext` before you open it" if ours else ""
+            print(f"the trained pipeline is in {self.output_dir}{how}")
         self._push(self.validate())
         failure = None if self.pusher is None else self.pusher.finish(self.args.hub_timeout)
         self.accelerator.wait_for_everyone()

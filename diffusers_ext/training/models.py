@@ -58,14 +58,17 @@ def build_pipeline(args: TrainingArguments, num_classes: int | None) -> Diffusio
 
 def _load_pipeline(args: TrainingArguments) -> DiffusionPipeline:
     name = args.pretrained_model_name_or_path
+    for argument in ("scheduler", "prediction_type", "beta_schedule", "class_conditional", "model_config_name_or_path"):
+        if getattr(args, argument):
+            raise InputError(f"--{argument} is for training from scratch: the pipeline {name!r} keeps its own")
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             name, revision=args.revision, variant=args.variant, cache_dir=args.cache_dir
         )
     except (OSError, ValueError) as error:
         raise InputError(
-            f"the pipeline {name!r} could not be loaded: {error}. It must be the name of a diffusers pipeline on the "
-            f"Hub or a folder with a model_index.json"
+            f"the pipeline {name!r} could not be loaded; it must be the name of a diffusers pipeline on the Hub or a "
+            f"folder with a model_index.json: {error}"
         ) from error
     return pipeline.to(dtype=torch.float32)
 

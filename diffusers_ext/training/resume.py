@@ -33,12 +33,19 @@ def checkpoint_to_resume(args: TrainingArguments) -> Path | None:
     if asked is None:
         holds_run = bool(found) or (output_dir / "logs" / "log.jsonl").exists()
         if holds_run and not args.overwrite_output_dir:
+            go_on = "continue it with --resume_from_checkpoint latest, " if found else ""
             raise InputError(
-                f"--output_dir {output_dir} holds another run (checkpoints: {_names(found)}): continue it with "
-                f"--resume_from_checkpoint latest, replace it with --overwrite_output_dir, or name another folder"
+                f"--output_dir {output_dir} holds another run (checkpoints: {_names(found)}): {go_on}replace it with "
+                f"--overwrite_output_dir, or name another folder"
             )
         return None
     if asked == "latest":
+        if not found and (output_dir / "model_index.json").exists() and not args.overwrite_output_dir:
+            raise InputError(
+                f"--output_dir {output_dir} holds a finished run without checkpoints, which cannot be continued: "
+                f"replace it with --overwrite_output_dir, name another folder, or train on from its pipeline with "
+                f"--pretrained_model_name_or_path"
+            )
         return found[-1] if found else None
     folder = Path(asked)
     if not (folder / "state.json").is_file():
