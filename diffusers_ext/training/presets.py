@@ -44,7 +44,7 @@ PRESETS: dict[str, Preset] = {
             "dataset_name": "digits",
             "resolution": 16,
             "train_batch_size": 64,
-            "max_train_steps": 1000,
+            "max_train_steps": 800,
             "learning_rate": 2e-3,
             "lr_scheduler": "cosine",
             "lr_warmup_steps": 50,
