@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from hub_server import HubServer
 from PIL import Image
 from safetensors.torch import load_file
 from test_models import tiny_unet
 from test_train_consistency import SCRIPT, assert_same_weights, log_of, script, small, weights_of  # noqa: F401
 
-from diffusers_ext.training import InputError, TrainingArguments, TrainingLoop
+from diffusers_ext.training import InputError, TrainingArguments, TrainingLoop, parse_arguments
 from diffusers_ext.training.checkpoint import list_checkpoints, load_checkpoint, same_state
 from diffusers_ext.training.data import Place, micro_batches
 from diffusers_ext.training.images import Transform, load_images
@@ -353,6 +356,89 @@ def test_two_processes_do_what_one_does(small, tmp_path):  # noqa: F811
     assert len(losses[1]) == 3  # one writer
 
 
+# The script with accelerate's own FSDP version 2. It is offered where there is an accelerator; its code shards on
+# the CPU as well, once its state says so.
+SHARDED_DRIVER = """
+import runpy, sys
+import accelerate
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
+import diffusers_ext.training.loop as loop
+
+class Sharded(accelerate.Accelerator):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.state.distributed_type = DistributedType.FSDP
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["ResnetBlock2D"], cpu_ram_efficient_loading=False)
+
+    def prepare(self, *args):
+        model, optimizer = super().prepare(*args)
+        parts = sum(p.to_local().numel() for p in model.parameters())
+        print(f"spread {all(isinstance(p, DTensor) for p in model.parameters())} {self.num_processes} "
+              f"{parts / sum(p.numel() for p in model.parameters()):.1f}", flush=True)
+        return model, optimizer
+
+loop.Accelerator = Sharded
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_sharded_weights_train_and_resume_as_whole_ones(script, small, tmp_path):  # noqa: F811
+    """Two processes with FSDP2 against one with two accumulation steps; each goes on from the other's checkpoint."""
+    (tmp_path / "driver.py").write_text(SHARDED_DRIVER)
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    options = [*map(str, small), "--max_train_steps", "4", "--checkpointing_steps", "2"]
+
+    def sharded(folder, *more):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command = [*launch, str(tmp_path / "driver.py"), SCRIPT, *options, "--output_dir", str(folder), *more]
+        done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("spread True 2 0.5") == 2
+
+    def whole(folder, *more):
+        script.run(*options, "--gradient_accumulation_steps", 2, "--output_dir", folder, *more)
+
+    whole(one := tmp_path / "one")
+    sharded(two := tmp_path / "two")
+    states = [load_checkpoint(folder / "checkpoint-00000004") for folder in (one, two)]
+    initial = load_checkpoint(one / "checkpoint-00000002")["model"]
+    for name in ("model", "ema", "optimizer", "lr_scheduler"):
+        assert states[0][name].keys() == states[1][name].keys()
+
+    def same_update(a, b):
+        """The weights of two runs after the same step, relative to how far they moved since step 2."""
+        moved, apart = (sum((x[k] - a[k]).square().sum() for k in a) for x in (initial, b))
+        return apart < 0.02**2 * moved
+
+    assert same_update(states[0]["model"], states[1]["model"])
+    losses = [[r["denoising"] for r in log_of(folder) if "denoising" in r] for folder in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for run, origin, exact in ((sharded, two, True), (sharded, one, False), (whole, two, False)):
+        shutil.copytree(origin, resumed := tmp_path / f"resumed-{run.__name__}-{origin.name}")
+        shutil.rmtree(resumed / "checkpoint-00000004")
+        run(resumed, "--resume_from_checkpoint", "latest")
+        state = load_checkpoint(resumed / "checkpoint-00000004")
+        if exact:
+            assert all(same_state(state[k], states[1][k]) for k in ("model", "ema", "optimizer", "lr_scheduler"))
+            assert_same_weights(weights_of(resumed), weights_of(two))
+        assert same_update(states[0]["model"], state["model"])
+
+
+@pytest.mark.parametrize(("kind", "message"), [("DEEPSPEED", "DEEPSPEED keeps"), ("FSDP", "FSDP version 1 keeps")])
+def test_sharding_that_checkpoints_cannot_hold_is_refused(small, tmp_path, monkeypatch, kind, message):  # noqa: F811
+    class Launched(Accelerator):
+        distributed_type, is_fsdp2 = DistributedType[kind], False
+
+    monkeypatch.setattr("diffusers_ext.training.loop.Accelerator", Launched)
+    args = parse_arguments(TrainingArguments, [*map(str, small), "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(InputError, match=message):
+        TrainingLoop(args, "test", ("A paper", "2302.09057"))
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_a_stream_begins_at_any_row_and_each_epoch_is_shuffled_anew(numbered, world):
     """Two files: shared by whole files between 2 devices, by rows between 3."""
@@ -389,8 +475,6 @@ def test_a_stream_without_a_length_needs_one(numbered):
 
 
 def test_labels_are_dropped_at_the_stated_rate(small, tmp_path):  # noqa: F811
-    from diffusers_ext.training import parse_arguments
-
     argv = [*map(str, small), "--class_conditional", "--label_drop", "0.2", "--train_batch_size", "400"]
     args = parse_arguments(TrainingArguments, [*argv, "--output_dir", str(tmp_path / "out")])
     batch = next(iter(TrainingLoop(args, "test", ("A paper", "2302.09057"))))

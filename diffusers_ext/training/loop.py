@@ -60,6 +60,7 @@ from .models import (
     with_weights,
 )
 from .resume import check_same_run, checkpoint_to_resume
+from .sharding import place_like, whole
 from .stops import FiniteGuard, StopSignals, TrainingStopped
 
 # Streams of `seed_for(seed, stream, ...)`; data.py uses 0 and 1.
@@ -68,7 +69,8 @@ _NOISE, _DROPOUT, _VALIDATION = 2, 3, 4
 # After a signal the process has little time: a push that takes longer than so many seconds is given up.
 STOP_TIMEOUT = 10.0
 
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+# What keeps its own copy of the optimiser, in parts that only it can put together.
+_OPAQUE = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,12 @@ class TrainingLoop:
             )
         except (ValueError, ImportError) as error:  # no such tracker, no such precision on this device
             raise InputError(f"accelerate: {error}") from error
-        if (kind := self.accelerator.distributed_type) in _SHARDED:
+        kind = self.accelerator.distributed_type
+        if kind in _OPAQUE or (kind == DistributedType.FSDP and not self.accelerator.is_fsdp2):
             raise InputError(
-                f"{kind.value} keeps a part of the optimiser in each process, and one process writes the checkpoints "
-                f"here: the run could not be resumed. Launch without it (DistributedDataParallel)"
+                f"{'FSDP version 1' if kind == DistributedType.FSDP else kind.value} keeps the optimiser in parts that "
+                f"these checkpoints cannot hold. Launch with FSDP version 2 (`fsdp_version: 2` in accelerate's "
+                f"config), or without sharding (DistributedDataParallel)"
             )
         if args.allow_tf32:
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -310,11 +314,12 @@ class TrainingLoop:
         else:
             push = False
         if (validate or push) and not done:
-            with self._goes_on_without("the sample grid or the pipeline"):
-                metrics = self.validate()
-                if push:
-                    self.save()
-                    self._push(metrics)
+            if (pipeline := self.trained_pipeline()) is not None:
+                with self._goes_on_without("the sample grid or the pipeline"):
+                    metrics = self.validate(pipeline)
+                    if push:
+                        save_pipeline(pipeline, self.output_dir)
+                        self._push(metrics)
             self.accelerator.wait_for_everyone()
 
     @contextmanager
@@ -346,16 +351,16 @@ class TrainingLoop:
         self.guard.check(self.args.max_skipped_steps)
         places = gather_object([list(self.place)])
         before = len(self.warnings)
+        trained = {"model": unwrap(self.model), **self._stateful()}
+        state = {
+            "step": self.step,
+            "images_per_step": self.images_per_step,
+            "processes": self.accelerator.num_processes,
+            "places": places,
+            "arguments": {k: v for k, v in asdict(self.args).items() if "token" not in k},
+            **{name: self._whole(part.state_dict()) for name, part in trained.items()},
+        }
         if self.accelerator.is_main_process:
-            state = {
-                "step": self.step,
-                "images_per_step": self.images_per_step,
-                "processes": self.accelerator.num_processes,
-                "places": places,
-                "arguments": {k: v for k, v in asdict(self.args).items() if "token" not in k},
-                "model": dict(unwrap(self.model).state_dict()),
-                **{name: part.state_dict() for name, part in self._stateful().items()},
-            }
             with self._goes_on_without("the checkpoint"):
                 checkpoint.save_checkpoint(self.output_dir, self.step, state, self.args.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
@@ -379,29 +384,35 @@ class TrainingLoop:
         self.step = state["step"]
         if isinstance(self.source, HubStream):
             self.place = Place(*state["places"][self.accelerator.process_index])
-        unwrap(self.model).load_state_dict(state["model"])
+        model = unwrap(self.model)
+        own, parameters = model.state_dict(), list(model.parameters())
+        model.load_state_dict({name: place_like(value, own[name]) for name, value in state["model"].items()})
+        for i, moments in state["optimizer"]["state"].items():
+            for name, value in moments.items():
+                if value.shape == parameters[i].shape:
+                    moments[name] = place_like(value, parameters[i])
+        if self.ema is not None:
+            average = state["ema"]["shadow_params"]
+            average[:] = [place_like(value, p) for value, p in zip(average, parameters, strict=True)]
         for name, part in self._stateful().items():
             part.load_state_dict(state[name])
-        if self.ema is not None:
-            self.ema.to(self.accelerator.device)
-        for parameter, values in self.optimizer.state.items():
-            for name, value in values.items():  # in the memory format of the parameter, as the optimiser made it
-                if value.shape == parameter.shape:
-                    values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         if self.accelerator.is_main_process:
             print(f"going on from {folder}, step {self.step} of {self.total_steps}")
 
     # --- results ------------------------------------------------------------------------------------------------------
 
-    def trained_pipeline(self) -> DiffusionPipeline:
-        """A copy of the pipeline with the weights of now, or their moving average."""
-        return with_weights(self.pipeline, unwrap(self.model).state_dict(), self.ema)
+    def _whole(self, state: Any) -> Any:
+        return whole(state, keep=self.accelerator.is_main_process)
 
-    def validate(self) -> dict[str, Any]:
-        """A sample grid in `samples/` and the denoising loss by noise level; on the main process, {} on the others."""
-        if not self.accelerator.is_main_process:
-            return {}
-        pipeline = self.trained_pipeline()
+    def trained_pipeline(self) -> DiffusionPipeline | None:
+        """A copy of the pipeline with the weights of now, or their moving average, on the main process, and `None` on
+        the others; all must call it together."""
+        state = self._whole(unwrap(self.model).state_dict())
+        average = None if self.ema is None else self._whole(self.ema.shadow_params)
+        return with_weights(self.pipeline, state, average) if self.accelerator.is_main_process else None
+
+    def validate(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+        """Draw a sample grid in `samples/` and measure the denoising loss by noise level, which is returned."""
         if self.args.num_validation_images > 0:
             self._draw_sample_grid(pipeline)
         metrics = self._loss_by_sigma(pipeline) | {"measured_on": self.validation_name}
@@ -439,11 +450,6 @@ class TrainingLoop:
                 total[i] += score_matching_loss(denoiser, x0 + sigma * noise, x0, sigma, **cond).sum().cpu()
         return {"sigmas": sigmas.tolist(), "eps_mse": (total / len(images)).tolist()}
 
-    def save(self) -> None:
-        """Write the trained pipeline to the output folder, on the main process."""
-        if self.accelerator.is_main_process:
-            save_pipeline(self.trained_pipeline(), self.output_dir)
-
     def _push(self, metrics: dict[str, Any]) -> None:
         """Write the model card of the saved pipeline and hand both over to the pusher."""
         if self.pusher is None:
@@ -469,12 +475,12 @@ class TrainingLoop:
         Raises:
             TrainingStopped: the pipeline is in the output folder, but could not be pushed; says how to push it.
         """
-        self.save()
-        if self.accelerator.is_main_process:
+        if (pipeline := self.trained_pipeline()) is not None:
+            save_pipeline(pipeline, self.output_dir)
             ours = type(self.pipeline).__module__.startswith("diffusers_ext")
             how = "; `import diffusers_ext` before you open it" if ours else ""
             print(f"the trained pipeline is in {self.output_dir}{how}")
-        self._push(self.validate())
+            self._push(self.validate(pipeline))
         failure = None if self.pusher is None else self.pusher.finish(self.args.hub_timeout)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()

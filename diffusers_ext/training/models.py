@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, DiTTransformer2DModel, UNet2DModel
 from diffusers.models.embeddings import LabelEmbedding
-from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor
 
@@ -210,9 +210,10 @@ def image_format(pipeline: DiffusionPipeline, resolution: int | None) -> tuple[i
 
 
 def with_weights(
-    pipeline: DiffusionPipeline, state: dict[str, Tensor], ema: EMAModel | None = None
+    pipeline: DiffusionPipeline, state: dict[str, Tensor], average: Sequence[Tensor] | None = None
 ) -> DiffusionPipeline:
-    """A copy of the pipeline with these weights in its network, or their moving average; shares what is not trained.
+    """A copy of the pipeline with these weights in its network, or with the moving average of its parameters; shares
+    what is not trained.
 
     The network is built anew: accelerate replaces `forward` of the one it wraps, and a deep copy would keep calling it.
     """
@@ -221,8 +222,9 @@ def with_weights(
         trained = type(network).from_config(network.config)
     trained.load_state_dict(state)
     trained.to(network.device)
-    if ema is not None:
-        ema.copy_to(trained.parameters())
+    if average is not None:
+        for parameter, averaged in zip(trained.parameters(), average, strict=True):
+            parameter.data.copy_(averaged)
     components = dict(pipeline.components) | {name: trained.eval(), "scheduler": copy.deepcopy(pipeline.scheduler)}
     if isinstance(pipeline, ClassConditionalPipeline):
         components["null_class"] = pipeline.config.null_class
