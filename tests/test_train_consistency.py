@@ -96,7 +96,7 @@ def test_weight_zero_is_plain_denoising_training_bit_for_bit(script, small, tmp_
         x = loop.denoiser.process.perturb(batch.x0, sigma, batch.generator)
         loss = score_matching_loss(loop.denoiser, x, batch.x0, sigma, weight=loop.weight(sigma))
         loop.update(loss.mean(), sigma=sigma, denoising=loss)
-    loop.save()
+    loop.finish()
     assert_same_weights(weights_of(tmp_path / "zero"), weights_of(tmp_path / "plain"))
     script.run(*small, "--output_dir", tmp_path / "ten")
     ten, zero = weights_of(tmp_path / "ten"), weights_of(tmp_path / "zero")
@@ -229,7 +229,7 @@ def test_every_evaluation_of_a_sample_sees_the_same_label(script, small, tmp_pat
 
     monkeypatch.setattr(diffusers_ext.interop.Network, "forward", spy)
     options = ["--class_conditional", "--label_drop", 0.5, "--consistency_fraction", 1, "--rollout_steps", 2]
-    monkeypatch.setattr(TrainingLoop, "validate", lambda self: {})
+    monkeypatch.setattr(TrainingLoop, "validate", lambda self, pipeline: {})
     script.run(*small, *options, "--output_dir", tmp_path / "out")
     steps = [seen[1 + 5 * i : 6 + 5 * i] for i in range(3)]  # the first is the probe of the image size
     for labels in steps:
