@@ -8,37 +8,55 @@ import diffusers
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.pipelines import pipeline_loading_utils
 
-from .interop import NoiseSchedule, denoiser_from, noise_schedule
+from .hypercube import heat_kernel_log_prob, heat_kernel_score, reflect
+from .interop import NoiseSchedule, denoiser_from, noise_schedule, score_model_from
+from .likelihood import Elbo, bits_per_dim, boundary_flux, dequantize, elbo, log_likelihood
 from .losses import consistency_loss, score_matching_loss
 from .noise_levels import karras_sigmas, log_linear_sigmas, log_normal_sigmas, lower_sigma, min_snr_weight
-from .pipelines import ClassConditionalPipeline
-from .process import GaussianProcess, Process
-from .score import Denoiser, ScoreModel
-from .solvers import euler, euler_maruyama, heun, posterior, sample
+from .pipelines import ClassConditionalPipeline, ReflectedPipeline
+from .process import GaussianProcess, Process, ReflectedProcess
+from .schedulers import ReflectedScheduler
+from .score import Denoiser, ReflectedModel, ScoreModel
+from .solvers import euler, euler_maruyama, heun, langevin, posterior, sample
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ClassConditionalPipeline",
     "Denoiser",
+    "Elbo",
     "GaussianProcess",
     "NoiseSchedule",
     "Process",
+    "ReflectedModel",
+    "ReflectedPipeline",
+    "ReflectedProcess",
+    "ReflectedScheduler",
     "ScoreModel",
+    "bits_per_dim",
+    "boundary_flux",
     "consistency_loss",
     "denoiser_from",
+    "dequantize",
+    "elbo",
     "euler",
     "euler_maruyama",
+    "heat_kernel_log_prob",
+    "heat_kernel_score",
     "heun",
     "karras_sigmas",
+    "langevin",
+    "log_likelihood",
     "log_linear_sigmas",
     "log_normal_sigmas",
     "lower_sigma",
     "min_snr_weight",
     "noise_schedule",
     "posterior",
+    "reflect",
     "sample",
     "score_matching_loss",
+    "score_model_from",
 ]
 
 

@@ -7,6 +7,7 @@ time it is told. With x = x0 + sigma n,
     vp       x / (1 + sigma^2)^1/2   index in the noise table, interpolated in log sigma      ((1 - abar_t)/abar_t)^1/2
     flow     x / (1 + sigma)         N sigma/(1 + sigma), N = num_train_timesteps             t / (N - t)
     edm      x                       ln(sigma) / 4                                            exp(4 t)
+    reflected  x                     (N-1) ln(sigma/sigma_min) / ln(sigma_max/sigma_min)      the inverse
 
 (abar = `alphas_cumprod`). The last timestep of a schedule with zero terminal SNR, and time N of flow matching, are
 sigma = infinity: they have no (x, sigma) and are left out. A scheduler's `shift` moves the times that a sampler
@@ -23,8 +24,9 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
-from .noise_levels import log_normal_sigmas
-from .score import Denoiser, preconditioning
+from .noise_levels import log_linear_sigmas, log_normal_sigmas
+from .process import GaussianProcess, Process, ReflectedProcess
+from .score import Denoiser, ReflectedModel, ScoreModel, preconditioning
 
 VP_SCHEDULERS = frozenset(
     (
@@ -76,12 +78,13 @@ class NoiseSchedule:
     """What a scheduler's configuration says about a network; made by `noise_schedule`.
 
     Args:
-        family: `vp`, `flow` or `edm`.
+        family: `vp`, `flow`, `edm` or `reflected`.
         prediction_type: diffusers' name, `flow_prediction` for flow matching.
         num_train_timesteps: N of the table above.
-        sigmas: noise level of each trained timestep, increasing, float64 (vp and flow; empty for edm).
+        sigmas: noise level of each trained timestep, increasing, float64 (empty for edm).
         sigma_data: standard deviation of the data (edm).
         sigma_min, sigma_max: the range that the network was trained for.
+        process: the box (reflected).
     """
 
     family: str
@@ -91,10 +94,11 @@ class NoiseSchedule:
     sigma_min: float
     sigma_max: float
     sigma_data: float | None = None
+    process: Process = field(default=GaussianProcess())
     _tables: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def time(self, sigma: Tensor) -> Tensor:
-        """The time that the network is told at `sigma`, of its shape; for vp, held at the ends of the table."""
+        """The time that the network is told at `sigma`, of its shape; held at the ends of a table."""
         if self.family == "edm":
             return sigma.log() / 4
         if self.family == "flow":
@@ -117,15 +121,15 @@ class NoiseSchedule:
         return torch.lerp(table[low], table[low + 1], (time - low).clamp(0, 1)).exp()
 
     def scale(self, sigma: Tensor) -> Tensor:
-        """The scheduler's sample is scale x: alpha for vp, 1 - t/N for flow, 1 for edm."""
-        if self.family == "edm":
+        """The scheduler's sample is scale x: alpha for vp, 1 - t/N for flow, else 1."""
+        if self.family in ("edm", "reflected"):
             return torch.ones_like(sigma)
         return preconditioning(self.prediction_type)(sigma).c_in
 
     def draw_sigmas(
         self, n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """The usual training law, (n,): uniform over the trained timesteps (vp, flow), log-normal (edm)."""
+        """The usual training law, (n,): log-normal (edm), else uniform over the trained timesteps."""
         if self.family == "edm":
             return log_normal_sigmas(n, generator=generator, device=device)
         drawn_on = device if generator is None else generator.device
@@ -140,7 +144,7 @@ class NoiseSchedule:
 
 
 def noise_schedule(scheduler: Any) -> NoiseSchedule:
-    """Read a stock scheduler of diffusers, or a subclass of one.
+    """Read a stock scheduler of diffusers, a subclass of one, or a `ReflectedScheduler`.
 
     Raises:
         TypeError: it is no scheduler.
@@ -162,11 +166,17 @@ def _read_schedule(scheduler: Any) -> NoiseSchedule:
         return NoiseSchedule("edm", config.prediction_type, config.num_train_timesteps, none, **bounds)
 
     n = config.get("num_train_timesteps", 1000)
-    flow = names & FLOW_SCHEDULERS or (names & VP_SCHEDULERS and config.prediction_type == "flow_prediction")
+    ordinary = names & VP_SCHEDULERS or ("ReflectedScheduler" in names and hasattr(scheduler, "alphas_cumprod"))
+    if "ReflectedScheduler" in names and not ordinary:
+        sigmas = log_linear_sigmas(n, config.sigma_min, config.sigma_max).flip(0)
+        process = ReflectedProcess(config.low, config.high)
+        bounds = {"sigma_min": config.sigma_min, "sigma_max": config.sigma_max}
+        return NoiseSchedule("reflected", config.prediction_type, n, sigmas, **bounds, process=process)
+    flow = names & FLOW_SCHEDULERS or (ordinary and config.prediction_type == "flow_prediction")
     if flow and not config.get("invert_sigmas", False):
         t = torch.arange(1, n, dtype=torch.float64)
         sigmas, prediction_type = t / (n - t), "flow_prediction"
-    elif names & VP_SCHEDULERS and config.get("timestep_type", "discrete") == "discrete":
+    elif ordinary and config.get("timestep_type", "discrete") == "discrete":
         abar = scheduler.alphas_cumprod.detach().to("cpu", torch.float64)
         sigmas, prediction_type = ((1 - abar) / abar).sqrt(), config.prediction_type
         zero_snr = config.get("rescale_betas_zero_snr", False)  # some schedulers put a tiny abar for 0
@@ -205,7 +215,7 @@ class Network(nn.Module):
         self._sample = next((name for name in ("sample", "hidden_states") if name in parameters), "")
         self._by_name = self._sample != "" and "timestep" in parameters
         self._options = {"return_dict": False} if "return_dict" in parameters else {}
-        self._time_scale = 1e-3 if type(inner).__name__.startswith(_TIME_IN_UNIT_INTERVAL) else 1.0
+        self._time_scale = time_scale(inner)
 
     def forward(self, model_input: Tensor, time: Tensor, **cond: Any) -> Tensor:
         time = (time * self._time_scale).expand(len(model_input))
@@ -219,6 +229,11 @@ class Network(nn.Module):
         if output.shape != model_input.shape and output.shape[1] == 2 * channels:
             output = output[:, :channels]
         return output.to(model_input.dtype)
+
+
+def time_scale(model: Any) -> float:
+    """What a network expects its time multiplied with: 1/1000 for those that multiply it by 1000 themselves."""
+    return 1e-3 if type(unwrap(model)).__name__.startswith(_TIME_IN_UNIT_INTERVAL) else 1.0
 
 
 def unwrap(model: Any) -> Any:
@@ -236,6 +251,17 @@ def _dtype(model: Any) -> torch.dtype | None:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
+def score_model_from(model: Any, scheduler: Any) -> ScoreModel:
+    """A diffusers model as its scheduler means it: a `ReflectedModel` or a `Denoiser`.
+
+    Args, Raises: as `denoiser_from`.
+    """
+    schedule = noise_schedule(scheduler)
+    if isinstance(schedule.process, ReflectedProcess):
+        return ReflectedModel(Network(model), schedule.time, schedule.process)
+    return denoiser_from(model, scheduler)
+
+
 def denoiser_from(model: Any, scheduler: Any) -> Denoiser:
     """D(x, sigma, **cond) of a diffusers model as its scheduler means it.
 
@@ -247,4 +273,6 @@ def denoiser_from(model: Any, scheduler: Any) -> Denoiser:
         ValueError: the scheduler or its prediction type is not supported; the message names those that are.
     """
     schedule = noise_schedule(scheduler)
+    if isinstance(schedule.process, ReflectedProcess):
+        raise ValueError("a model of a reflected process has a score and no denoiser: use score_model_from")
     return Denoiser(Network(model), preconditioning(schedule.prediction_type, schedule.sigma_data), schedule.time)

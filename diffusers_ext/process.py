@@ -10,8 +10,11 @@ variance-preserving ones, flow matching) is a change of units, made in `diffuser
 Shapes: `x` and `x0` are (B, ...) of any rank; `sigma` is a number, a tensor of shape () or one of shape (B,), aligned
 with the first dimension of `x`.
 
-Reference: Elucidating the Design Space of Diffusion-Based Generative Models (Karras, Aittala, Aila, Laine, 2022,
-arXiv 2206.00364), section 2.
+Data in a box can keep to it: `ReflectedProcess` folds the noise back at the faces. Tweedie's formula is false there:
+the score of uniform data is 0 at every noise level, and yet E[x0 | x] is not x. The score is what all processes share.
+
+References: Elucidating the Design Space of Diffusion-Based Generative Models (Karras, Aittala, Aila, Laine, 2022,
+arXiv 2206.00364), section 2; Reflected Diffusion Models (Lou, Ermon, 2023, arXiv 2304.04740).
 """
 
 from __future__ import annotations
@@ -19,25 +22,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log, pi
+from math import isfinite, log, pi
 
 import torch
 from torch import Tensor
 
-
-def align(sigma: Tensor | float, x: Tensor) -> Tensor:
-    """View `sigma`, () or (B,), so that it broadcasts over `x` (B, ...), in the dtype and on the device of `x`.
-
-    Raises:
-        ValueError: `sigma` has neither shape () nor one entry for each sample of `x`.
-    """
-    if not isinstance(sigma, Tensor):
-        return torch.full((), sigma, dtype=x.dtype, device=x.device)
-    if sigma.ndim == 0:
-        return sigma.to(x)
-    if sigma.shape != x.shape[:1]:
-        raise ValueError(f"sigma has shape {tuple(sigma.shape)}; x of shape {tuple(x.shape)} needs () or ({len(x)},)")
-    return sigma.to(x).reshape(-1, *[1] * (x.ndim - 1))
+from .hypercube import heat_kernel_score, reflect
+from .shapes import align as align
 
 
 def randn(
@@ -117,3 +108,75 @@ class GaussianProcess(Process):
     def log_prior(self, x: Tensor, sigma_max: float) -> Tensor:
         z = x.flatten(1) / sigma_max
         return -0.5 * z.square().sum(1) - z.shape[1] * (log(sigma_max) + 0.5 * log(2 * pi))
+
+
+@dataclass(frozen=True)
+class ReflectedProcess(Process):
+    """x = x0 + sigma n, folded back at the faces of the box [low, high]^d; the prior is uniform on it.
+
+    `sigma` is in the units of the data. The uniform law is reached, up to exp(-(pi sigma / (high - low))^2 / 2), at any
+    sigma_max of some widths: 5 is the paper's.
+
+    Raises:
+        ValueError: low is not below high, or one of them is not finite.
+    """
+
+    low: float = -1.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.low) and isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"the box [low, high] = [{self.low}, {self.high}] is empty or not finite")
+
+    @property
+    def width(self) -> float:
+        """high - low."""
+        return self.high - self.low
+
+    def perturb(self, x0: Tensor, sigma: Tensor | float, generator: torch.Generator | None = None) -> Tensor:
+        return self.constrain(x0 + align(sigma, x0) * randn_like(x0, generator))
+
+    def target_score(self, x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
+        return heat_kernel_score(self._in_unit_box(x), self._in_unit_box(x0), sigma / self.width) / self.width
+
+    def constrain(self, x: Tensor) -> Tensor:
+        """Fold x back into the box; points of the box stay as they are, to the last bit."""
+        folded = (self.low + self.width * reflect(self._in_unit_box(x))).clamp(self.low, self.high)
+        return torch.where((x < self.low) | (x > self.high), folded, x)
+
+    def orientation(self, x: Tensor) -> Tensor:
+        """The derivative of `constrain`: 1 where folding keeps directions (in the box), -1 where it turns them."""
+        turned = 1 - 2 * self._in_unit_box(x).floor().remainder(2)
+        return torch.where((x < self.low) | (x > self.high), turned, 1)
+
+    def sample_prior(
+        self,
+        shape: Sequence[int],
+        sigma_max: float,
+        generator: torch.Generator | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Draw from the uniform law of the box, whatever `sigma_max`."""
+        drawn_on = device if generator is None else generator.device
+        uniform = torch.rand(tuple(shape), generator=generator, device=drawn_on, dtype=dtype).to(device)
+        return (self.low + self.width * uniform).clamp(self.low, self.high)
+
+    def log_prior(self, x: Tensor, sigma_max: float) -> Tensor:
+        x = x.flatten(1)
+        inside = ((x >= self.low) & (x <= self.high)).all(1)
+        return x.new_full((len(x),), -x.shape[1] * log(self.width)).where(inside, -torch.inf)
+
+    def require_inside(self, x: Tensor, name: str = "x0") -> None:
+        """Check that data lie in the box; waits for the device.
+
+        Raises:
+            ValueError: they do not; the message gives their range.
+        """
+        low, high = x.aminmax()  # tensors, for the faces are rounded to their dtype where they are compared
+        if not (low >= self.low and high <= self.high):
+            raise ValueError(f"{name} must lie in [{self.low}, {self.high}], it is from {low:.6g} to {high:.6g}")
+
+    def _in_unit_box(self, x: Tensor) -> Tensor:
+        return (x - self.low) / self.width

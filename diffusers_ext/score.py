@@ -15,11 +15,12 @@ coefficients, as functions of s = sigma (sd = the standard deviation of the data
     EDM, epsilon             (s^2+sd^2)^-1/2    sd^2/(s^2+sd^2)     s sd/(s^2+sd^2)^1/2
     EDM, v_prediction        (s^2+sd^2)^-1/2    sd^2/(s^2+sd^2)     -s sd/(s^2+sd^2)^1/2
 
-`x0` exists for Gaussian noise only; the score is what every process has.
+`x0` exists for Gaussian noise only; the score is what every process has. On a reflected process the network's output is
+eps := -sigma score, which is what epsilon is in the Gaussian case.
 
 References: Karras et al., 2022, arXiv 2206.00364, table 1 (EDM); Progressive Distillation (Salimans, Ho, 2022, arXiv
 2202.00512), section 4 (v = alpha eps - sigma x0); Flow Matching (Lipman et al., 2022, arXiv 2210.02747), flow =
-noise - x0.
+noise - x0; Reflected Diffusion Models (Lou, Ermon, 2023, arXiv 2304.04740).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .process import GaussianProcess, Process, align
+from .process import GaussianProcess, Process, ReflectedProcess, align
 
 
 class Coefficients(NamedTuple):
@@ -112,6 +113,10 @@ class ScoreModel(ABC):
     def score_error(self, prediction: Tensor, x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
         """sigma (score - grad_x log p(x | x0)) of a prediction at (x, sigma), (B, ...)."""
 
+    @abstractmethod
+    def output_weight(self, sigma: Tensor) -> Tensor:
+        """The weight of the score-matching loss that makes it the mean square error of the network's own output."""
+
 
 @dataclass(frozen=True)
 class Denoiser(ScoreModel):
@@ -136,17 +141,45 @@ class Denoiser(ScoreModel):
 
     def eps(self, x: Tensor, sigma: Tensor | float, **cond: Any) -> Tensor:
         """The predicted noise, (x - D) / sigma."""
-        return (x - self(x, sigma, **cond)) / align(sigma, x)
+        denoised = self(x, sigma, **cond)
+        return (x - denoised) / align(sigma, denoised)
 
     def score(self, x: Tensor, sigma: Tensor | float, **cond: Any) -> Tensor:
-        return (self(x, sigma, **cond) - x) / align(sigma, x) ** 2
+        denoised = self(x, sigma, **cond)
+        return (denoised - x) / align(sigma, denoised) ** 2
 
     def score_error(self, prediction: Tensor, x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
-        return (prediction - x0) / align(sigma, x)
+        return (prediction - x0) / align(sigma, prediction)
 
     def output_weight(self, sigma: Tensor) -> Tensor:
-        """The weight of the score-matching loss that makes it the mean square error of the network's own output.
-
-        That is 1 for epsilon, 1 + sigma^2 for v, and for an EDM network the weighting of Karras et al.
-        """
+        """1 for epsilon, 1 + sigma^2 for v, and for an EDM network the weighting of Karras et al."""
         return (sigma / self.coefficients(sigma).c_out) ** 2
+
+
+@dataclass(frozen=True)
+class ReflectedModel(ScoreModel):
+    """eps(x, sigma, **cond) = -sigma score of a network trained on a reflected process; in float32 at least.
+
+    Args:
+        network: F(x, time, **cond) -> eps, both (B, ...).
+        time: sigma -> what the network is told, of the shape of sigma.
+        process: the box.
+    """
+
+    network: Callable[..., Tensor]
+    time: Callable[[Tensor], Tensor]
+    process: ReflectedProcess = field(default=ReflectedProcess())
+
+    def __call__(self, x: Tensor, sigma: Tensor | float, **cond: Any) -> Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.network(x, self.time(align(sigma, x).flatten()), **cond)
+
+    def score(self, x: Tensor, sigma: Tensor | float, **cond: Any) -> Tensor:
+        eps = self(x, sigma, **cond)
+        return -eps / align(sigma, eps)
+
+    def score_error(self, prediction: Tensor, x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
+        return -prediction - align(sigma, x) * self.process.target_score(x, x0, sigma)
+
+    def output_weight(self, sigma: Tensor) -> Tensor:
+        return torch.ones_like(sigma)

@@ -8,11 +8,15 @@ With r = sigma_next / sigma, D the denoiser at (x, sigma) and z ~ N(0, I):
     posterior        x <- D + r^2 (x - D) + sigma_next (1 - r^2)^1/2 z   SDE; the law of x_next given x and x0 = D;
                                                                          DDPM with the small variance
 
-Every rule has one calling convention, `step(denoiser, x, sigma, sigma_next, *, denoised, generator, **cond)`, where
-`denoised` is D(x, sigma) if the caller has it already.
+    langevin         x <- x + d s + (2 d)^1/2 z                      corrector: keeps sigma, for any process
+
+(s is the score, d = (step_size sigma)^2.) Every rule but the corrector has one calling convention,
+`step(denoiser, x, sigma, sigma_next, *, denoised, generator, **cond)`, where `denoised` is D(x, sigma) if the caller
+has it already.
 
 References: Karras et al., 2022, arXiv 2206.00364, algorithms 1 and 2; Denoising Diffusion Implicit Models (Song, Meng,
-Ermon, 2020, arXiv 2010.02502); Score-Based Generative Modeling through SDEs (Song et al., 2020, arXiv 2011.13456).
+Ermon, 2020, arXiv 2010.02502); Score-Based Generative Modeling through SDEs (Song et al., 2020, arXiv 2011.13456),
+algorithm 4 (corrector).
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import torch
 from torch import Tensor
 
 from .process import align, randn_like
-from .score import Denoiser
+from .score import Denoiser, ScoreModel
 
 
 class Step(Protocol):
@@ -112,6 +116,31 @@ def posterior(
     sigma_next = align(sigma_next, x)
     r = sigma_next / align(sigma, x)
     return denoised + r**2 * (x - denoised) + sigma_next * (1 - r**2) ** 0.5 * randn_like(x, generator)
+
+
+def langevin(
+    model: ScoreModel,
+    x: Tensor,
+    sigma: Tensor | float,
+    *,
+    steps: int = 1,
+    step_size: float = 0.16,
+    generator: torch.Generator | None = None,
+    **cond: Any,
+) -> Tensor:
+    """Langevin steps at one noise level, each `model.process.constrain`ed; they repair the law of x, which stays at
+    `sigma`. As `step_size` goes to 0 (and `steps` as step_size^-2 to infinity) the law becomes the model's p_sigma.
+
+    Raises:
+        ValueError: `step_size` is not positive.
+    """
+    if not step_size > 0:
+        raise ValueError(f"step_size must be positive, got {step_size}")
+    d = (step_size * align(sigma, x)) ** 2
+    for _ in range(steps):
+        x = x + d * model.score(x, sigma, **cond) + (2 * d) ** 0.5 * randn_like(x, generator)
+        x = model.process.constrain(x)
+    return x
 
 
 def sample(

@@ -107,6 +107,56 @@ class Gaussian(Mixture):
         return self.mean + (end / start).sqrt() * (x - self.mean)
 
 
+@dataclass(frozen=True)
+class Folded:
+    """A mixture with its coordinates folded into the box [low, high] by reflection at the faces; at every sigma of a
+    reflected process it is the free one, folded, since folding commutes with adding noise and folding again.
+
+    The density is the sum over all points that fold onto x, plainly: `images` of them on each side.
+    """
+
+    law: Mixture
+    low: float = -1.0
+    high: float = 1.0
+    images: int = 40
+
+    def fold(self, y: Tensor) -> Tensor:
+        period = 2 * (self.high - self.low)
+        u = (y - self.low) % period
+        return self.low + torch.minimum(u, period - u)
+
+    def sample(self, n: int, generator: torch.Generator, sigma: float = 0.0) -> Tensor:
+        y = self.law.sample(n, generator)
+        return self.fold(y + sigma * torch.randn(y.shape, dtype=y.dtype, generator=generator))
+
+    def log_prob(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+        """log p_sigma(x) with respect to dx, (B,)."""
+        period = 2 * (self.high - self.low)
+        shifts = period * torch.arange(-self.images, self.images + 1, dtype=torch.float64)
+        x = x.double()
+        places = torch.cat([x + s.reshape(-1, *[1] * x.ndim) for s in (shifts, shifts)])  # (images, B, ...)
+        places[len(shifts) :] = 2 * self.low - places[len(shifts) :]
+        rows = []
+        for w, m, v in zip(self.law.weights, self.law.means, self.law.variances, strict=True):
+            total = (v + along(sigma, x) ** 2).expand_as(x)
+            coordinates = (-0.5 * ((places - m) ** 2 / total + torch.log(2 * pi * total))).logsumexp(0)
+            rows.append(w.log() + coordinates.reshape(len(x), -1).sum(1))
+        return torch.stack(rows).logsumexp(0)
+
+    def score(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().double().requires_grad_()
+            return torch.autograd.grad(self.log_prob(x, sigma).sum(), x)[0]
+
+    def cdf(self, x: Tensor, sigma: float) -> Tensor:
+        """P(X <= x) of scalar data, x (B,)."""
+        period = 2 * (self.high - self.low)
+        total = torch.zeros_like(x)
+        for shift in (period * j for j in range(-self.images, self.images + 1)):
+            total = total + self.law._cdf(x + shift, sigma) - self.law._cdf(2 * self.low - x + shift, sigma)
+        return total
+
+
 def two_bumps() -> Mixture:
     """A lopsided mixture on the line."""
     return Mixture(*(torch.tensor(v, dtype=torch.float64) for v in ([0.3, 0.7], [-1.0, 0.8], [0.04, 0.09])))

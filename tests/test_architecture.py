@@ -11,17 +11,20 @@ import diffusers_ext
 
 PACKAGE = Path(diffusers_ext.__file__).parent
 ORDER = [
+    {"shapes"},
+    {"hypercube"},
     {"process"},
     {"score"},
     {"noise_levels"},
     {"solvers"},
     {"interop"},
-    {"losses", "metrics"},
+    {"losses", "metrics", "likelihood"},
+    {"schedulers"},
     {"pipelines"},
     {"training"},
 ]
 LAYER = {name: i for i, names in enumerate(ORDER) for name in names}
-TORCH_ONLY = ("process", "score", "noise_levels", "solvers", "losses")
+TORCH_ONLY = ("shapes", "hypercube", "process", "score", "noise_levels", "solvers", "losses")
 
 
 def layer_of(path):

@@ -29,7 +29,7 @@ def test_the_command_line_switches_a_default_off():
         (["--preset", "digitz"], None, "no preset 'digitz'; presets: digits, mnist, cifar10"),
         (["--train_batch_size", "0"], None, "--train_batch_size must be at least 1"),
         (["--lr_scheduler", "cosinus"], None, "--lr_scheduler 'cosinus' is not one of constant"),
-        (["--learning_rate=-1"], None, "--learning_rate must not be negative"),
+        (["--learning_rate=-1"], None, "--learning_rate must be at least 0"),
         (["--label_drop", "2"], None, "--label_drop must be from 0 to 1"),
         (["--max_train_step", "3"], None, "unknown argument '--max_train_step'; did you mean max_train_steps?"),
         ([], "learning_rat: 1", "unknown argument 'learning_rat'; did you mean learning_rate?"),

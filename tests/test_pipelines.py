@@ -2,8 +2,10 @@
 Gaussian data under every scheduler, and sampling loops written out by hand."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -22,12 +24,14 @@ from diffusers import (
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from hub_server import HubServer
 from oracles import Gaussian, network_of
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusers_ext import ClassConditionalPipeline
+from diffusers_ext import ClassConditionalPipeline, ReflectedPipeline, ReflectedScheduler
 
+REPOSITORY = Path(__file__).parent.parent
 SHAPE = (1, 4, 4)
 VARIANCE = 0.04 + 0.03 * torch.rand(SHAPE, generator=torch.Generator().manual_seed(0))
 LAW = Gaussian(0.2 * torch.linspace(-1, 1, 16).reshape(SHAPE), VARIANCE)
@@ -289,6 +293,47 @@ def test_another_process_that_imports_the_package_loads_it(tmp_path) -> None:
     name, theirs = torch.load(file)
     assert name == "ClassConditionalPipeline"
     torch.testing.assert_close(theirs, images(pipe, [0], steps=2, guidance_scale=2.0, latents=latents))
+
+
+OPEN = """
+import sys
+from diffusers import DiffusionPipeline
+
+def load(name):
+    try:
+        pipe = DiffusionPipeline.from_pretrained(name, custom_pipeline=name, trust_remote_code=True)
+    except (ImportError, ValueError) as error:
+        return f"{type(error).__name__} {error}"
+    return f"{type(pipe).__name__} {type(pipe.scheduler).__name__}"
+
+places = ["tester/class_conditional", "tester/reflected", "reflected"]
+sys.modules["diffusers_ext"] = None  # a machine that has no such package
+print(*map(load, places), sep="\\n")
+del sys.modules["diffusers_ext"]
+print(*map(load, places), sep="\\n")
+"""
+
+
+def test_with_the_file_beside_it_a_pipeline_opens_without_an_import(tmp_path) -> None:
+    reflected = ReflectedPipeline(tiny_unet(5), ReflectedScheduler(), null_class=4)
+    with HubServer() as hub:
+        for name, pipe in (("class_conditional", class_pipeline()), ("reflected", reflected)):
+            pipe.save_pretrained(tmp_path / name)
+            shutil.copytree(REPOSITORY / "pipelines" / name, tmp_path / name, dirs_exist_ok=True)
+            files = [p for p in (tmp_path / name).rglob("*.*") if p.is_file() and "__pycache__" not in p.parts]
+            hub.create(f"tester/{name}")
+            hub._repositories[f"tester/{name}"].commit(
+                "pushed", {p.relative_to(tmp_path / name).as_posix(): p.read_bytes() for p in files}
+            )
+        environment = hub.environment(tmp_path / "home", token=None)
+        done = subprocess.run(
+            [sys.executable, "-c", OPEN], cwd=tmp_path, env=environment, text=True, capture_output=True
+        )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert all(line.startswith(("ModuleNotFound", "ImportError")) and "diffusers_ext" in line for line in lines[:3])
+    assert lines[3] == "ClassConditionalPipeline DDIMScheduler"
+    assert lines[4:] == ["ReflectedPipeline ReflectedScheduler"] * 2
 
 
 def test_a_component_of_ours_is_stored_under_the_name_of_the_package(tmp_path, monkeypatch) -> None:

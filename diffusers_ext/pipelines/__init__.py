@@ -1,5 +1,6 @@
 """Pipelines: each differs from the others in where its chain starts."""
 
 from .pipeline_class_conditional import ClassConditionalPipeline
+from .pipeline_reflected import ReflectedPipeline
 
-__all__ = ["ClassConditionalPipeline"]
+__all__ = ["ClassConditionalPipeline", "ReflectedPipeline"]

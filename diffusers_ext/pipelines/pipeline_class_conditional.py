@@ -85,36 +85,43 @@ class ClassConditionalPipeline(DiffusionPipeline):
         Raises:
             ValueError: an argument contradicts the model or another argument; the message says how.
         """
-        if num_inference_steps < 1 or (batch_size is not None and batch_size < 1):
-            raise ValueError(f"{num_inference_steps=} and {batch_size=} must be at least 1")
-        labels = self._labels(class_labels, batch_size, guidance_scale)
-        n = len(labels) if labels is not None else batch_size if batch_size is not None else 1
+        if num_inference_steps < 1:
+            raise ValueError(f"{num_inference_steps=} must be at least 1")
+        labels, n = self._batch(class_labels, batch_size, guidance_scale)
         self._check(n, generator, latents, output_type, callback_on_step_end_tensor_inputs)
-        device, dtype = self._execution_device, self.unet.dtype
 
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        if latents is None:
-            latents = randn_tensor(self._shape(n), generator, device, dtype)
-        # The scheduler works in float32: with large sigma a half-precision sample would lose the image.
-        precise = torch.promote_types(dtype, torch.float32)
-        sample = latents.to(device, precise) * getattr(self.scheduler, "init_noise_sigma", 1.0)
-
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        sample = self._start(n, generator, latents)
         offered = {"generator": generator, "eta": eta}
         takes = inspect.signature(self.scheduler.step).parameters
         options = {name: value for name, value in offered.items() if name in takes}
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             output = self._predict(sample, t, labels, guidance_scale)
-            sample = self.scheduler.step(output.to(precise), t, sample, **options).prev_sample
+            sample = self.scheduler.step(output.to(sample.dtype), t, sample, **options).prev_sample
             if callback_on_step_end is not None:
                 tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, sample)
                 sample = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", sample)
 
-        images: Any = (sample / 2 + 0.5).clamp(0, 1)
-        images = images.to(dtype) if output_type == "pt" else images.cpu().permute(0, 2, 3, 1).numpy()
+        return self._finish(sample, output_type, return_dict)
+
+    def _start(self, n: int, generator: Any, latents: Tensor | None) -> Tensor:
+        """The chain's first sample, in float32 at least: with large sigma a half-precision one would lose the image."""
+        device, dtype = self._execution_device, self.unet.dtype
+        if latents is None:
+            latents = randn_tensor(self._shape(n), generator, device, dtype)
+        precise = torch.promote_types(dtype, torch.float32)
+        return latents.to(device, precise) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def _finish(self, sample: Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple[Any]:
+        images: Any = self._in_unit_range(sample).clamp(0, 1)
+        images = images.to(self.unet.dtype) if output_type == "pt" else images.cpu().permute(0, 2, 3, 1).numpy()
         if output_type == "pil":
             images = self.numpy_to_pil(images)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _in_unit_range(self, sample: Tensor) -> Tensor:
+        return sample / 2 + 0.5
 
     def _predict(self, sample: Tensor, t: Any, labels: Tensor | None, guidance_scale: float) -> Tensor:
         scale = getattr(self.scheduler, "scale_model_input", lambda x, _: x)
@@ -129,6 +136,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
         size = self.unet.config.sample_size
         height_width = (size, size) if isinstance(size, int) else tuple(size)
         return (n, self.unet.config.in_channels, *height_width)
+
+    def _batch(self, class_labels: Any, batch_size: int | None, guidance_scale: float) -> tuple[Tensor | None, int]:
+        """The labels, `None` for an unconditional model, and the number of images."""
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"{batch_size=} must be at least 1")
+        labels = self._labels(class_labels, batch_size, guidance_scale)
+        return labels, len(labels) if labels is not None else batch_size if batch_size is not None else 1
 
     def _labels(
         self, class_labels: int | Sequence[int] | Tensor | None, batch_size: int | None, guidance_scale: float

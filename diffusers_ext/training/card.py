@@ -60,13 +60,13 @@ def write_model_card(
         _training_section(command, arguments),
         _metrics_section(metrics),
     ]
-    data_set = _hub_name(arguments.get("dataset_name"))
+    data_set = hub_name(arguments.get("dataset_name"))
     header = ModelCardData(
         library_name="diffusers",
         license=license,
         tags=_tags(pipeline_class, paper[1], needs_package),
         datasets=[data_set] if data_set else None,
-        base_model=_hub_name(arguments.get("pretrained_model_name_or_path")),
+        base_model=hub_name(arguments.get("pretrained_model_name_or_path")),
     )
     body = _without_secrets("\n\n".join(part for part in parts if part), arguments)
     card = ModelCard(f"---\n{header.to_yaml()}\n---\n\n{body}\n")
@@ -88,27 +88,28 @@ def _loading_section(name: str, pipeline_class: str, needs_package: bool) -> str
 
 
 def _training_section(command: str, arguments: Mapping[str, object]) -> str:
-    shown = {
-        key: _shown(value) if isinstance(value, str) else _number(value)
+    listed = {
+        key: shown(value) if isinstance(value, str) else _number(value)
         for key, value in arguments.items()
         if key not in _NOT_SHOWN and isinstance(value, int | float | str)
     }
-    table = _table(["argument", "value"], [[f"`{key}`", f"`{value}`"] for key, value in shown.items()])
-    return f"## Training\n\n```bash\n{_shown_command(command)}\n```\n\n{table}"
+    rows = [[f"`{key}`", f"`{value}`"] for key, value in listed.items()]
+    return f"## Training\n\n```bash\n{shown_command(command)}\n```\n\n{table(['argument', 'value'], rows)}"
 
 
 def _metrics_section(metrics: Mapping[str, object]) -> str:
     single = [[key, _number(value)] for key, value in metrics.items() if isinstance(value, int | float | str)]
-    tables = [_table(["metric", "value"], single)] if single else []
+    tables = [table(["metric", "value"], single)] if single else []
     lists = {key: value for key, value in metrics.items() if isinstance(value, list | tuple) and value}
     for n in sorted({len(value) for value in lists.values()}):
         columns = {key: value for key, value in lists.items() if len(value) == n}
         rows = [[_number(v) for v in row] for row in zip(*columns.values(), strict=True)]
-        tables.append(_table(list(columns), rows))
+        tables.append(table(list(columns), rows))
     return "\n\n".join(["## Metrics", *tables]) if tables else ""
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines)
 
@@ -135,21 +136,21 @@ def _is_local(value: str) -> bool:
     return value.startswith(("/", "~", ".")) or os.path.isabs(value) or os.path.exists(value)
 
 
-def _shown(value: str) -> str:
-    """The value; a local path by its base name."""
+def shown(value: str) -> str:
+    """A name as others may see it: a local path by its base name."""
     return os.path.basename(os.path.abspath(os.path.expanduser(value))) if _is_local(value) else value
 
 
-def _hub_name(value: object) -> str | None:
+def hub_name(value: object) -> str | None:
     """The value if it is a name of the Hub, `owner/name`."""
     if not isinstance(value, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
         return None
     return None if _is_local(value) or value.endswith(".parquet") else value
 
 
-def _shown_command(command: str) -> str:
+def shown_command(command: str) -> str:
     """The command line without secrets, with local paths by their base name; the script keeps a relative path."""
-    shown: list[str] = []
+    kept: list[str] = []
     words = iter(shlex.split(command))
     for word in words:
         option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
@@ -158,8 +159,8 @@ def _shown_command(command: str) -> str:
                 next(words, None)
             continue
         script = value.endswith(".py") and not os.path.isabs(value)
-        shown.append(option + equals + (value if script or not value else _shown(value)))
-    return shlex.join(shown)
+        kept.append(option + equals + (value if script or not value else shown(value)))
+    return shlex.join(kept)
 
 
 def _without_secrets(text: str, arguments: Mapping[str, object]) -> str:

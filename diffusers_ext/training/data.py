@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .arguments import InputError, TrainingArguments
+from .arguments import DataArguments, InputError
 from .images import HubStream, ImageSource, Transform, open_encoded
 
 # So many neighbours of an unreadable image are tried in its place.
@@ -217,7 +217,7 @@ def _ordered_map(
 
 
 def micro_batches(
-    args: TrainingArguments,
+    args: DataArguments,
     source: ImageSource | HubStream,
     transform: Transform,
     first: int,

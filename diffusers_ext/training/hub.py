@@ -54,8 +54,12 @@ from .card import complete_card
 
 _logger = logging.getLogger(__name__)
 
-TOP_LEVEL_FILES = ("model_index.json", "README.md", "metrics.json", "pipeline.py")
-COMPONENT_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".npz")  # what save_pretrained writes, without pickles
+TOP_LEVEL_FILES = (
+    *("model_index.json", "README.md", "metrics.json", "pipeline.py"),
+    *("config.json", "diffusion_pytorch_model.safetensors", "offsets.png"),  # of a calibration
+)
+# What save_pretrained writes, without pickles, and code that lies beside it.
+COMPONENT_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".npz", ".py")
 PASSING_STATUS_CODES = (408, 409, 412, 429)  # beside 5xx: time-out, conflict, moved branch, rate limit
 _SNAPSHOT_PREFIX = ".pushing-"
 _PATIENCE = 3.0  # seconds that `finish` waits before it says what it waits for
@@ -65,16 +69,20 @@ _PATIENCE = 3.0  # seconds that `finish` waits before it says what it waits for
 
 
 def pushed_files(folder: Path) -> list[Path]:
-    """What inference needs of a pipeline's folder, relative to it, sorted: the allow list of every push.
+    """What inference needs of a folder, relative to it, sorted: the allow list of every push.
 
-    `model_index.json`, the configurations and safetensors of the components that it names, the model card, the newest
-    sample grid, `pipeline.py` and `metrics.json` where there are any.
+    Of a pipeline `model_index.json` and the configurations and safetensors of the components that it names; of a
+    calibration its `config.json`, tables and scheduler; the model card, the newest sample grid, `pipeline.py`,
+    `metrics.json` and the picture of a calibration where there are any.
 
     Raises:
-        FileNotFoundError: the folder holds no `model_index.json`: nobody could load what is pushed.
+        FileNotFoundError: the folder holds neither a pipeline nor a calibration: nobody could load what is pushed.
     """
-    index = json.loads((folder / "model_index.json").read_text())
-    components = [name for name, value in index.items() if isinstance(value, list) and not name.startswith("_")]
+    if not (folder / "model_index.json").exists() and (folder / "config.json").exists():
+        components = ["scheduler"]
+    else:
+        index = json.loads((folder / "model_index.json").read_text())
+        components = [name for name, value in index.items() if isinstance(value, list) and not name.startswith("_")]
     files = [folder / name for name in TOP_LEVEL_FILES]
     for name in components:
         files += [f for f in (folder / name).rglob("*") if f.suffix in COMPONENT_SUFFIXES]

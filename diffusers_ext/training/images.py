@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .arguments import InputError, TrainingArguments
+from .arguments import DataArguments, InputError, TrainingArguments
 
 IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -141,7 +141,7 @@ class HubImages:
 class HubStream:
     """A split of a `datasets` data set that is read in order; rows of image cells and labels (-1 for none)."""
 
-    def __init__(self, dataset: Any, split: str, args: TrainingArguments) -> None:
+    def __init__(self, dataset: Any, split: str, args: DataArguments) -> None:
         dataset = dataset if dataset.features is not None else dataset._resolve_features()
         self.split, self.seed = split, args.seed
         self.image_column, self.label_column, self.class_names = _find_columns(
@@ -171,6 +171,37 @@ class HubStream:
             label = -1 if self.label_column is None else row[self.label_column]
             cell = row[self.image_column]
             yield cell, label, _name_of(self.split, i, cell)
+
+
+class Numbered:
+    """Another source with the place of each image for its label, to find what else its row holds."""
+
+    class_names: Sequence[str] | None = None
+
+    def __init__(self, source: ImageSource) -> None:
+        self.source = source
+        self.labels: Sequence[int] | None = range(len(source))
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def open(self, index: int) -> Image.Image:
+        return self.source.open(index)
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def column(self, name: str) -> Sequence[Any]:
+        """Another column of the rows.
+
+        Raises:
+            InputError: there is none of this name.
+        """
+        rows = getattr(self.source, "rows", None)
+        if rows is None or name not in rows.column_names:
+            have = "no columns" if rows is None else ", ".join(rows.column_names)
+            raise InputError(f"the data have no column {name!r}: {have}")
+        return rows[name]
 
 
 def _integers(values: Sequence[Any], column: str) -> list[int]:
@@ -225,8 +256,8 @@ def _column(kind: str, asked: str | None, found: Sequence[str], features: Any) -
     return found[0]
 
 
-def load_images(args: TrainingArguments, split: str) -> ImageSource | HubStream:
-    """The split of the data set that the arguments name (see `TrainingArguments`).
+def load_images(args: DataArguments, split: str) -> ImageSource | HubStream:
+    """The split of the data set that the arguments name (see `DataArguments`).
 
     Raises:
         InputError: no data were named, or they cannot be had; the message says what to do.

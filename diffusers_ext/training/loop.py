@@ -36,10 +36,11 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from ..interop import denoiser_from, noise_schedule, unwrap
+from ..interop import noise_schedule, score_model_from, unwrap
 from ..losses import score_matching_loss
 from ..noise_levels import log_linear_sigmas, min_snr_weight
-from ..process import randn_like
+from ..process import ReflectedProcess
+from ..score import Denoiser
 from . import checkpoint
 from .arguments import InputError, TrainingArguments
 from .card import write_model_card
@@ -97,7 +98,7 @@ class TrainingLoop:
 
     Attributes:
         pipeline: what is trained; its network is wrapped by accelerate as `model`.
-        denoiser, schedule: the network as a function of (x, sigma), and the noise levels that it is trained for.
+        score_model, schedule: the network as a function of (x, sigma), and the noise levels that it is trained for.
         step, total_steps: optimiser steps done, and in all.
 
     Raises:
@@ -159,6 +160,11 @@ class TrainingLoop:
         held_out = load_validation_images(args)
         self.validation_name = "held-out images" if held_out else "training images (the data have no held-out split)"
         self.validation = first_images(held_out or self.source, args.max_validation_samples, self.transform)
+        if isinstance(process := noise_schedule(self.pipeline.scheduler).process, ReflectedProcess):
+            try:
+                process.require_inside(self.validation.images, "the images")
+            except ValueError as error:
+                raise InputError(f"{error}: the box of the pipeline's scheduler") from error
 
         per_step = args.gradient_accumulation_steps * self.accelerator.num_processes
         self.images_per_step = args.train_batch_size * per_step
@@ -200,7 +206,7 @@ class TrainingLoop:
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.ema = EMAModel(self.model.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
         self.schedule = noise_schedule(self.pipeline.scheduler)
-        self.denoiser = denoiser_from(self.model, self.pipeline.scheduler)
+        self.score_model = score_model_from(self.model, self.pipeline.scheduler)
 
     def _make_pusher(self) -> HubPusher | None:
         args = self.args
@@ -266,11 +272,25 @@ class TrainingLoop:
             labels = torch.where(dropped, self.null_class, labels)
         return Batch(x0, {"class_labels": labels}, generator)
 
+    @property
+    def denoiser(self) -> Denoiser:
+        """The score model of a Gaussian process.
+
+        Raises:
+            InputError: the model is one of a reflected process, which has a score and no denoiser.
+        """
+        if isinstance(self.score_model, Denoiser):
+            return self.score_model
+        raise InputError(
+            f"{self.name} needs a denoiser, and the model of a {type(self.pipeline.scheduler).__name__} is none: train "
+            f"it with train_reflected.py"
+        )
+
     def weight(self, sigma: Tensor) -> Tensor:
         """The score-matching weight that the arguments ask for, (B,): by default the error of the network's output."""
         if self.args.min_snr_gamma is not None:
             return min_snr_weight(sigma, self.args.min_snr_gamma)
-        return self.denoiser.output_weight(sigma)
+        return self.score_model.output_weight(sigma)
 
     def update(self, loss: Tensor, *, sigma: Tensor, **terms: Tensor) -> None:
         """Backward pass and, at the end of an accumulation, optimiser step.
@@ -436,7 +456,7 @@ class TrainingLoop:
     @torch.no_grad()
     def _loss_by_sigma(self, pipeline: DiffusionPipeline) -> dict[str, list[float]]:
         """Mean square error of eps on the validation images at log-spaced noise levels, always with the same noise."""
-        denoiser = denoiser_from(network_of(pipeline)[1], pipeline.scheduler)
+        model = score_model_from(network_of(pipeline)[1], pipeline.scheduler)
         device, batch_size = self.accelerator.device, self.args.train_batch_size
         generator = torch.Generator().manual_seed(seed_for(self.args.seed, _VALIDATION))
         sigmas = log_linear_sigmas(SIGMA_BINS, *self.log.sigma_range)
@@ -445,9 +465,10 @@ class TrainingLoop:
         for x0, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             x0 = encode(self.pipeline, x0.to(device), generator)
             cond = {"class_labels": y.to(device)} if self.takes_labels else {}
-            noise = randn_like(x0, generator)
+            before = generator.get_state()
             for i, sigma in enumerate(sigmas.tolist()):
-                total[i] += score_matching_loss(denoiser, x0 + sigma * noise, x0, sigma, **cond).sum().cpu()
+                x = model.process.perturb(x0, sigma, generator.set_state(before))
+                total[i] += score_matching_loss(model, x, x0, sigma, **cond).sum().cpu()
         return {"sigmas": sigmas.tolist(), "eps_mse": (total / len(images)).tolist()}
 
     def _push(self, metrics: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..interop import FLOW_SCHEDULERS, Network, noise_schedule
-from ..pipelines import ClassConditionalPipeline
+from ..pipelines import ClassConditionalPipeline, ReflectedPipeline
 from .arguments import InputError, TrainingArguments
 from .presets import PRESETS
 
@@ -46,6 +46,8 @@ def build_pipeline(args: TrainingArguments, num_classes: int | None) -> Diffusio
         noise_schedule(pipeline.scheduler)
     except ValueError as error:
         raise InputError(str(error)) from error
+    if args.needs_scheduler not in (None, (kind := type(pipeline.scheduler).__name__)):
+        raise InputError(f"this script trains models of a {args.needs_scheduler}, and the pipeline has a {kind}")
     for module in network_of(pipeline)[1].modules():
         if isinstance(module, LabelEmbedding):  # labels are dropped once for all evaluations of a sample, by the loop
             module.dropout_prob = 0.0
@@ -58,19 +60,35 @@ def build_pipeline(args: TrainingArguments, num_classes: int | None) -> Diffusio
 
 def _load_pipeline(args: TrainingArguments) -> DiffusionPipeline:
     name = args.pretrained_model_name_or_path
-    for argument in ("scheduler", "prediction_type", "beta_schedule", "class_conditional", "model_config_name_or_path"):
-        if getattr(args, argument):
+    assert name is not None
+    fixed = [argument for argument, value in args.scheduler_settings().items() if value is not None]
+    for argument in (*fixed, "scheduler", "class_conditional", "model_config_name_or_path"):
+        if getattr(args, argument) not in (None, False):
             raise InputError(f"--{argument} is for training from scratch: the pipeline {name!r} keeps its own")
+    return load_pipeline(name, args.revision, args.variant, args.cache_dir)
+
+
+def load_pipeline(
+    name: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> DiffusionPipeline:
+    """A pretrained pipeline, its networks in `dtype`.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            name, revision=args.revision, variant=args.variant, cache_dir=args.cache_dir
+        return DiffusionPipeline.from_pretrained(
+            name, revision=revision, variant=variant, cache_dir=cache_dir, torch_dtype=dtype
         )
     except (OSError, ValueError) as error:
         raise InputError(
             f"the pipeline {name!r} could not be loaded; it must be the name of a diffusers pipeline on the Hub or a "
             f"folder with a model_index.json: {error}"
         ) from error
-    return pipeline.to(dtype=torch.float32)
 
 
 def _new_pipeline(args: TrainingArguments, num_classes: int | None) -> DiffusionPipeline:
@@ -85,10 +103,10 @@ def _new_pipeline(args: TrainingArguments, num_classes: int | None) -> Diffusion
         scheduler_name, settings = PRESETS[args.preset].scheduler
     else:
         raise InputError("name the model: --pretrained_model_name_or_path, --model_config_name_or_path or --preset")
-    if args.scheduler is not None and args.scheduler != scheduler_name:
-        scheduler_name, settings = args.scheduler, {}
-    asked = {"prediction_type": args.prediction_type, "beta_schedule": args.beta_schedule}
-    settings = settings | {name: value for name, value in asked.items() if value is not None}
+    asked = args.scheduler if args.scheduler is not None else args.needs_scheduler
+    if asked is not None and asked != scheduler_name:
+        scheduler_name, settings = asked, {}
+    settings = settings | {name: value for name, value in args.scheduler_settings().items() if value is not None}
     kind = getattr(diffusers, scheduler_name, None)
     if kind is None:
         raise InputError(f"diffusers has no scheduler {scheduler_name!r}")
@@ -114,6 +132,8 @@ def _new_pipeline(args: TrainingArguments, num_classes: int | None) -> Diffusion
 def _pipeline_for(unet: UNet2DModel, scheduler: Any, null_class: int | None) -> DiffusionPipeline:
     """A stock pipeline where one samples this model rightly, so that it loads without our package."""
     name = type(scheduler).__name__
+    if name == "ReflectedScheduler":
+        return ReflectedPipeline(unet=unet, scheduler=scheduler, null_class=null_class)
     if unet.config.num_class_embeds is None and name == "DDIMScheduler":
         return DDIMPipeline(unet=unet, scheduler=scheduler)
     if unet.config.num_class_embeds is None and (name == "DDPMScheduler" or name in FLOW_SCHEDULERS):

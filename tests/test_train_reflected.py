@@ -1,0 +1,114 @@
+"""Truth: what the score of a reflected process is at both ends of the noise, and the uninterrupted run."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from test_train_consistency import assert_same_weights, log_of, script, small, weights_of  # noqa: F401
+
+from diffusers_ext import ReflectedPipeline, ReflectedScheduler
+from diffusers_ext.training import TrainingLoop, parse_arguments
+
+SCRIPT = Path(__file__).parents[1] / "training" / "train_reflected.py"
+
+
+@pytest.fixture
+def reflected(monkeypatch):
+    """The script's module and a way to run it in this process."""
+    spec = importlib.util.spec_from_file_location("train_reflected", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "train_reflected", module)
+    spec.loader.exec_module(module)
+
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["train_reflected.py", *map(str, argv)])
+        module.main()
+
+    module.run = run
+    return module
+
+
+def test_what_it_trains_opens_and_keeps_to_the_box(reflected, small, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    reflected.run(*small, "--class_conditional", "--sigma_min", 0.01, "--algorithm_type", "heun", "--output_dir", out)
+    pipeline = DiffusionPipeline.from_pretrained(out)
+    assert isinstance(pipeline, ReflectedPipeline)
+    assert pipeline.config.null_class == 10
+    config = pipeline.scheduler.config
+    assert (config.sigma_min, config.sigma_max, config.algorithm_type) == (0.01, 10.0, "heun")
+    assert (config.low, config.high) == (-1, 1)
+    seen = []
+
+    def look(pipe, i, t, tensors):
+        seen.append(tensors["latents"].abs().max().item())
+        return {}
+
+    pipeline([3, 4], num_inference_steps=4, guidance_scale=50.0, callback_on_step_end=look)
+    assert len(seen) == 8
+    assert max(seen) <= 1
+    assert (out / "samples" / "step-00000003.png").is_file()
+
+
+def test_the_validated_loss_of_a_zero_network_is_the_norm_of_the_score(reflected, small, tmp_path):  # noqa: F811
+    """Where sigma is small the kernel is Gaussian, at a face folded in half: sigma^2 |score|^2 has mean 1. At sigma_max
+    it is uniform, with score 0."""
+    argv = [*map(str, small), "--max_validation_samples", "64", "--output_dir", str(tmp_path / "out")]
+    loop = TrainingLoop(parse_arguments(reflected.ReflectedArguments, argv), "test", reflected.PAPER)
+    for parameter in loop.pipeline.unet.conv_out.parameters():
+        torch.nn.init.zeros_(parameter)
+    loop.ema.shadow_params = [p.detach().clone() for p in loop.pipeline.unet.parameters()]
+    measured = loop._loss_by_sigma(loop.trained_pipeline())
+    first, last = measured["sigmas"].index(max(measured["sigmas"])), measured["sigmas"].index(min(measured["sigmas"]))
+    assert measured["eps_mse"][last] == pytest.approx(1.0, abs=5 * (2 / (64 * 64)) ** 0.5)
+    assert measured["eps_mse"][first] < 1e-6
+
+
+def test_it_resumes_to_the_same_weights(reflected, small, tmp_path):  # noqa: F811
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    argv = [*small, "--max_train_steps", 4, "--checkpointing_steps", 2]
+    reflected.run(*argv, "--output_dir", whole)
+    reflected.run(*argv, "--output_dir", halves)
+    for file in (halves / "checkpoint-00000004").iterdir():
+        file.unlink()
+    (halves / "checkpoint-00000004").rmdir()
+    reflected.run(*argv, "--output_dir", halves, "--resume_from_checkpoint", "latest")
+    assert_same_weights(weights_of(whole), weights_of(halves))
+    losses = [[r["score_matching"] for r in log_of(f) if "score_matching" in r] for f in (whole, halves)]
+    assert losses[0] == losses[1]
+
+
+def test_its_models_are_fine_tuned_and_others_refused(reflected, script, small, tmp_path, capsys):  # noqa: F811
+    first, ordinary = tmp_path / "first", tmp_path / "ordinary"
+    data = small[2:]
+    reflected.run(*small, "--output_dir", first)
+    script.run(*small, "--output_dir", ordinary)
+    reflected.run(*data, "--pretrained_model_name_or_path", first, "--output_dir", tmp_path / "second")
+    assert any(not torch.equal(a, weights_of(first)[k]) for k, a in weights_of(tmp_path / "second").items())
+    for run, argv, message in (
+        (reflected.run, ["--pretrained_model_name_or_path", ordinary], "trains models of a ReflectedScheduler"),
+        (
+            reflected.run,
+            ["--pretrained_model_name_or_path", first, "--sigma_min", 0.1],
+            "--sigma_min is for training from",
+        ),
+        (script.run, ["--pretrained_model_name_or_path", first], "train_reflected.py"),
+        (reflected.run, [*small[:2], "--scheduler", "DDIMScheduler"], "trains models of a ReflectedScheduler"),
+        (reflected.run, [*small[:2], "--sigma_min", 20], "sigma_min < sigma_max"),
+        (reflected.run, [*small[:2], "--algorithm_type", "euler"], "sde, ode, heun"),
+        (reflected.run, [*small[:2], "--prediction_type", "v_prediction"], "predicts epsilon"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(*data, *argv, "--output_dir", tmp_path / "refused")
+
+
+def test_the_box_must_hold_the_data(reflected, small, tmp_path):  # noqa: F811
+    reflected.run(*small, "--output_dir", tmp_path / "first")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "first")
+    pipeline.scheduler = ReflectedScheduler(low=0.0, high=1.0)
+    pipeline.save_pretrained(tmp_path / "unit")
+    argv = [*small[2:], "--pretrained_model_name_or_path", tmp_path / "unit", "--output_dir", tmp_path / "out"]
+    with pytest.raises(SystemExit, match="must lie in"):
+        reflected.run(*argv)
