@@ -118,22 +118,28 @@ def measure(x: Tensor, labels: Tensor, classifier: Classifier, real: Tensor) -> 
 
 
 def plot(rows: list[dict], reference: dict[str, float], base: argparse.Namespace, path: Path) -> None:
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(18, 8), layout="constrained")
     for line, (axis, fixed) in enumerate(
         (("scale", {"steps": base.base_steps}), ("steps", {"scale": base.base_scale}))
     ):
         for column, name in enumerate(("distance", "accuracy", "saturated")):
             ax = axes[line, column]
-            for i, method in enumerate(METHODS):
+            for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
                 chosen = [r for r in rows if r["method"] == method and all(r[k] == v for k, v in fixed.items())]
                 chosen.sort(key=lambda r: r[axis])
                 style = "o-" if "reflected" in method else "s--" if "DDPM" in method else "^:"
-                ax.plot([r[axis] for r in chosen], [r[name] for r in chosen], style, color=f"C{i % 10}", label=method)
+                ax.plot(
+                    [r[axis] for r in chosen],
+                    [r[name] for r in chosen],
+                    style,
+                    color=plt.get_cmap("tab20")(i % 20),
+                    label=method,
+                )
             ax.axhline(reference[name], color="grey", linewidth=0.8)
             ax.set(xscale="log", xlabel="guidance scale" if axis == "scale" else "steps", ylabel=name)
             ax.set_yscale("log" if name == "distance" else "linear")
             ax.set_title(", ".join(f"{k} {v:g}" for k, v in fixed.items()))
-    axes[0, 0].legend(fontsize=6)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle("Guidance, reflected and ordinary; the grey line is real held-out images")
     figure.savefig(path, dpi=100)
 
@@ -150,7 +156,7 @@ def table(rows: list[dict], reference: dict[str, float], base: argparse.Namespac
             f"| {title}; distance / accuracy / saturated | " + " | ".join(f"{axis} {v:g}" for v in values) + " |",
         ]
         lines += ["|---" * (len(values) + 1) + "|"]
-        for method in METHODS:
+        for method in dict.fromkeys(row["method"] for row in rows):
             cells = []
             for value in values:
                 row = next(r for r in rows if r["method"] == method and r[axis] == value and fixed.items() <= r.items())
@@ -169,6 +175,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 20, 50, 200])
     parser.add_argument("--base_scale", type=float, default=4)
     parser.add_argument("--base_steps", type=int, default=20)
+    parser.add_argument("--methods", default="", help="only those with this in their name")
     args, for_training = parser.parse_known_args()
     for_training = ["--preset", args.preset, *for_training]
     data = parse_arguments(TrainingArguments, for_training)
@@ -201,7 +208,8 @@ def main() -> None:
     file = args.output_dir / "results.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     cells = [(s, args.base_steps) for s in args.scales] + [(args.base_scale, n) for n in args.steps]
-    for method, (model, scheduler, clamp) in METHODS.items():
+    chosen = {name: method for name, method in METHODS.items() if args.methods in name}
+    for method, (model, scheduler, clamp) in chosen.items():
         for scale, steps in dict.fromkeys(cells):
             key = {"method": method, "scale": scale, "steps": steps, "num_samples": args.num_samples}
             if any(key.items() <= row.items() for row in rows):

@@ -112,3 +112,22 @@ def test_the_box_must_hold_the_data(reflected, small, tmp_path):  # noqa: F811
     argv = [*small[2:], "--pretrained_model_name_or_path", tmp_path / "unit", "--output_dir", tmp_path / "out"]
     with pytest.raises(SystemExit, match="must lie in"):
         reflected.run(*argv)
+
+
+@pytest.mark.parametrize(("options", "mean", "std"), [((), -0.80, 1.79), (("--sigma_log_mean", "-0.7"), -0.70, 1.20)])
+def test_the_law_of_the_noise_levels(reflected, small, tmp_path, monkeypatch, options, mean, std):  # noqa: F811
+    """Log-uniform on [0.02, 10]: mean ln(0.2)/2, standard deviation ln(500)/12^1/2. Or log-normal, hardly cut there."""
+    drawn, plain = [], reflected.score_matching_loss
+
+    def spy(model, x, x0, sigma, **kwargs):
+        drawn.append(sigma)
+        return plain(model, x, x0, sigma, **kwargs)
+
+    monkeypatch.setattr(reflected, "score_matching_loss", spy)
+    argv = ("--train_batch_size", 1000, "--max_train_steps", 1, "--num_validation_images", 0)
+    reflected.run(*small, *argv, *options, "--output_dir", tmp_path / "out")
+    (sigma,) = drawn
+    assert sigma.min() >= 0.02 * (1 - 1e-6)
+    assert sigma.max() <= 10 * (1 + 1e-6)
+    assert sigma.log().mean().item() == pytest.approx(mean, abs=4 * std / 1000**0.5)
+    assert sigma.log().std().item() == pytest.approx(std, rel=0.1)
