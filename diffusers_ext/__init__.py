@@ -8,20 +8,58 @@ import diffusers
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.pipelines import pipeline_loading_utils
 
+from .calibration import Calibration, calibrate_denoiser
 from .hypercube import heat_kernel_log_prob, heat_kernel_score, reflect
 from .interop import NoiseSchedule, denoiser_from, noise_schedule, score_model_from
 from .likelihood import Elbo, bits_per_dim, boundary_flux, dequantize, elbo, log_likelihood
 from .losses import consistency_loss, score_matching_loss
+from .mean_error import estimate_calibration
 from .noise_levels import karras_sigmas, log_linear_sigmas, log_normal_sigmas, lower_sigma, min_snr_weight
 from .pipelines import ClassConditionalPipeline, ReflectedPipeline
+from .pipelines.calibrate import calibrate_pipeline
 from .process import GaussianProcess, Process, ReflectedProcess
 from .schedulers import ReflectedScheduler
+from .schedulers.scheduling_calibrated import (
+    CalibratedDDIMScheduler,
+    CalibratedDDPMScheduler,
+    CalibratedDEISMultistepScheduler,
+    CalibratedDPMSolverMultistepScheduler,
+    CalibratedDPMSolverSinglestepScheduler,
+    CalibratedEDMDPMSolverMultistepScheduler,
+    CalibratedEDMEulerScheduler,
+    CalibratedEulerAncestralDiscreteScheduler,
+    CalibratedEulerDiscreteScheduler,
+    CalibratedFlowMatchEulerDiscreteScheduler,
+    CalibratedHeunDiscreteScheduler,
+    CalibratedKDPM2AncestralDiscreteScheduler,
+    CalibratedKDPM2DiscreteScheduler,
+    CalibratedLMSDiscreteScheduler,
+    CalibratedPNDMScheduler,
+    CalibratedUniPCMultistepScheduler,
+)
 from .score import Denoiser, ReflectedModel, ScoreModel
 from .solvers import euler, euler_maruyama, heun, langevin, posterior, sample
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibratedDDIMScheduler",
+    "CalibratedDDPMScheduler",
+    "CalibratedDEISMultistepScheduler",
+    "CalibratedDPMSolverMultistepScheduler",
+    "CalibratedDPMSolverSinglestepScheduler",
+    "CalibratedEDMDPMSolverMultistepScheduler",
+    "CalibratedEDMEulerScheduler",
+    "CalibratedEulerAncestralDiscreteScheduler",
+    "CalibratedEulerDiscreteScheduler",
+    "CalibratedFlowMatchEulerDiscreteScheduler",
+    "CalibratedHeunDiscreteScheduler",
+    "CalibratedKDPM2AncestralDiscreteScheduler",
+    "CalibratedKDPM2DiscreteScheduler",
+    "CalibratedLMSDiscreteScheduler",
+    "CalibratedPNDMScheduler",
+    "CalibratedUniPCMultistepScheduler",
+    "Calibration",
     "ClassConditionalPipeline",
     "Denoiser",
     "Elbo",
@@ -35,10 +73,13 @@ __all__ = [
     "ScoreModel",
     "bits_per_dim",
     "boundary_flux",
+    "calibrate_denoiser",
+    "calibrate_pipeline",
     "consistency_loss",
     "denoiser_from",
     "dequantize",
     "elbo",
+    "estimate_calibration",
     "euler",
     "euler_maruyama",
     "heat_kernel_log_prob",

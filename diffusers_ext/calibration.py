@@ -1,0 +1,295 @@
+r"""The mean error of a pretrained model, measured once, to be subtracted whenever it is used.
+
+For Gaussian noise the score has mean 0 at every noise level: E eps(x, sigma) = E[n] = 0 for x = x0 + sigma n, where
+eps = (x - D) / sigma and D is the denoiser. That of a trained network has not, and
+
+    o(sigma) = E eps(x, sigma),        eps - o has a loss smaller by |o|^2,
+
+so the likelihood bound rises by int |o|^2 dln(sigma) nats. Per condition y the same holds over q(x | y). Offsets are
+kept and interpolated as eps, linearly in ln sigma, and are converted to what the network predicts, F with D = c_skip x
++ c_out F: its offset is -sigma o / c_out. Guidance is linear, so it has the offset o_u + guidance_scale (o_c - o_u).
+
+**Estimate.** A plain average of eps over m samples has the error E|o^ - o|^2 = tr(Cov eps) / m, about d / m, which can
+be far above |o|^2: it adds a pattern of noise to every step. The average of eps - c n has the same mean, because E[n] =
+0, with c by regression, and a far smaller variance where noise is strong (where D is nearly constant). Each sample is
+used with n and -n (antithetic), which removes all that is linear in n. What remains is estimated,
+
+    noise_floor = E|o^ - o|^2,        squared_norm = |o^|^2 - noise_floor,
+
+the latter without bias: o^ is scaled by squared_norm / |o^|^2 (James, Stein). Where few directions dominate the noise,
+that alone leaves a remainder half of the time, so it is scaled by 0 unless it passes a test. Without a mean error the
+sum of each of 16 groups of samples has either sign with the same probability, whatever its covariance: o^ is kept where
+at most a share `significance` of the 2^15 ways to choose the signs makes |o^|^2 as large as it is.
+
+Shapes: o is (rows, *shape) at each level, with one row for each condition: of all data, or of each class, and one more
+of the unconditional model where it is used for guidance.
+
+Not for a reflected process, whose score has another mean.
+
+References: On Calibrating Diffusion Probabilistic Models (Pang, Lu, Du, Lin, Yan, Deng, 2023, arXiv 2302.10688);
+everything under "Estimate" is ours.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from math import log
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from .interop import NoiseSchedule, noise_schedule, time_scale, unwrap
+from .process import GaussianProcess
+from .score import preconditioning
+
+ALL, CONDITIONAL, UNCONDITIONAL = "all", "conditional", "unconditional"
+
+_HANDLE = "_mean_error_hook"
+
+
+class Calibration(ModelMixin, ConfigMixin):
+    """Offsets of one model by noise level and condition; made by `estimate_calibration`.
+
+    Args:
+        shape: of the network's input without the batch, (C, H, W) for images.
+        sigmas: the noise levels, increasing.
+        rows: the conditions: `("all",)`; `("conditional", "unconditional")`, the former averaged over the conditions;
+            or the classes as `"0"`, `"1"`, ..., and perhaps `"unconditional"`.
+        scheduler: class name and configuration of the scheduler that belongs to the model.
+        null_class: the class label that stands for "no class", where there is one.
+        measured_on: what it was measured on, for people: model, data, seed, settings.
+        guidance_scale: the one of the scheduler that the tables are saved beside.
+
+    Attributes:
+        offsets: o^ in eps, (levels, rows, *shape).
+        shrinkage: what they are multiplied with when used, (levels, rows), from 0 to 1.
+        noise_floor, squared_norm: E|o^ - o|^2 and the estimate of |o|^2 without bias, (levels, rows).
+        num_samples: (levels, rows).
+
+    Raises:
+        ValueError: sigmas are not at least two, positive and increasing.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        shape: Sequence[int],
+        sigmas: Sequence[float],
+        rows: Sequence[str] = (ALL,),
+        scheduler: Mapping[str, Any] | None = None,
+        null_class: int | None = None,
+        measured_on: Mapping[str, Any] | None = None,
+        guidance_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if len(sigmas) < 2 or any(a >= b for a, b in pairwise(sigmas)) or sigmas[0] <= 0:
+            raise ValueError(f"sigmas must be at least two, positive and increasing, got {sigmas}")
+        table = (len(sigmas), len(rows))
+        self.register_buffer("offsets", torch.zeros(*table, *shape))
+        for name in ("shrinkage", "noise_floor", "squared_norm"):
+            self.register_buffer(name, torch.zeros(table))
+        self.register_buffer("num_samples", torch.zeros(table, dtype=torch.long))
+        self._schedule: NoiseSchedule | None = None
+        self._levels: dict[torch.device, Tensor] = {}
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise levels and the prediction of the model that this was made for.
+
+        Raises:
+            ValueError: it was made without a scheduler, or with that of a reflected process.
+        """
+        if self._schedule is None:
+            if self.config.scheduler is None:
+                raise ValueError("this calibration does not say which scheduler belongs to its model")
+            stored = dict(self.config.scheduler)
+            kind = getattr(diffusers, stored.pop("_class_name"))
+            self._schedule = noise_schedule(kind.from_config(stored))
+            require_gaussian(self._schedule)
+        return self._schedule
+
+    @property
+    def std_error(self) -> Tensor:
+        """Root mean square over the coordinates of the standard error of the offsets, (levels, rows), in eps."""
+        return (self.noise_floor.float() / self.offsets[0, 0].numel()).sqrt()
+
+    def check(self, schedule: NoiseSchedule, shape: Sequence[int] | None = None) -> None:
+        """That this was made for a model with such a schedule, and samples of such a shape.
+
+        Raises:
+            ValueError: names what differs.
+        """
+        require_gaussian(schedule)
+        own, differ = self.schedule, []
+        for name in ("family", "prediction_type", "num_train_timesteps", "sigma_data"):
+            if getattr(own, name) != getattr(schedule, name):
+                differ.append(f"{name} is {getattr(schedule, name)!r}, it was measured with {getattr(own, name)!r}")
+        comparable = own.family == schedule.family and own.num_train_timesteps == schedule.num_train_timesteps
+        same_length = own.sigmas.shape == schedule.sigmas.shape
+        if comparable and not (same_length and torch.allclose(own.sigmas, schedule.sigmas, rtol=1e-4)):
+            differ.append("the noise schedule (betas) is another one")
+        if shape is not None and tuple(shape) != tuple(self.config.shape):
+            differ.append(f"samples have the shape {tuple(shape)}, it was measured with {tuple(self.config.shape)}")
+        if differ:
+            raise ValueError(f"this calibration belongs to another model or setting: {'; '.join(differ)}")
+
+    def guidance_weights(self, guidance_scale: float) -> Tensor:
+        """The weights of the rows, (rows,), in the output that guidance combines.
+
+        Raises:
+            ValueError: guidance needs a conditional and an unconditional row; or the rows are those of classes, which a
+                sampler is not told (`calibrate_denoiser` knows them).
+        """
+        rows = tuple(self.config.rows)
+        if rows == (ALL,) and guidance_scale == 1:
+            return torch.ones(1)
+        if rows == (CONDITIONAL, UNCONDITIONAL):
+            return torch.tensor([guidance_scale, 1 - guidance_scale])
+        raise ValueError(
+            f"guidance_scale={guidance_scale} needs the rows ({CONDITIONAL}, {UNCONDITIONAL}), and the table has "
+            f"{rows}: use calibrate_denoiser, or measure both"
+        )
+
+    def row_weights(self, n: int, class_labels: Tensor | None = None, unconditional: Tensor | None = None) -> Tensor:
+        """The row of each of n samples, one-hot, (n, rows).
+
+        Args:
+            class_labels: (n,), for rows of classes, and for the null class.
+            unconditional: (n,), which samples are unconditional, where labels do not tell.
+
+        Raises:
+            ValueError: the rows are classes, and there are no labels.
+        """
+        rows, null_class = tuple(self.config.rows), self.config.null_class
+        row = torch.zeros(n, dtype=torch.long, device=self.offsets.device)
+        if rows not in ((ALL,), (CONDITIONAL, UNCONDITIONAL)):
+            if class_labels is None:
+                raise ValueError(f"the calibration has a row for each class, {rows}: call the model with class_labels")
+            row = class_labels
+        if unconditional is None and null_class is not None and class_labels is not None:
+            unconditional = class_labels == null_class
+        if unconditional is not None and UNCONDITIONAL in rows:
+            row = torch.where(unconditional, len(rows) - 1, row)
+        return torch.nn.functional.one_hot(row, len(rows)).float()
+
+    def offset(self, sigma: Tensor, weights: Tensor) -> Tensor:
+        """The offset of the network's raw output, (B, *shape): to be subtracted from it.
+
+        Args:
+            sigma: (B,); beyond the levels of the table the output's offset is that of its end.
+            weights: of the rows, (rows,) or (B, rows).
+        """
+        (n_levels, n_rows), shape = self.offsets.shape[:2], self.offsets.shape[2:]
+        device = self.offsets.device
+        if device not in self._levels:
+            self._levels[device] = torch.tensor(self.config.sigmas, dtype=torch.float32, device=device)
+        levels = self._levels[device]
+        sigma = sigma.to(levels).clamp(levels[0], levels[-1])
+        low = (torch.searchsorted(levels, sigma, right=True) - 1).clamp(0, n_levels - 2)
+        fraction = (sigma / levels[low]).log() / (levels[low + 1] / levels[low]).log()
+        _, _, c_out = preconditioning(self.schedule.prediction_type, self.schedule.sigma_data)(sigma)
+        # A sum over the two ends and the rows: (B, 2, rows) entries of the table, each with its share.
+        ends = torch.stack([low, low + 1], 1)
+        shares = torch.stack([1 - fraction, fraction], 1) * (-sigma / c_out)[:, None]
+        shares = (
+            shares[..., None] * weights.to(levels).expand(len(sigma), n_rows)[:, None] * self.shrinkage[ends].float()
+        )
+        entries = ends[..., None] * n_rows + torch.arange(n_rows, device=device)
+        table = self.offsets.float().reshape(n_levels * n_rows, -1)
+        total = torch.nn.functional.embedding_bag(
+            entries.flatten(1), table, per_sample_weights=shares.flatten(1), mode="sum"
+        )
+        return total.reshape(-1, *shape)
+
+    def likelihood_gain(self) -> Tensor:
+        """By how much subtracting o raises the likelihood bound, (rows,), in bits per dimension: int |o|^2 dln(sigma),
+        from `squared_norm`, without bias (and so perhaps negative)."""
+        log_sigmas = torch.tensor(self.config.sigmas, device=self.squared_norm.device).log()
+        dimensions = self.offsets[0, 0].numel()
+        return torch.trapezoid(self.squared_norm.float(), log_sigmas, dim=0) / (dimensions * log(2))
+
+
+def require_gaussian(schedule: NoiseSchedule) -> None:
+    """Refuse a reflected process.
+
+    Raises:
+        ValueError: the schedule is of one.
+    """
+    if not isinstance(schedule.process, GaussianProcess):
+        raise ValueError(
+            "the score of a reflected process has the mean p(high) - p(low) in every coordinate and not 0: there is no "
+            "mean error to subtract"
+        )
+
+
+def subtract(output: Tensor, offset: Tensor) -> Tensor:
+    """`output` - `offset`; a network's variance channels, which follow, are left alone.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    channels = offset.shape[1]
+    if output.shape[2:] != offset.shape[2:] or output.shape[1] not in (channels, 2 * channels):
+        raise ValueError(
+            f"the calibration is of outputs of shape {tuple(offset.shape[1:])}, this one has {tuple(output.shape[1:])}"
+        )
+    offset = offset.to(output)
+    if output.shape[1] == channels:
+        return output - offset
+    return torch.cat([output[:, :channels] - offset, output[:, channels:]], dim=1)
+
+
+def calibrate_denoiser(model: Any, calibration: Calibration, *, guidance: str | None = None) -> RemovableHandle:
+    """Subtract the offset from every output of a network, with a forward hook: exact in every case, whatever the
+    sampler does with the output, and lost when the model is saved. Another call takes the place of the first.
+
+    Args:
+        model: a diffusers network, called as (sample, timestep, ...); wrapped or not.
+        calibration: moved to the device of the model's output.
+        guidance: `first_half` where the first half of each batch is the unconditional one, as in the text pipelines of
+            diffusers with guidance; `None` where class labels tell, or nothing is guided.
+
+    Returns:
+        A handle; `handle.remove()` undoes it.
+
+    Raises:
+        ValueError: `guidance` is unknown, or the table has no rows for it; and in a call, where shapes do not fit.
+    """
+    rows = tuple(calibration.config.rows)
+    if guidance not in (None, "first_half") or (guidance is not None and UNCONDITIONAL not in rows):
+        raise ValueError(f"guidance={guidance!r} must be None, or 'first_half' with a row {UNCONDITIONAL!r} in {rows}")
+    network = unwrap(model)
+    signature, scale = inspect.signature(network.forward), time_scale(network)
+
+    def hook(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        raw = output[0] if isinstance(output, tuple) else output.sample
+        n, device = len(raw), raw.device
+        calibration.to(device)
+        time = torch.as_tensor(given["timestep"], dtype=torch.float32, device=device).expand(n)
+        halves = torch.arange(n, device=device) < n // 2 if guidance == "first_half" else None
+        weights = calibration.row_weights(n, given.get("class_labels"), halves)
+        raw = subtract(raw, calibration.offset(calibration.schedule.sigma(time / scale), weights))
+        if isinstance(output, tuple):
+            return (raw, *output[1:])
+        output.sample = raw
+        return output
+
+    stop_calibrating(network)
+    handle = network.register_forward_hook(hook, with_kwargs=True)
+    setattr(network, _HANDLE, handle)
+    return handle
+
+
+def stop_calibrating(model: Any) -> None:
+    """Undo `calibrate_denoiser`, if it was called."""
+    handle = getattr(unwrap(model), _HANDLE, None)
+    if handle is not None:
+        handle.remove()

@@ -1,0 +1,336 @@
+r"""Measuring the mean error of a model; what is measured, and why so, is in `diffusers_ext.calibration`.
+
+One pass over the data serves all noise levels: every batch is noised to every level that still needs samples. Of the
+values e = eps - c n of one level and row, sums are kept for each of GROUPS interleaved groups. Without a mean error
+each sum has either sign with the same probability (exactly so where it is Gaussian, as it is for many samples), so
+
+    |s_1 V_1 + ... + s_16 V_16|^2,        V_g the sums, s_g = 1 or -1,
+
+has one law for all choices of signs s: the share of them that make it as large as s = 1 does is at most p with
+probability p. No approximation of the law of |o^|^2 enters, so a single direction may dominate the noise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .calibration import ALL, CONDITIONAL, UNCONDITIONAL, Calibration, require_gaussian
+from .interop import denoiser_from, noise_schedule, unwrap
+from .noise_levels import log_linear_sigmas
+from .process import randn_like
+from .score import Denoiser
+
+GROUPS = 16
+MIN_P = 2.0 ** (1 - GROUPS)
+"""The smallest p-value there is: of the signs, only s = 1 and s = -1 make the sum so large."""
+
+
+@dataclass
+class Sums:
+    """What is kept of the values: leading dimensions (levels, rows, GROUPS), or (levels, rows)."""
+
+    values: Tensor
+    """Sum of e, (levels, rows, GROUPS, *shape)."""
+    counts: Tensor
+    """Number of samples, (levels, rows, GROUPS)."""
+    squares: Tensor
+    """Sum of |e|^2, (levels, rows)."""
+    slopes: Tensor
+    """The coefficient c of each level, (levels,); NaN before it is known."""
+    batches: Tensor
+    """Batches taken in, ()."""
+
+    @classmethod
+    def zeros(cls, levels: int, rows: int, shape: Iterable[int], device: torch.device) -> Sums:
+        counted = torch.zeros(levels, rows, GROUPS, device=device, dtype=torch.float64)
+        values = torch.zeros(levels, rows, GROUPS, *shape, device=device)
+        squares, slopes = counted[..., 0].clone(), torch.full((levels,), torch.nan, device=device)
+        return cls(values, counted, squares, slopes, torch.zeros((), dtype=torch.long))
+
+    def add(self, level: int, rows: Tensor, e: Tensor) -> None:
+        """Take in values e (B, *shape) of the rows (B,); the samples of a row go to its groups in turn."""
+        e = e.to(self.values.dtype)
+        one_hot = torch.nn.functional.one_hot(rows, self.squares.shape[1])
+        number = self.counts[level].sum(1).long() + one_hot.cumsum(0) - 1
+        cell = rows * GROUPS + number.gather(1, rows[:, None]).squeeze(1) % GROUPS
+        self.values[level].flatten(0, 1).index_add_(0, cell, e)
+        self.counts[level].flatten().index_add_(0, cell, torch.ones_like(cell, dtype=torch.float64))
+        self.squares[level].index_add_(0, rows, e.double().flatten(1).square().sum(1))
+
+    def means(self) -> Tensor:
+        """o^, (levels, rows, *shape)."""
+        n = self.counts.sum(2)
+        return self.values.sum(2).double() / n.reshape(*n.shape, *[1] * (self.values.ndim - 3))
+
+    def noise_floor(self) -> Tensor:
+        """tr Cov(o^) = E|o^ - o|^2, (levels, rows)."""
+        n = self.counts.sum(2)
+        return (self.squares - n * self.means().flatten(2).square().sum(2)) / (n - 1).clamp(min=1) / n
+
+    def p_values(self) -> Tensor:
+        """Share of the signs of the groups that make |o^|^2 as large as it is, (levels, rows), at least MIN_P."""
+        half = torch.cartesian_prod(*[torch.tensor([1.0, -1.0], dtype=torch.float64)] * (GROUPS - 1))
+        signs = torch.cat([torch.ones_like(half[:, :1]), half], 1).to(self.values.device)
+        shares = []
+        for groups in self.values.flatten(3).flatten(0, 1):
+            norms = (signs @ (groups.double() @ groups.double().T) * signs).sum(1)
+            shares.append((norms >= norms[0] * (1 - 1e-9)).double().mean())
+        return torch.stack(shares).reshape(self.squares.shape)
+
+
+@torch.no_grad()
+def estimate_calibration(
+    model: Any,
+    scheduler: Any,
+    batches: Iterable[tuple[Tensor, Mapping[str, Tensor]]],
+    *,
+    num_levels: int = 24,
+    unconditional: Mapping[str, Tensor] | None = None,
+    null_class: int | None = None,
+    num_classes: int | None = None,
+    control_variate: bool = True,
+    antithetic: bool = True,
+    shrink: bool = True,
+    significance: float = 1e-3,
+    tolerance: float | None = None,
+    max_samples: int | None = None,
+    seed: int = 0,
+    accelerator: Any = None,
+    state_path: str | os.PathLike | None = None,
+    save_every: int = 10,
+    measured_on: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Measure the mean error of `model` over data.
+
+    Args:
+        model: a diffusers network in evaluation mode, any prediction type; wrapped or not.
+        scheduler: the stock scheduler that belongs to it.
+        batches: (x0, conditions): what the network was trained on, (B, *shape), scaled as it was (latents included),
+            and the keyword arguments of its calls, first dimension B. In a fixed order where the run may be resumed;
+            over several processes each gets its own part, of equal length.
+        num_levels: noise levels, log-spaced over what the network was trained for.
+        unconditional: conditions with first dimension 1 that mean "none" (of the empty prompt, say): adds a row.
+        null_class: the same for class labels.
+        num_classes: measure a row for each class; without it one row for all.
+        control_variate, antithetic, shrink: all False gives the plain average of the paper.
+        significance: probability, for each level and row, that something is subtracted from a model without a mean
+            error; 3e-5 at least.
+        tolerance: a level is done when its standard error (root mean square over coordinates, in eps, whose own is 1)
+            is below this; without it all the data are used.
+        max_samples: stop after so many samples, over all processes.
+        seed: of all noise. Noise depends on the seed, the batch's number and size, the process and the level alone.
+        accelerator: of accelerate, to add up several processes; the model must be on its device.
+        state_path: file for the sums, written every `save_every` batches; a killed run goes on from it.
+        measured_on: stored with the result, for people.
+        progress: show a progress bar.
+
+    Returns:
+        The calibration, the same on all processes; on the CPU.
+
+    Raises:
+        ValueError: a reflected process, no data or too few samples for an estimate of their noise, arguments out of
+            range, or a state file of another run.
+    """
+    schedule = noise_schedule(scheduler)
+    require_gaussian(schedule)
+    if num_levels < 2 or not MIN_P <= significance <= 1:
+        raise ValueError(f"{num_levels=} must be at least 2, and {significance=} from {MIN_P:.1g} to 1")
+    denoiser = denoiser_from(model, scheduler)
+    sigmas = log_linear_sigmas(num_levels, schedule.sigma_min, schedule.sigma_max).flip(0)
+    sigmas[0], sigmas[-1] = schedule.sigma_min, schedule.sigma_max
+    if null_class is not None:
+        unconditional = {"class_labels": torch.tensor([null_class])}
+    rows = [str(i) for i in range(num_classes)] if num_classes else [ALL if unconditional is None else CONDITIONAL]
+    rows += [] if unconditional is None else [UNCONDITIONAL]
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
+    run = {
+        "model": _fingerprint(model) if state_path is not None else None,
+        "scheduler": _stored(scheduler),
+        "sigmas": sigmas.tolist(),
+        "rows": rows,
+        "seed": seed,
+        "process": [rank, world],
+        "estimator": [control_variate, antithetic],
+    }
+
+    sums: Sums | None = None
+    path = None if state_path is None else _of_process(Path(state_path), rank, world)
+    bar = tqdm(total=max_samples, unit="sample", disable=not progress or rank != 0, desc="calibrating")
+    active, seen, resumed_at = list(range(num_levels)), 0, 0
+    for number, (x0, cond) in enumerate(batches):
+        x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
+        if sums is None:
+            run["batch"] = list(x0.shape)
+            sums = _load(path, run, x0.device) or Sums.zeros(num_levels, len(rows), x0.shape[1:], x0.device)
+            resumed_at = _agreed(sums, accelerator)
+            if tolerance is not None and resumed_at:
+                active = _not_done(_over_processes(sums, accelerator), tolerance)
+        seen += len(x0) * world
+        bar.update(len(x0) * world)
+        last = max_samples is not None and seen >= max_samples
+        if number >= resumed_at:
+            row = cond["class_labels"] if num_classes else torch.zeros(len(x0), dtype=torch.long, device=x0.device)
+            for level in active:
+                noise = randn_like(x0, _generator(x0.device, seed, number, rank, level))
+                conditions = [(row, cond)]
+                if unconditional is not None:
+                    null = _for_each(unconditional, x0)
+                    conditions.append((torch.full_like(row, len(rows) - 1), dict(cond) | null))
+                for at, given in conditions:
+                    e = _values(denoiser, x0, noise, sigmas[level].item(), antithetic, given)
+                    if control_variate and not antithetic:
+                        if sums.slopes[level].isnan():
+                            slope = (e * noise).sum() / noise.square().sum()
+                            sums.slopes[level] = slope if accelerator is None else accelerator.reduce(slope, "mean")
+                        e = e - sums.slopes[level] * noise
+                    sums.add(level, at, e)
+            sums.batches += 1
+            if int(sums.batches) % save_every == 0 or last:
+                if path is not None:
+                    _save(path, sums, run, accelerator)
+                if tolerance is not None:
+                    active = _not_done(_over_processes(sums, accelerator), tolerance)
+                    bar.set_postfix(levels_left=len(active))
+        if last or not active:
+            break
+    bar.close()
+    if sums is None:
+        raise ValueError("there are no data: `batches` is empty")
+    total = _over_processes(sums, accelerator)
+    if (total.counts < 2).any():
+        raise ValueError(
+            f"too few samples: each row needs {2 * GROUPS} at every level, and one has {int(total.counts.sum(2).min())}"
+        )
+    stored = {
+        "num_samples": int(total.counts[:, 0].sum(1).max()),
+        "seed": seed,
+        "control_variate": control_variate,
+        "antithetic": antithetic,
+        "shrink": shrink,
+        "significance": significance,
+    }
+    calibration = Calibration(
+        shape=list(total.values.shape[3:]),
+        sigmas=sigmas.tolist(),
+        rows=rows,
+        scheduler=_stored(scheduler),
+        null_class=null_class,
+        measured_on=dict(measured_on or {}) | stored,
+    )
+    return _fill(calibration, total, shrink, significance)
+
+
+def _values(
+    denoiser: Denoiser, x0: Tensor, noise: Tensor, sigma: float, antithetic: bool, cond: Mapping[str, Tensor]
+) -> Tensor:
+    e = denoiser.eps(x0 + sigma * noise, sigma, **cond)
+    return (e + denoiser.eps(x0 - sigma * noise, sigma, **cond)) / 2 if antithetic else e
+
+
+def _fill(calibration: Calibration, sums: Sums, shrink: bool, significance: float) -> Calibration:
+    offsets, floor = sums.means(), sums.noise_floor()
+    norm = offsets.flatten(2).square().sum(2)
+    factor = torch.where(sums.p_values() <= significance, 1 - floor / norm, 0.0) if shrink else torch.ones_like(norm)
+    for name, value in (
+        ("offsets", offsets),
+        ("noise_floor", floor),
+        ("squared_norm", norm - floor),
+        ("shrinkage", factor.clamp(min=0)),
+        ("num_samples", sums.counts.sum(2)),
+    ):
+        getattr(calibration, name).copy_(value)
+    return calibration
+
+
+def _not_done(sums: Sums, tolerance: float) -> list[int]:
+    """The levels whose standard error is still above the tolerance."""
+    dimensions = sums.values[0, 0, 0].numel()
+    error = (sums.noise_floor() / dimensions).sqrt().amax(1)
+    enough = (sums.counts.amin((1, 2)) >= 2) & (error <= tolerance)
+    return (~enough).nonzero().flatten().tolist()
+
+
+def _over_processes(sums: Sums, accelerator: Any) -> Sums:
+    if accelerator is None or accelerator.num_processes == 1:
+        return sums
+    added = {name: accelerator.reduce(getattr(sums, name).clone(), "sum") for name in ("values", "counts", "squares")}
+    return Sums(**added, slopes=sums.slopes, batches=sums.batches)
+
+
+def _for_each(cond: Any, x0: Tensor) -> Any:
+    """A condition of first dimension 1, or a tree of them, for each sample of x0."""
+    if isinstance(cond, Mapping):
+        return {name: _for_each(value, x0) for name, value in cond.items()}
+    return cond.to(x0.device).expand(len(x0), *cond.shape[1:])
+
+
+def _of_process(path: Path, rank: int, world: int) -> Path:
+    return path if world == 1 else path.with_name(f"{path.stem}-{rank}-of-{world}{path.suffix}")
+
+
+def _generator(device: torch.device, *parts: int) -> torch.Generator:
+    """Noise of its own for each choice of `parts`; they are mixed, for torch reads the low 32 bits of a seed only."""
+    seed = int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _save(path: Path, sums: Sums, run: Mapping[str, Any], accelerator: Any) -> None:
+    partial = path.with_name(f".partial-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in vars(sums).items()}, partial, metadata={"run": _written(run)})
+    if accelerator is not None:
+        accelerator.wait_for_everyone()  # the files of all processes are of the same batch
+    os.replace(partial, path)
+
+
+def _load(path: Path | None, run: Mapping[str, Any], device: torch.device) -> Sums | None:
+    if path is None or not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        stored, asked = json.loads((file.metadata() or {}).get("run", "{}")), json.loads(_written(run))
+        if stored != asked:
+            changed = sorted(k for k in {*stored, *asked} if stored.get(k) != asked.get(k))
+            raise ValueError(f"{path} holds the sums of another run, with other {', '.join(changed)}: delete it")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return Sums(**{name: tensor if name == "batches" else tensor.to(device) for name, tensor in tensors.items()})
+
+
+def _agreed(sums: Sums, accelerator: Any) -> int:
+    """The number of batches taken in, the same in all processes."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return int(sums.batches)
+    batches = accelerator.gather(sums.batches.reshape(1).to(accelerator.device)).tolist()
+    if min(batches) != max(batches):
+        raise ValueError(f"the processes were stopped after different numbers of batches, {batches}: delete the states")
+    return batches[0]
+
+
+def _written(run: Mapping[str, Any]) -> str:
+    return json.dumps(run, default=str)
+
+
+def _fingerprint(model: Any) -> str:
+    """A mark of the weights, to tell the models of two runs apart."""
+    network = unwrap(model)
+    weights = network.parameters() if isinstance(network, torch.nn.Module) else ()
+    return f"{type(network).__name__} {sum(p.detach().sum(dtype=torch.float64).item() for p in weights):.6g}"
+
+
+def _stored(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's class, its nearest in diffusers, and its configuration without what diffusers adds to it."""
+    name = next(c.__name__ for c in type(scheduler).__mro__ if hasattr(diffusers, c.__name__))
+    return {"_class_name": name, **{k: v for k, v in scheduler.config.items() if not k.startswith("_")}}

@@ -1,0 +1,61 @@
+"""Calibrate a whole pipeline, by the route that fits it."""
+
+from __future__ import annotations
+
+from diffusers import DiffusionPipeline, UNet2DModel
+
+from ..calibration import ALL, CONDITIONAL, UNCONDITIONAL, Calibration, calibrate_denoiser, stop_calibrating
+from ..interop import noise_schedule
+from ..schedulers.scheduling_calibrated import CALIBRATED_SCHEDULERS, CalibratedScheduler, calibrated_class
+from .pipeline_class_conditional import ClassConditionalPipeline
+
+
+def calibrate_pipeline(
+    pipeline: DiffusionPipeline,
+    calibration: Calibration,
+    guidance_scale: float = 1.0,
+    route: str = "auto",
+) -> DiffusionPipeline:
+    """Subtract the mean error of a pipeline's model wherever it is used.
+
+    Args:
+        pipeline: any pipeline with a scheduler and a `unet` or `transformer`; changed in place, unless the class itself
+            would drop the scheduler (see below).
+        calibration: measured on its model.
+        guidance_scale: what the pipeline will be called with, 1 for none.
+        route: `scheduler` swaps the scheduler for its calibrated subclass, which is saved with the pipeline; `model`
+            puts a hook on the network, which is exact also with `guidance_rescale` and for tables by class, and is not
+            saved; `auto` takes the first wherever it is exact: a linear combination of the rows that the table has.
+
+    Returns:
+        The pipeline, calibrated by this route alone, whatever was done to it before. `DDIMPipeline` makes a plain
+        DDIMScheduler of what it is given, so it comes back as a `ClassConditionalPipeline` with the same network, which
+        does not.
+
+    Raises:
+        ValueError: the calibration belongs to another model or setting, or the route does not exist for it.
+    """
+    if route not in ("auto", "scheduler", "model"):
+        raise ValueError(f"route {route!r} is not one of auto, scheduler, model")
+    calibration.check(noise_schedule(pipeline.scheduler))
+    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    if network is None:
+        raise ValueError(f"{type(pipeline).__name__} has neither a `unet` nor a `transformer`")
+    rows, name = tuple(calibration.config.rows), type(pipeline.scheduler).__name__.removeprefix("Calibrated")
+    linear = rows == (CONDITIONAL, UNCONDITIONAL) or (rows == (ALL,) and guidance_scale == 1)
+    if route == "model" or (route == "auto" and not (linear and name in CALIBRATED_SCHEDULERS)):
+        by_halves = guidance_scale != 1 and calibration.config.null_class is None
+        calibrate_denoiser(network, calibration, guidance="first_half" if by_halves else None)
+        if isinstance(pipeline.scheduler, CalibratedScheduler):
+            pipeline.scheduler.calibrate(None)
+        return pipeline
+    kind = calibrated_class(name)
+    scheduler = kind.from_scheduler(pipeline.scheduler, calibration, guidance_scale)
+    kept = type(pipeline)(**pipeline.components | {"scheduler": kind.from_config(pipeline.scheduler.config)})
+    if not isinstance(kept.scheduler, CalibratedScheduler) and not isinstance(network, UNet2DModel):
+        raise ValueError(f"{type(pipeline).__name__} does not keep a calibrated scheduler: use route='model'")
+    stop_calibrating(network)
+    if not isinstance(kept.scheduler, CalibratedScheduler):
+        return ClassConditionalPipeline(unet=network, scheduler=scheduler)
+    pipeline.scheduler = scheduler
+    return pipeline

@@ -1,0 +1,238 @@
+r"""Stock schedulers that subtract a model's mean error from its output before each step.
+
+    calibration = Calibration.from_pretrained("user/model-calibration")
+    pipe.scheduler = CalibratedDDIMScheduler.from_scheduler(pipe.scheduler, calibration, guidance_scale=7.5)
+
+`Calibrated` + the exact name of the stock scheduler, of which it is a subclass: everything but `step`, `set_timesteps`
+and what loads and saves is the stock one. Without a calibration nothing changes, bit for bit.
+
+What reaches `step` under guidance has been combined already, u + s (c - u), and a scheduler is not told s: it is given
+to `from_scheduler`. Exact where the combination is this linear one; for `guidance_rescale` and tables by class use
+`calibrate_denoiser`.
+
+`save_pretrained` writes the tables into a folder `calibration.tables` beside the scheduler's configuration. (The dot
+keeps them out of the way of diffusers' download filter: a file of weights in `scheduler/` itself would make it leave
+out the UNet's.) `save_tables` puts them beside a stock scheduler: people without this package open that pipeline,
+uncalibrated, and `CalibratedXScheduler.from_pretrained(repo, subfolder="scheduler")` finds them.
+
+Reference: On Calibrating Diffusion Probabilistic Models (Pang et al., 2023, arXiv 2302.10688).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import SchedulerMixin
+from diffusers.utils import logging
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from torch import Tensor
+
+from ..calibration import Calibration, subtract
+from ..interop import noise_schedule
+
+logger = logging.get_logger(__name__)
+
+TABLES = "calibration.tables"
+
+# Of a longer grid the offsets are made step by step, to save memory.
+MAX_REMEMBERED = 200
+
+
+class CalibratedScheduler(SchedulerMixin):
+    """What the calibrated schedulers add to the stock ones."""
+
+    calibration: Calibration | None = None
+    guidance_scale: float = 1.0
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any, calibration: Calibration | None, guidance_scale: float = 1.0) -> Any:
+        """This scheduler with the configuration of another one of the same model.
+
+        Args:
+            scheduler: any stock scheduler whose configuration `from_config` takes.
+            calibration: of the model; `None` for the stock behaviour.
+            guidance_scale: what the pipeline will be called with; 1 is the conditional model, without guidance.
+
+        Raises:
+            ValueError: the calibration belongs to another model, schedule or prediction type, or has no row for it.
+        """
+        return cls.from_config(scheduler.config).calibrate(calibration, guidance_scale)
+
+    def calibrate(self, calibration: Calibration | None, guidance_scale: float = 1.0) -> Any:
+        """Use another calibration or guidance scale from now on; returns self. Raises as `from_scheduler`."""
+        if calibration is not None:
+            self._schedule = noise_schedule(self)
+            calibration.check(self._schedule)
+            self._weights = calibration.guidance_weights(guidance_scale)
+        self.calibration, self.guidance_scale = calibration, guidance_scale
+        self._known: dict[float, int] = {}
+        return self
+
+    def _remember_offsets(self) -> None:
+        """Make the offsets of the timesteps to come at once."""
+        times = self.timesteps.detach().cpu().double().unique()
+        remembered = times if len(times) <= MAX_REMEMBERED else times[:0]
+        self._known = {time: i for i, time in enumerate(remembered.tolist())}
+        self._offsets = self._offset(remembered)
+
+    def _offset(self, times: Tensor) -> Tensor:
+        assert self.calibration is not None
+        device = self.calibration.device
+        self._weights = self._weights.to(device)
+        return self.calibration.offset(self._schedule.sigma(times.to(device)).float(), self._weights)
+
+    def offset(self, timestep: Tensor | float, like: Tensor) -> Tensor:
+        """What `step` subtracts at a timestep, (1, *shape), in the dtype and on the device of `like`, without a wait
+        for that device."""
+        if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
+            assert self.calibration is not None
+            self.calibration.to(timestep.device)
+            return self._offset(timestep.reshape(1).float()).to(like)
+        index = self._known.get(float(timestep))
+        if index is None:
+            return self._offset(torch.tensor([float(timestep)], dtype=torch.float64)).to(like)
+        if self._offsets.dtype != like.dtype or self._offsets.device != like.device:
+            self._offsets = self._offsets.to(like)
+        return self._offsets[index : index + 1]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in diffusers, with the tables beside the configuration."""
+        folder = Path(save_directory) / TABLES
+        shutil.rmtree(folder, ignore_errors=True)
+        if self.calibration is not None:
+            save_tables(self.calibration, save_directory, self.guidance_scale)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """As in diffusers; finds the tables beside the configuration, of this scheduler or of a stock one.
+
+        Args:
+            pretrained_model_name_or_path, subfolder: as in diffusers.
+            kwargs: as in diffusers, and `guidance_scale`; by default the one that the scheduler was saved with.
+
+        Raises:
+            OSError: the files cannot be read; it is no error, but a warning, that there are no tables.
+            ValueError: as `from_scheduler`.
+        """
+        guidance_scale = kwargs.pop("guidance_scale", None)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        scheduler = loaded[0] if isinstance(loaded, tuple) else loaded
+        of_hub = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+        where = {k: v for k, v in kwargs.items() if k in of_hub}
+        where["subfolder"] = f"{subfolder}/{TABLES}" if subfolder else TABLES
+        try:
+            Calibration.load_config(pretrained_model_name_or_path, **where)
+        except OSError as error:
+            if not _absent(error, pretrained_model_name_or_path):
+                raise
+            logger.warning(
+                f"{pretrained_model_name_or_path} has no {where['subfolder']}: {cls.__name__} is the stock one"
+            )
+            return loaded
+        calibration = Calibration.from_pretrained(pretrained_model_name_or_path, **where)
+        scheduler.calibrate(
+            calibration, calibration.config.guidance_scale if guidance_scale is None else guidance_scale
+        )
+        return loaded
+
+
+def _absent(error: OSError, path: str | os.PathLike) -> bool:
+    """Whether an error of diffusers says that there is no such file, and not that it was out of reach."""
+    cause = error.__context__
+    there_is_none = isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError)
+    return there_is_none or os.path.isdir(path)
+
+
+def save_tables(calibration: Calibration, scheduler_folder: str | os.PathLike, guidance_scale: float = 1.0) -> None:
+    """Put a calibration beside a scheduler's configuration, where a calibrated scheduler looks for it."""
+    folder = Path(scheduler_folder) / TABLES
+    calibration.save_pretrained(folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"guidance_scale": guidance_scale}, indent=2) + "\n")
+
+
+def _make(base: Any) -> Any:
+    @functools.wraps(base.step)
+    def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.calibration is not None:
+            model_output = subtract(model_output, self.offset(timestep, model_output))
+        return base.step(self, model_output, timestep, sample, *args, **kwargs)
+
+    @functools.wraps(base.set_timesteps)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        base.set_timesteps(self, *args, **kwargs)
+        if self.calibration is not None:
+            self._remember_offsets()
+
+    members = {
+        "step": step,
+        "set_timesteps": set_timesteps,
+        "__module__": __name__,
+        "__doc__": f"`{base.__name__}` with the model's mean error subtracted; see this module.",
+    }
+    return type(f"Calibrated{base.__name__}", (CalibratedScheduler, base), members)
+
+
+CalibratedDDIMScheduler = _make(diffusers.DDIMScheduler)
+CalibratedDDPMScheduler = _make(diffusers.DDPMScheduler)
+CalibratedDEISMultistepScheduler = _make(diffusers.DEISMultistepScheduler)
+CalibratedDPMSolverMultistepScheduler = _make(diffusers.DPMSolverMultistepScheduler)
+CalibratedDPMSolverSinglestepScheduler = _make(diffusers.DPMSolverSinglestepScheduler)
+CalibratedEDMDPMSolverMultistepScheduler = _make(diffusers.EDMDPMSolverMultistepScheduler)
+CalibratedEDMEulerScheduler = _make(diffusers.EDMEulerScheduler)
+CalibratedEulerAncestralDiscreteScheduler = _make(diffusers.EulerAncestralDiscreteScheduler)
+CalibratedEulerDiscreteScheduler = _make(diffusers.EulerDiscreteScheduler)
+CalibratedFlowMatchEulerDiscreteScheduler = _make(diffusers.FlowMatchEulerDiscreteScheduler)
+CalibratedHeunDiscreteScheduler = _make(diffusers.HeunDiscreteScheduler)
+CalibratedKDPM2AncestralDiscreteScheduler = _make(diffusers.KDPM2AncestralDiscreteScheduler)
+CalibratedKDPM2DiscreteScheduler = _make(diffusers.KDPM2DiscreteScheduler)
+CalibratedLMSDiscreteScheduler = _make(diffusers.LMSDiscreteScheduler)
+CalibratedPNDMScheduler = _make(diffusers.PNDMScheduler)
+CalibratedUniPCMultistepScheduler = _make(diffusers.UniPCMultistepScheduler)
+
+_CLASSES = {kind.__bases__[1].__name__: kind for kind in CalibratedScheduler.__subclasses__()}
+CALIBRATED_SCHEDULERS = tuple(_CLASSES)
+
+
+def calibrated_class(name: str) -> Any:
+    """The calibrated scheduler of a stock one.
+
+    Raises:
+        ValueError: there is none; names those there are.
+    """
+    if name not in _CLASSES:
+        raise ValueError(f"there is no calibrated {name}; there are those of {', '.join(_CLASSES)}")
+    return _CLASSES[name]
+
+
+__all__ = [
+    "CalibratedDDIMScheduler",
+    "CalibratedDDPMScheduler",
+    "CalibratedDEISMultistepScheduler",
+    "CalibratedDPMSolverMultistepScheduler",
+    "CalibratedDPMSolverSinglestepScheduler",
+    "CalibratedEDMDPMSolverMultistepScheduler",
+    "CalibratedEDMEulerScheduler",
+    "CalibratedEulerAncestralDiscreteScheduler",
+    "CalibratedEulerDiscreteScheduler",
+    "CalibratedFlowMatchEulerDiscreteScheduler",
+    "CalibratedHeunDiscreteScheduler",
+    "CalibratedKDPM2AncestralDiscreteScheduler",
+    "CalibratedKDPM2DiscreteScheduler",
+    "CalibratedLMSDiscreteScheduler",
+    "CalibratedPNDMScheduler",
+    "CalibratedScheduler",
+    "CalibratedUniPCMultistepScheduler",
+    "calibrated_class",
+    "save_tables",
+]

@@ -1,0 +1,129 @@
+"""What a calibration says about a model, in words, numbers and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..calibration import ALL, Calibration
+from .card import hub_name, shown_command, table
+
+# Below this a likelihood gain is no news to anyone, in bits per dimension; below that an offset is lost in a step.
+_SMALL_GAIN, _SMALL_OFFSET = 1e-3, 3e-3
+
+
+def summary(calibration: Calibration) -> dict[str, Any]:
+    """Numbers by row and level, ready for JSON; offsets as root mean square over the coordinates, in eps."""
+    dimensions = calibration.offsets[0, 0].numel()
+    rms = (calibration.squared_norm.clamp(min=0) / dimensions).sqrt()
+    return {
+        "sigma": list(calibration.config.sigmas),
+        "rows": list(calibration.config.rows),
+        "mean_error": rms.T.tolist(),
+        "standard_error": calibration.std_error.T.tolist(),
+        "used_share": calibration.shrinkage.T.tolist(),
+        "num_samples": calibration.num_samples.T.tolist(),
+        "likelihood_gain_in_bits_per_dimension": calibration.likelihood_gain().tolist(),
+    }
+
+
+def verdict(calibration: Calibration) -> str:
+    """Whether calibration is worth using for this model."""
+    numbers, lines = summary(calibration), []
+    for i, row in enumerate(numbers["rows"]):
+        used = [level for level, share in enumerate(numbers["used_share"][i]) if share > 0]
+        gain = numbers["likelihood_gain_in_bits_per_dimension"][i]
+        if not used:
+            error = max(numbers["standard_error"][i])
+            lines.append(
+                f"- `{row}`: no mean error found. It is within the noise of the measurement (standard error at most "
+                f"{error:.2g}, where eps has 1) at every level, so nothing is subtracted."
+            )
+            continue
+        largest = max(used, key=lambda level: numbers["mean_error"][i][level])
+        size, sigma = numbers["mean_error"][i][largest], numbers["sigma"][largest]
+        small = size < _SMALL_OFFSET and gain < _SMALL_GAIN
+        advice = "too small to make a difference one would see" if small else "worth trying, above all with few steps"
+        lines.append(
+            f"- `{row}`: a mean error at {len(used)} of {len(numbers['sigma'])} levels, the largest {size:.2g} at "
+            f"sigma = {sigma:.3g}; without it the likelihood bound gains {gain:.2g} bits per dimension: {advice}."
+        )
+    advice = "Strong models often gain nothing: compare samples, at equal numbers, before you keep it."
+    return "\n".join([*lines, "", advice])
+
+
+def plot(calibration: Calibration, path: Path) -> None:
+    """The mean error by noise level with its noise floor, and the offsets of some levels as pictures."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    numbers = summary(calibration)
+    sigma, n_rows = numbers["sigma"], len(numbers["rows"])
+    picture = calibration.offsets.ndim == 5
+    shown = [round(i * (len(sigma) - 1) / 5) for i in range(6)] if picture else []
+    figure = plt.figure(figsize=(11, 4 + (2.2 if picture else 0)), layout="constrained")
+    grid = figure.add_gridspec(2 if picture else 1, 6, height_ratios=[4, 2] if picture else [1])
+    axis = figure.add_subplot(grid[0, :])
+    for i, row in enumerate(numbers["rows"][:6]):
+        color = f"C{i}"
+        axis.loglog(sigma, [max(v, 1e-9) for v in numbers["mean_error"][i]], "o-", color=color, label=row)
+        axis.loglog(sigma, numbers["standard_error"][i], ":", color=color, label=f"{row}: standard error")
+        hollow = [k for k, share in enumerate(numbers["used_share"][i]) if share == 0]
+        values = [max(numbers["mean_error"][i][k], 1e-9) for k in hollow]
+        axis.plot([sigma[k] for k in hollow], values, "o", color="white", markeredgecolor=color)
+    lowest = min(min(errors) for errors in numbers["standard_error"])
+    axis.set(xlabel="noise level sigma", ylabel="root mean square, in eps", ylim=(max(lowest / 3, 1e-8), None))
+    axis.set_title("Mean error by noise level; hollow: within the noise, not subtracted")
+    axis.legend(fontsize=7, ncols=2 if n_rows > 1 else 1)
+    for column, level in enumerate(shown):
+        axis = figure.add_subplot(grid[1, column])
+        image = calibration.offsets[level, 0].float().mean(0)
+        bound = image.abs().max().item() or 1.0
+        axis.imshow(image, cmap="RdBu", vmin=-bound, vmax=bound)
+        axis.set_title(f"sigma {sigma[level]:.2g}, ±{bound:.1g}", fontsize=8)
+        axis.axis("off")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def write_calibration_card(
+    folder: Path, calibration: Calibration, name: str, arguments: Mapping[str, Any], command: str
+) -> None:
+    """Write `README.md`: what was measured, whether it is worth using, how to use it."""
+    measured, numbers = calibration.config.measured_on, summary(calibration)
+    scheduler, rows = calibration.config.scheduler["_class_name"], tuple(calibration.config.rows)
+    guided = "" if rows == (ALL,) else ", guidance_scale=7.5"
+    shown = ("mean_error", "standard_error", "used_share")
+    columns = ["sigma", *(f"{what.replace('_', ' ')}, {row}" for row in rows for what in shown)]
+    lines = [
+        [f"{sigma:.3g}", *(f"{numbers[what][i][j]:.2g}" for i in range(len(rows)) for what in shown)]
+        for j, sigma in enumerate(numbers["sigma"])
+    ]
+    parts = [
+        f"# {name}",
+        f"The mean error of `{measured['model']}` ({measured['data']}; {measured['num_samples']} samples, seed "
+        f"{measured['seed']}), for [calibrated schedulers](https://arxiv.org/abs/2302.10688).",
+        "![Mean error by noise level](offsets.png)",
+        "## Is it worth using?",
+        verdict(calibration),
+        "## How to use it",
+        f"```python\nfrom diffusers_ext import Calibrated{scheduler}, Calibration\n\n"
+        f'calibration = Calibration.from_pretrained("{name}")\n'
+        f"pipe.scheduler = Calibrated{scheduler}.from_scheduler(pipe.scheduler, calibration{guided})\n```",
+        "## How it was measured",
+        f"```bash\n{shown_command(command)}\n```",
+        table(columns, lines),
+    ]
+    base, data = hub_name(arguments.get("pretrained_model_name_or_path")), hub_name(arguments.get("dataset_name"))
+    header = ModelCardData(
+        library_name="diffusers",
+        base_model=base,
+        datasets=[data] if data else None,
+        tags=["diffusers_ext", "calibration", "arxiv:2302.10688"],
+    )
+    ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n").save(folder / "README.md")

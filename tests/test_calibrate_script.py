@@ -1,0 +1,282 @@
+"""`training/calibrate.py` as a user runs it. Truth: a network whose output is one constant, which is its mean error."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from hub_server import HubServer
+from test_models import tiny_unet
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from diffusers_ext import CalibratedDDIMScheduler, Calibration, ClassConditionalPipeline, estimate_calibration
+
+SCRIPT = Path(__file__).parents[1] / "training" / "calibrate.py"
+
+
+@pytest.fixture
+def calibrate(monkeypatch):
+    """The script's module and a way to run it in this process."""
+    spec = importlib.util.spec_from_file_location("calibrate", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "calibrate", module)
+    spec.loader.exec_module(module)
+
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["calibrate.py", *map(str, argv)])
+        module.main()
+
+    module.run = run
+    return module
+
+
+def constant_unet(value, **config):
+    """Its output is `value` in the first row of the image and 0 elsewhere, whatever comes in."""
+    unet = tiny_unet(**config)
+    torch.nn.init.zeros_(unet.conv_out.weight)
+    torch.nn.init.constant_(unet.conv_out.bias, value)
+    return unet
+
+
+def save_model(folder, value=0.1, prediction_type="epsilon"):
+    scheduler = DDIMScheduler(prediction_type=prediction_type, clip_sample=False)
+    DDIMPipeline(unet=constant_unet(value), scheduler=scheduler).save_pretrained(folder)
+    return folder
+
+
+def arguments(model, out, *more):
+    data = ("--dataset_name", "digits", "--max_train_samples", 96, "--train_batch_size", 32, "--num_levels", 4)
+    return ["--pretrained_model_name_or_path", model, *data, "--output_dir", out, *more]
+
+
+def test_a_constant_output_is_found_and_taken_away(calibrate, tmp_path, capsys):
+    calibrate.run(*arguments(save_model(tmp_path / "model"), tmp_path / "out"))
+    calibration = Calibration.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(calibration.offsets, torch.full((4, 1, 1, 8, 8), 0.1), rtol=1e-3, atol=1e-4)
+    assert (calibration.shrinkage > 0.999).all()
+    assert calibration.num_samples.unique().tolist() == [96]
+    # int 0.1^2 dln(sigma) / ln 2
+    low, high = calibration.config.sigmas[0], calibration.config.sigmas[-1]
+    assert calibration.likelihood_gain().item() == pytest.approx(0.01 * np.log(high / low) / np.log(2), rel=1e-3)
+    scheduler = CalibratedDDIMScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler")
+    scheduler.set_timesteps(4)
+    x = torch.randn(2, 1, 8, 8)
+    stock = DDIMScheduler.from_config(scheduler.config)
+    stock.set_timesteps(4)
+    t = scheduler.timesteps[1]
+    ours = scheduler.step(torch.full_like(x, 0.1), t, x).prev_sample
+    torch.testing.assert_close(ours, stock.step(torch.zeros_like(x), t, x).prev_sample, rtol=1e-3, atol=1e-4)
+    said = capsys.readouterr().out
+    assert "worth trying" in said
+    assert "4 of 4 levels, the largest 0.1" in said
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "CalibratedDDIMScheduler" in card
+    assert str(tmp_path) not in card
+    assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
+    numbers = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert numbers["mean_error"][0] == pytest.approx([0.1] * 4, rel=1e-3)
+    assert (tmp_path / "out" / "offsets.png").stat().st_size > 5000
+
+
+def test_a_model_without_a_mean_error_is_left_alone(calibrate, tmp_path, capsys):
+    """For the zero network eps is 0 at v = 0 only with data of mean 0; with prediction epsilon it is 0 exactly."""
+    calibrate.run(*arguments(save_model(tmp_path / "model", value=0.0), tmp_path / "out"))
+    calibration = Calibration.from_pretrained(tmp_path / "out")
+    assert calibration.offsets.abs().max() < 1e-5
+    assert "no mean error found" in capsys.readouterr().out
+
+
+def test_a_stopped_run_goes_on_to_the_same_result(calibrate, tmp_path, monkeypatch):
+    unet = tiny_unet()
+    DDIMPipeline(unet=unet, scheduler=DDIMScheduler()).save_pretrained(tmp_path / "model")
+    calibrate.run(*arguments(tmp_path / "model", tmp_path / "whole", "--train_batch_size", 4))
+    plain, calls = calibrate.encode, []
+
+    def stop(pipeline, images, generator):
+        calls.append(1)
+        if len(calls) == 15:
+            raise KeyboardInterrupt
+        return plain(pipeline, images, generator)
+
+    again = arguments(tmp_path / "model", tmp_path / "halves", "--train_batch_size", 4)
+    monkeypatch.setattr(calibrate, "encode", stop)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate.run(*again)
+    monkeypatch.setattr(calibrate, "encode", plain)
+    forwards = []
+    monkeypatch.setattr(type(unet), "forward", counted(type(unet).forward, forwards))
+    calibrate.run(*again)
+    assert 0 < len(forwards) <= 2 * 4 * 14 + 1  # the last 14 of 24 batches, and a probe
+    a, b = (Calibration.from_pretrained(tmp_path / name) for name in ("whole", "halves"))
+    assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+    with pytest.raises(SystemExit, match="sums of another run, with other seed"):
+        calibrate.run(*again, "--seed", 1)
+
+
+def counted(function, calls):
+    def count(*args, **kwargs):
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    count.__signature__ = __import__("inspect").signature(function)
+    return count
+
+
+def test_classes_and_the_null_class_have_rows(calibrate, tmp_path):
+    unet = constant_unet(0.1, num_class_embeds=11)
+    pipeline = ClassConditionalPipeline(unet, DDIMScheduler(clip_sample=False), null_class=10)
+    pipeline.save_pretrained(tmp_path / "model")
+    calibrate.run(*arguments(tmp_path / "model", tmp_path / "two", "--max_train_samples", 64))
+    assert Calibration.from_pretrained(tmp_path / "two").config.rows == ["conditional", "unconditional"]
+    more = ("--per_class", "--max_train_samples", 640, "--num_levels", 2)
+    calibrate.run(*arguments(tmp_path / "model", tmp_path / "all", *more))
+    calibration = Calibration.from_pretrained(tmp_path / "all")
+    assert calibration.config.rows == [*map(str, range(10)), "unconditional"]
+    torch.testing.assert_close(calibration.offsets, torch.full((2, 11, 1, 8, 8), 0.1), rtol=1e-3, atol=1e-4)
+    assert calibration.num_samples[0, :10].sum() == calibration.num_samples[0, 10] == 640
+
+
+@pytest.fixture
+def captioned():
+    features = Features({"image": Image(), "text": Value("string"), "label": ClassLabel(names=["a", "b"])})
+    images = [np.full((16, 16, 3), 6 * i, dtype=np.uint8) for i in range(40)]
+    rows = {"image": images, "text": [f"grey {i}" for i in range(40)], "label": [i % 2 for i in range(40)]}
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own begins with test_, which `datasets` takes for a split
+        Dataset.from_dict(rows, features=features).to_parquet(Path(folder) / "train.parquet")
+        yield Path(folder) / "train.parquet"
+
+
+def tiny_stable_diffusion(folder):
+    words = {
+        w: i for i, w in enumerate(["<|startoftext|>", "<|endoftext|>", *"grey0123456789", *["g", "r", "e", "y</w>"]])
+    }
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(words))
+    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(
+        str(folder / "tokenizer" / "vocab.json"), str(folder / "tokenizer" / "merges.txt"), model_max_length=8
+    )
+    text = CLIPTextConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=8, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=4,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    pipeline = StableDiffusionPipeline(
+        vae, CLIPTextModel(text), tokenizer, unet, DDIMScheduler(clip_sample=False), None, None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    return pipeline
+
+
+def test_text_to_image_models_are_measured_on_latents_and_captions(calibrate, captioned, tmp_path):
+    pipeline = tiny_stable_diffusion(tmp_path / "parts")
+    pipeline.save_pretrained(tmp_path / "sd")
+    prompts, encode = [], StableDiffusionPipeline.encode_prompt
+
+    def remember(self, prompt, *args, **kwargs):
+        prompts.extend(prompt)
+        return encode(self, prompt, *args, **kwargs)
+
+    StableDiffusionPipeline.encode_prompt = remember
+    try:
+        calibrate.run(
+            *("--pretrained_model_name_or_path", tmp_path / "sd", "--dataset_name", captioned, "--num_levels", 2),
+            *("--caption_column", "text", "--train_batch_size", 8, "--output_dir", tmp_path / "out"),
+            *("--max_train_samples", 40, "--save_pipeline"),
+        )
+    finally:
+        StableDiffusionPipeline.encode_prompt = encode
+    assert sorted(p for p in prompts if p) == sorted(f"grey {i}" for i in range(40))
+    calibration = Calibration.from_pretrained(tmp_path / "out")
+    assert calibration.config.shape == [4, 8, 8]
+    assert calibration.config.rows == ["conditional", "unconditional"]
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "out", safety_checker=None)
+    assert type(loaded.scheduler) is DDIMScheduler
+    loaded.scheduler = CalibratedDDIMScheduler.from_scheduler(loaded.scheduler, calibration, guidance_scale=3.0)
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "np"}
+    images = [p("grey 1", generator=torch.Generator().manual_seed(0), **options).images for p in (pipeline, loaded)]
+    assert 0 < np.abs(images[0] - images[1]).max() <= 1
+
+
+OPEN = """
+from diffusers import DiffusionPipeline
+import sys
+pipe = DiffusionPipeline.from_pretrained("tester/model")
+print(type(pipe.scheduler).__name__, "diffusers_ext" in sys.modules)
+from diffusers_ext import CalibratedDDIMScheduler, Calibration
+print(Calibration.from_pretrained("tester/model").offsets.mean().item())
+scheduler = CalibratedDDIMScheduler.from_pretrained("tester/model", subfolder="scheduler", guidance_scale=1.0)
+print(scheduler.calibration.offsets.mean().item())
+"""
+
+
+def test_what_it_pushes_opens_with_the_package_and_without(tmp_path):
+    model = save_model(tmp_path / "model")
+    with HubServer() as hub:
+        environment = hub.environment(tmp_path / "home") | {"HF_DATASETS_OFFLINE": "1"}
+        argv = arguments(model, tmp_path / "out", "--save_pipeline", "--push_to_hub", "--hub_model_id", "tester/model")
+        done = subprocess.run(
+            [sys.executable, SCRIPT, *map(str, argv)], env=environment, text=True, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr
+        stranger = hub.environment(tmp_path / "other", token=None)
+        opened = subprocess.run([sys.executable, "-c", OPEN], env=stranger, text=True, capture_output=True)
+        assert not [f for f in hub.files("tester/model") if "state" in f]
+    assert opened.returncode == 0, opened.stderr
+    stock, root, beside = opened.stdout.splitlines()
+    assert stock == "DDIMScheduler False"
+    assert float(root) == float(beside) == pytest.approx(0.1, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--max_train_samples", "16"], "fewer than a batch of 32"),
+        (["--per_class"], "takes no class labels"),
+        (["--caption_column", "text"], "no column 'text'"),
+        (["--num_levels", "1"], "num_levels"),
+        (["--resolution", "9"], "does not fit the model"),
+        (["--pretrained_model_name_or_path", "nowhere"], "could not be loaded"),
+    ],
+)
+def test_errors_say_what_to_do(calibrate, tmp_path, argv, message):
+    with pytest.raises(SystemExit, match=message):
+        calibrate.run(*arguments(save_model(tmp_path / "model"), tmp_path / "out"), *argv)
+
+
+def test_conditions_in_a_tree_reach_the_unconditional_row():
+    """As those of Stable Diffusion XL: a dictionary within the keyword arguments."""
+
+    def network(x, t, added):
+        return added["bias"].reshape(-1, 1, 1, 1).expand_as(x)
+
+    def batches():
+        for _ in range(4):
+            yield torch.randn(16, 1, 4, 4), {"added": {"bias": torch.full((16,), 0.5)}}
+
+    null = {"added": {"bias": torch.full((1,), 0.25)}}
+    calibration = estimate_calibration(network, DDIMScheduler(), batches(), num_levels=2, unconditional=null)
+    torch.testing.assert_close(calibration.offsets[:, 0], torch.full((2, 1, 4, 4), 0.5))
+    torch.testing.assert_close(calibration.offsets[:, 1], torch.full((2, 1, 4, 4), 0.25))

@@ -1,0 +1,164 @@
+"""Measure the mean error of a pretrained model, to be subtracted by calibrated schedulers (arXiv 2302.10688).
+
+    accelerate launch training/calibrate.py --pretrained_model_name_or_path google/ddpm-cifar10-32 \
+        --dataset_name uoft-cs/cifar10 --output_dir cifar10-calibration --push_to_hub
+    accelerate launch training/calibrate.py --pretrained_model_name_or_path stabilityai/stable-diffusion-2-1-base \
+        --dataset_name you/captioned-photos --caption_column text --max_train_samples 2000 --output_dir sd-calibration
+
+Then, with the guidance scale that the pipeline is called with:
+
+    calibration = Calibration.from_pretrained("sd-calibration")
+    pipe.scheduler = CalibratedPNDMScheduler.from_scheduler(pipe.scheduler, calibration, guidance_scale=7.5)
+
+A run that was stopped goes on where it was when it is repeated. `--help` lists every argument.
+"""
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+
+from diffusers_ext import estimate_calibration
+from diffusers_ext.schedulers import save_tables
+from diffusers_ext.training import InputError, TrainingStopped, command, parse_arguments
+from diffusers_ext.training.arguments import DataArguments, HubArguments, arg
+from diffusers_ext.training.calibration_report import plot, summary, verdict, write_calibration_card
+from diffusers_ext.training.card import shown
+from diffusers_ext.training.data import Place, micro_batches, seed_for
+from diffusers_ext.training.hub import HubPusher
+from diffusers_ext.training.images import HubStream, Numbered, Transform, load_images
+from diffusers_ext.training.models import classes_of, encode, image_format, load_pipeline, null_class_of
+from diffusers_ext.training.text import is_text_pipeline, text_conditions, text_image_format
+
+_ENCODE = 5  # stream of `seed_for`
+
+
+@dataclass
+class CalibrationArguments(HubArguments, DataArguments):
+    """What to measure, on what, how exactly, and where the result goes."""
+
+    pretrained_model_name_or_path: str | None = arg(None, "Pipeline whose model is measured (Hub name or folder).")
+    revision: str | None = arg(None, "Git revision of the pipeline.")
+    variant: str | None = arg(None, "Weights variant of the pipeline, e.g. fp16.")
+    torch_dtype: Literal["float32", "float16", "bfloat16"] = arg("float32", "Precision of the networks.")
+    caption_column: str | None = arg(None, "Text-to-image: column of the prompts; by default the empty prompt.")
+    per_class: bool = arg(False, "One offset for each class, and not their average.")
+    num_levels: int = arg(24, "Noise levels, log-spaced; between them offsets are interpolated.")
+    tolerance: float | None = arg(
+        None, "A level is done when the standard error of its offset (eps has 1) is below this; by default all data."
+    )
+    plain: bool = arg(False, "The plain average of the paper: no control variate, antithetic noise or shrinkage.")
+    significance: float = arg(1e-3, "Chance, per level, to subtract something from a model without a mean error.")
+    output_dir: str = arg("calibration", "Folder of the tables, the picture and the report.")
+    save_pipeline: bool = arg(False, "Save, and push, the whole pipeline with the tables beside its scheduler.")
+
+
+def batches(
+    args: CalibrationArguments, pipeline: Any, accelerator: Accelerator, channels: int, resolution: int
+) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+    """What the network was trained on, and what it is told: every image once, each process its own."""
+    everything = replace(args, max_train_samples=None)  # so many of all, in random order, and not the first so many
+    source = load_images(everything, args.train_split)
+    prompts: Any = None
+    if args.caption_column is not None:
+        if isinstance(source, HubStream):
+            raise InputError("--caption_column needs data that are not streamed")
+        source = Numbered(source)
+        prompts = source.column(args.caption_column)
+    n = sys.maxsize if isinstance(source, HubStream) else len(source)
+    n = n if args.max_train_samples is None else min(n, args.max_train_samples)
+    if n == sys.maxsize:
+        raise InputError("a stream has no known length: say how much of it with --max_train_samples")
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    count = n // (args.train_batch_size * world)
+    if count == 0:
+        raise InputError(f"{n} images are fewer than a batch of {args.train_batch_size} for each of {world} processes")
+    transform = Transform(resolution, channels, args.center_crop, args.random_flip)
+    of_text = is_text_pipeline(pipeline)
+    for i, batch in enumerate(micro_batches(everything, source, transform, rank, world, count, place=Place(0, 0))):
+        generator = torch.Generator(device).manual_seed(seed_for(args.seed, _ENCODE, i * world + rank))
+        x0 = encode(pipeline, batch.images.to(device, pipeline.dtype), generator).float()
+        if of_text:
+            told = [""] * len(x0) if prompts is None else [str(prompts[k]) for k in batch.labels.tolist()]
+            yield x0, text_conditions(pipeline, told, resolution)
+        else:
+            yield x0, {} if classes_of(pipeline) is None else {"class_labels": batch.labels.to(device)}
+
+
+@command
+def main() -> None:
+    args = parse_arguments(CalibrationArguments)
+    if args.pretrained_model_name_or_path is None:
+        raise InputError("name the model: --pretrained_model_name_or_path")
+    accelerator, out = Accelerator(), Path(args.output_dir)
+    dtype = getattr(torch, args.torch_dtype)
+    name = args.pretrained_model_name_or_path
+    pipeline = load_pipeline(name, args.revision, args.variant, args.cache_dir, dtype).to(accelerator.device)
+    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    null_class = classes = unconditional = None
+    if is_text_pipeline(pipeline):
+        channels, resolution = text_image_format(pipeline, args.resolution)
+        if args.caption_column is not None:
+            unconditional = text_conditions(pipeline, [""], resolution)
+    else:
+        channels, resolution = image_format(pipeline, args.resolution)
+        null_class, classes = null_class_of(pipeline), classes_of(pipeline)
+    if args.per_class and classes is None:
+        raise InputError("--per_class: the model takes no class labels")
+    pusher = None
+    if args.push_to_hub and accelerator.is_main_process:
+        private = args.hub_private_repo or None
+        pusher = HubPusher(args.hub_model_id, out, private=private, token=args.hub_token)
+
+    data = f"{shown(args.dataset_name or args.train_data_dir or '')}, split {args.train_split}"
+    try:
+        calibration = estimate_calibration(
+            network.eval(),
+            pipeline.scheduler,
+            batches(args, pipeline, accelerator, channels, resolution),
+            num_levels=args.num_levels,
+            unconditional=unconditional,
+            null_class=null_class,
+            num_classes=classes if args.per_class else None,
+            control_variate=not args.plain,
+            antithetic=not args.plain,
+            shrink=not args.plain,
+            significance=args.significance,
+            tolerance=args.tolerance,
+            seed=args.seed,
+            accelerator=accelerator,
+            state_path=out / "state" / "sums.safetensors",
+            measured_on={"model": shown(args.pretrained_model_name_or_path), "data": data},
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if accelerator.is_main_process:
+        if args.save_pipeline:
+            pipeline.save_pretrained(out)
+        calibration.save_pretrained(out)
+        pipeline.scheduler.save_pretrained(out / "scheduler")
+        save_tables(calibration, out / "scheduler")
+        (out / "metrics.json").write_text(json.dumps(summary(calibration), indent=2) + "\n")
+        plot(calibration, out / "offsets.png")
+        name = out.name if pusher is None else pusher.repo_id
+        write_calibration_card(out, calibration, name, asdict(args), f"accelerate launch {shlex.join(sys.argv)}")
+        print(verdict(calibration))
+        print(f"the calibration is in {out}")
+    failure = None
+    if pusher is not None:
+        pusher.push(out, "calibration")
+        failure = pusher.finish(args.hub_timeout)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if failure is not None:
+        raise TrainingStopped(failure, code=3)
+
+
+if __name__ == "__main__":
+    main()
