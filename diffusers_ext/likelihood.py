@@ -154,6 +154,8 @@ def log_likelihood(
         ImportError: torchdiffeq is not installed.
     """
     _check_levels(sigma_min, sigma_max)
+    if max_steps < 1 or min(rtol, atol) <= 0:
+        raise ValueError(f"max_steps must be at least 1, and tolerances above 0: {max_steps=}, {rtol=}, {atol=}")
     if method not in ADAPTIVE_METHODS:
         raise ValueError(f"method {method!r} is not one of {', '.join(ADAPTIVE_METHODS)}")
     odeint = _odeint()
@@ -312,6 +314,8 @@ def boundary_flux(
         ValueError: the model's process is not a reflected one, or x is outside the box.
     """
     process = model.process
+    if not isinstance(sigma, Tensor) and not sigma > 0:
+        raise ValueError(f"sigma must be positive, got {sigma}")
     if not isinstance(process, ReflectedProcess):
         raise ValueError(f"only a reflected model has faces, this one is of a {type(process).__name__}")
     points = _prepare(model, x).reshape(len(x), -1)

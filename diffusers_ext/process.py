@@ -174,6 +174,8 @@ class ReflectedProcess(Process):
         Raises:
             ValueError: they do not; the message gives their range.
         """
+        if x.numel() == 0:
+            raise ValueError(f"{name} of shape {tuple(x.shape)} is empty")
         low, high = x.aminmax()  # tensors, for the faces are rounded to their dtype where they are compared
         if not (low >= self.low and high <= self.high):
             raise ValueError(f"{name} must lie in [{self.low}, {self.high}], it is from {low:.6g} to {high:.6g}")

@@ -118,6 +118,7 @@ def posterior(
     return denoised + r**2 * (x - denoised) + sigma_next * (1 - r**2) ** 0.5 * randn_like(x, generator)
 
 
+@torch.no_grad()
 def langevin(
     model: ScoreModel,
     x: Tensor,
@@ -132,8 +133,10 @@ def langevin(
     `sigma`. As `step_size` goes to 0 (and `steps` as step_size^-2 to infinity) the law becomes the model's p_sigma.
 
     Raises:
-        ValueError: `step_size` is not positive.
+        ValueError: `step_size`, `steps` or a number `sigma` is not positive.
     """
+    if steps < 1 or (not isinstance(sigma, Tensor) and not sigma > 0):
+        raise ValueError(f"steps and sigma must be positive, got {steps=} and {sigma=}")
     if not step_size > 0:
         raise ValueError(f"step_size must be positive, got {step_size}")
     d = (step_size * align(sigma, x)) ** 2

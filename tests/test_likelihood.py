@@ -23,6 +23,7 @@ from diffusers_ext.likelihood import (
 )
 from diffusers_ext.process import ReflectedProcess
 from diffusers_ext.score import ReflectedModel
+from diffusers_ext.solvers import langevin
 
 TIGHT = {"rtol": 1e-6, "atol": 1e-6}
 BOX = ReflectedProcess(-1.0, 1.0)
@@ -683,3 +684,22 @@ def test_without_torchdiffeq_one_is_told_what_to_install(monkeypatch) -> None:
     with pytest.raises(ImportError, match=r"diffusers_ext\[likelihood\]"):
         log_likelihood(linear_denoiser(1.0), torch.zeros(2, 3), 0.1, 1.0)
     assert exp(elbo(linear_denoiser(1.0), torch.zeros(2, 3), 0.1, 1.0, n=1).prior[0].item()) > 0  # which needs it not
+
+
+def test_more_bad_numbers_are_refused() -> None:
+    model, x = reflected(lambda x, sigma: 0 * x), torch.zeros(2, 3)
+    for sigma in (0.0, -1.0):
+        with pytest.raises(ValueError, match="sigma must be positive"):
+            boundary_flux(model, x, sigma)
+        with pytest.raises(ValueError, match="must be positive"):
+            langevin(model, x, sigma)
+    with pytest.raises(ValueError, match="steps and sigma must be positive"):
+        langevin(model, x, 1.0, steps=-3)
+    with pytest.raises(ValueError, match="max_steps must be at least 1"):
+        log_likelihood(model, x, 0.1, 10.0, max_steps=0)
+    with pytest.raises(ValueError, match="tolerances above 0"):
+        log_likelihood(model, x, 0.1, 10.0, rtol=-1.0)
+    with pytest.raises(ValueError, match="is empty"):
+        elbo(model, x[:0], 0.1, 10.0)
+    weight = torch.ones((), requires_grad=True)
+    assert not langevin(reflected(lambda x, sigma: weight * x), x, 1.0, steps=2).requires_grad

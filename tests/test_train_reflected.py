@@ -97,11 +97,15 @@ def test_its_models_are_fine_tuned_and_others_refused(reflected, script, small, 
         (script.run, ["--pretrained_model_name_or_path", first], "train_reflected.py"),
         (reflected.run, [*small[:2], "--scheduler", "DDIMScheduler"], "trains models of a ReflectedScheduler"),
         (reflected.run, [*small[:2], "--sigma_min", 20], "sigma_min < sigma_max"),
+        (reflected.run, [*small[:2], "--beta_schedule", "linear"], "without beta_schedule"),
         (reflected.run, [*small[:2], "--algorithm_type", "euler"], "sde, ode, heun"),
         (reflected.run, [*small[:2], "--prediction_type", "v_prediction"], "predicts epsilon"),
     ):
         with pytest.raises(SystemExit, match=message):
             run(*data, *argv, "--output_dir", tmp_path / "refused")
+    with pytest.raises(SystemExit):
+        reflected.run(*small, "--sigma_log_std", -1, "--output_dir", tmp_path / "refused")
+    assert "--sigma_log_std must be above 0" in capsys.readouterr().err
 
 
 def test_the_box_must_hold_the_data(reflected, small, tmp_path):  # noqa: F811

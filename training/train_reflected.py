@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from diffusers_ext import log_normal_sigmas, score_matching_loss
-from diffusers_ext.training import TrainingArguments, TrainingLoop, command, parse_arguments
+from diffusers_ext.training import InputError, TrainingArguments, TrainingLoop, command, parse_arguments
 
 PAPER = ("Reflected Diffusion Models", "2304.04740")
 
@@ -33,6 +33,11 @@ class ReflectedArguments(TrainingArguments):
     )
     sigma_log_std: float = field(default=1.2, metadata={"help": "Standard deviation of that law."})
     algorithm_type: str | None = field(default=None, metadata={"help": "Sampler: sde (the default), ode or heun."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sigma_log_std <= 0:
+            raise InputError(f"--sigma_log_std must be above 0, got {self.sigma_log_std}")
 
     def scheduler_settings(self) -> dict[str, Any]:
         own = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "algorithm_type": self.algorithm_type}

@@ -21,6 +21,7 @@ to 0, because Tweedie's formula is false in a box.
 
 **Models trained the ordinary way** run, too: with the `beta_*` settings of their scheduler in the configuration, as in
 `ReflectedScheduler.from_config(pipe.scheduler.config)`, the network gets the scale and time that it was trained with.
+`ReflectedPipeline(**pipe.components | {"scheduler": ...})` starts the chain where it belongs.
 The samples stay in the box, and are biased even where the network is exact: its score is that of another process.
 
 Reference: Reflected Diffusion Models (Lou, Ermon, 2023, arXiv 2304.04740).

@@ -43,11 +43,14 @@ def build_pipeline(args: TrainingArguments, num_classes: int | None) -> Diffusio
     else:
         pipeline = _new_pipeline(args, num_classes)
     try:
-        noise_schedule(pipeline.scheduler)
+        schedule = noise_schedule(pipeline.scheduler)
     except ValueError as error:
         raise InputError(str(error)) from error
-    if args.needs_scheduler not in (None, (kind := type(pipeline.scheduler).__name__)):
-        raise InputError(f"this script trains models of a {args.needs_scheduler}, and the pipeline has a {kind}")
+    if args.needs_scheduler == "ReflectedScheduler" and schedule.family != "reflected":
+        raise InputError(
+            f"this script trains models of a ReflectedScheduler, without beta_schedule and trained_betas: the pipeline "
+            f"has the noise levels of a {schedule.family} model ({type(pipeline.scheduler).__name__})"
+        )
     for module in network_of(pipeline)[1].modules():
         if isinstance(module, LabelEmbedding):  # labels are dropped once for all evaluations of a sample, by the loop
             module.dropout_prob = 0.0
