@@ -126,7 +126,8 @@ def estimate_calibration(
         unconditional: conditions with first dimension 1 that mean "none" (of the empty prompt, say): adds a row.
         null_class: the same for class labels.
         num_classes: measure a row for each class; without it one row for all.
-        control_variate, antithetic, shrink: all False gives the plain average of the paper.
+        control_variate, antithetic, shrink: all False gives the plain average of the paper. Antithetic noise leaves a
+            control variate nothing to do.
         significance: probability, for each level and row, that something is subtracted from a model without a mean
             error; 3e-5 at least.
         tolerance: a level is done when its standard error (root mean square over coordinates, in eps, whose own is 1)

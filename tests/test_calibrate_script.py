@@ -92,6 +92,14 @@ def test_a_constant_output_is_found_and_taken_away(calibrate, tmp_path, capsys):
     assert (tmp_path / "out" / "offsets.png").stat().st_size > 5000
 
 
+def test_without_matplotlib_only_the_picture_is_missing(calibrate, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    calibrate.run(*arguments(save_model(tmp_path / "model"), tmp_path / "out"))
+    assert "no picture of the offsets: it needs matplotlib" in capsys.readouterr().out
+    assert "offsets.png" not in (tmp_path / "out" / "README.md").read_text()
+    assert Calibration.from_pretrained(tmp_path / "out").offsets.mean() > 0.09
+
+
 def test_a_model_without_a_mean_error_is_left_alone(calibrate, tmp_path, capsys):
     """For the zero network eps is 0 at v = 0 only with data of mean 0; with prediction epsilon it is 0 exactly."""
     calibrate.run(*arguments(save_model(tmp_path / "model", value=0.0), tmp_path / "out"))

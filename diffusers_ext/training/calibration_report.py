@@ -46,7 +46,7 @@ def verdict(calibration: Calibration) -> str:
         largest = max(used, key=lambda level: numbers["mean_error"][i][level])
         size, sigma = numbers["mean_error"][i][largest], numbers["sigma"][largest]
         small = size < _SMALL_OFFSET and gain < _SMALL_GAIN
-        advice = "too small to make a difference one would see" if small else "worth trying, above all with few steps"
+        advice = "too small to make a difference one would see" if small else "worth trying"
         lines.append(
             f"- `{row}`: a mean error at {len(used)} of {len(numbers['sigma'])} levels, the largest {size:.2g} at "
             f"sigma = {sigma:.3g}; without it the likelihood bound gains {gain:.2g} bits per dimension: {advice}."
@@ -56,9 +56,15 @@ def verdict(calibration: Calibration) -> str:
 
 
 def plot(calibration: Calibration, path: Path) -> None:
-    """The mean error by noise level with its noise floor, and the offsets of some levels as pictures."""
-    import matplotlib
+    """The mean error by noise level with its noise floor, and the offsets of some levels as pictures.
 
+    Without matplotlib a line says that there is no picture.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture of the offsets: it needs matplotlib (pip install matplotlib)")
+        return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -108,7 +114,7 @@ def write_calibration_card(
         f"# {name}",
         f"The mean error of `{measured['model']}` ({measured['data']}; {measured['num_samples']} samples, seed "
         f"{measured['seed']}), for [calibrated schedulers](https://arxiv.org/abs/2302.10688).",
-        "![Mean error by noise level](offsets.png)",
+        *(["![Mean error by noise level](offsets.png)"] if (folder / "offsets.png").is_file() else []),
         "## Is it worth using?",
         verdict(calibration),
         "## How to use it",
