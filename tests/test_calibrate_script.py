@@ -20,10 +20,12 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from hub_server import HubServer
+from test_calibrate_pipeline import sd3, sdxl
 from test_models import tiny_unet
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_ext import CalibratedDDIMScheduler, Calibration, ClassConditionalPipeline, estimate_calibration
+from diffusers_ext.training.text import text_conditions, text_image_format
 
 SCRIPT = Path(__file__).parents[1] / "training" / "calibrate.py"
 
@@ -288,3 +290,43 @@ def test_conditions_in_a_tree_reach_the_unconditional_row():
     calibration = estimate_calibration(network, DDIMScheduler(), batches(), num_levels=2, unconditional=null)
     torch.testing.assert_close(calibration.offsets[:, 0], torch.full((2, 1, 4, 4), 0.5))
     torch.testing.assert_close(calibration.offsets[:, 1], torch.full((2, 1, 4, 4), 0.25))
+
+
+@pytest.mark.parametrize(("make", "network"), [(sdxl, "unet"), (sd3, "transformer")])
+def test_the_network_is_told_what_the_pipeline_tells_it(make, network, monkeypatch):
+    """Truth: the call that the pipeline itself makes for the prompt; its text encoders are replaced by numbers."""
+    pipeline = make()
+
+    def encode_prompt(prompt, *args, **kwargs):
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        n = torch.tensor([float(len(p)) for p in prompts])
+        return n[:, None, None].expand(-1, 3, 6) / 10, None, n[:, None].expand(-1, 5) / 7, None
+
+    monkeypatch.setattr(pipeline, "encode_prompt", encode_prompt)
+    told, model = [], getattr(pipeline, network)
+
+    def remember(module, args, kwargs):
+        told.append(kwargs)
+
+    model.register_forward_pre_hook(remember, with_kwargs=True)
+    channels, resolution = text_image_format(pipeline, None)
+    assert (channels, resolution) == (3, 16)
+    pipeline("a prompt", num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+    ours = text_conditions(pipeline, ["a prompt"], resolution)
+    for name, value in ours.items():
+        for key, mine in value.items() if isinstance(value, dict) else [(None, value)]:
+            theirs = told[0][name] if key is None else told[0][name][key]
+            torch.testing.assert_close(mine.float(), theirs.float(), msg=f"{name} {key}")
+
+
+def test_latents_are_drawn_from_the_seed_alone(calibrate, captioned, tmp_path):
+    tiny_stable_diffusion(tmp_path / "parts").save_pretrained(tmp_path / "sd")
+    tables = []
+    for i in range(2):
+        torch.manual_seed(i)
+        calibrate.run(
+            *("--pretrained_model_name_or_path", tmp_path / "sd", "--dataset_name", captioned, "--num_levels", 2),
+            *("--train_batch_size", 20, "--output_dir", tmp_path / str(i)),
+        )
+        tables.append(Calibration.from_pretrained(tmp_path / str(i)).offsets)
+    assert torch.equal(*tables)

@@ -125,6 +125,8 @@ def test_the_law_of_the_noise_levels(reflected, small, tmp_path, monkeypatch, op
 
     def spy(model, x, x0, sigma, **kwargs):
         drawn.append(sigma)
+        # the batch's generator is the source of all: the global state is as the loop has set it
+        assert torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(torch.initial_seed()).get_state())
         return plain(model, x, x0, sigma, **kwargs)
 
     monkeypatch.setattr(reflected, "score_matching_loss", spy)
