@@ -1,6 +1,9 @@
 """One thread, no network, a fixed global seed: a test that needs randomness makes its own generator."""
 
+import importlib.util
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -14,3 +17,24 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def load_script(monkeypatch):
+    """A script of training/ as a module, with `run(*argv)` to run it in this process as the command line would."""
+
+    def load(name):
+        path = Path(__file__).parents[1] / "training" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+
+        def run(*argv):
+            monkeypatch.setattr(sys, "argv", [path.name, *map(str, argv)])
+            module.main()
+
+        module.run = run
+        return module
+
+    return load

@@ -1,6 +1,5 @@
 """`training/calibrate.py` as a user runs it. Truth: a network whose output is one constant, which is its mean error."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -31,19 +30,8 @@ SCRIPT = Path(__file__).parents[1] / "training" / "calibrate.py"
 
 
 @pytest.fixture
-def calibrate(monkeypatch):
-    """The script's module and a way to run it in this process."""
-    spec = importlib.util.spec_from_file_location("calibrate", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "calibrate", module)
-    spec.loader.exec_module(module)
-
-    def run(*argv):
-        monkeypatch.setattr(sys, "argv", ["calibrate.py", *map(str, argv)])
-        module.main()
-
-    module.run = run
-    return module
+def calibrate(load_script):
+    return load_script("calibrate")
 
 
 def constant_unet(value, **config):

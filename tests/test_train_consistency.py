@@ -1,6 +1,5 @@
 """The script as a user runs it. Truth: diffusers' own loss, a loop written by hand, what plain diffusers opens."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -23,19 +22,8 @@ SCRIPT = ROOT / "training" / "train_consistency.py"
 
 
 @pytest.fixture
-def script(monkeypatch):
-    """The script's module and a way to run it in this process."""
-    spec = importlib.util.spec_from_file_location("train_consistency", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "train_consistency", module)
-    spec.loader.exec_module(module)
-
-    def run(*argv):
-        monkeypatch.setattr(sys, "argv", ["train_consistency.py", *map(str, argv)])
-        module.main()
-
-    module.run = run
-    return module
+def script(load_script):
+    return load_script("train_consistency")
 
 
 @pytest.fixture

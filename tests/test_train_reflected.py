@@ -1,7 +1,5 @@
 """Truth: what the score of a reflected process is at both ends of the noise, and the uninterrupted run."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,19 +14,8 @@ SCRIPT = Path(__file__).parents[1] / "training" / "train_reflected.py"
 
 
 @pytest.fixture
-def reflected(monkeypatch):
-    """The script's module and a way to run it in this process."""
-    spec = importlib.util.spec_from_file_location("train_reflected", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "train_reflected", module)
-    spec.loader.exec_module(module)
-
-    def run(*argv):
-        monkeypatch.setattr(sys, "argv", ["train_reflected.py", *map(str, argv)])
-        module.main()
-
-    module.run = run
-    return module
+def reflected(load_script):
+    return load_script("train_reflected")
 
 
 def test_what_it_trains_opens_and_keeps_to_the_box(reflected, small, tmp_path):  # noqa: F811
