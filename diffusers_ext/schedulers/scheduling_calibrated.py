@@ -213,26 +213,3 @@ def calibrated_class(name: str) -> Any:
     if name not in _CLASSES:
         raise ValueError(f"there is no calibrated {name}; there are those of {', '.join(_CLASSES)}")
     return _CLASSES[name]
-
-
-__all__ = [
-    "CalibratedDDIMScheduler",
-    "CalibratedDDPMScheduler",
-    "CalibratedDEISMultistepScheduler",
-    "CalibratedDPMSolverMultistepScheduler",
-    "CalibratedDPMSolverSinglestepScheduler",
-    "CalibratedEDMDPMSolverMultistepScheduler",
-    "CalibratedEDMEulerScheduler",
-    "CalibratedEulerAncestralDiscreteScheduler",
-    "CalibratedEulerDiscreteScheduler",
-    "CalibratedFlowMatchEulerDiscreteScheduler",
-    "CalibratedHeunDiscreteScheduler",
-    "CalibratedKDPM2AncestralDiscreteScheduler",
-    "CalibratedKDPM2DiscreteScheduler",
-    "CalibratedLMSDiscreteScheduler",
-    "CalibratedPNDMScheduler",
-    "CalibratedScheduler",
-    "CalibratedUniPCMultistepScheduler",
-    "calibrated_class",
-    "save_tables",
-]
