@@ -235,15 +235,14 @@ def subtract(output: Tensor, offset: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes do not fit.
     """
+    if output.shape[1:] == offset.shape[1:]:
+        return output - offset.to(output)
     channels = offset.shape[1]
-    if output.shape[2:] != offset.shape[2:] or output.shape[1] not in (channels, 2 * channels):
+    if output.shape[2:] != offset.shape[2:] or output.shape[1] != 2 * channels:
         raise ValueError(
             f"the calibration is of outputs of shape {tuple(offset.shape[1:])}, this one has {tuple(output.shape[1:])}"
         )
-    offset = offset.to(output)
-    if output.shape[1] == channels:
-        return output - offset
-    return torch.cat([output[:, :channels] - offset, output[:, channels:]], dim=1)
+    return torch.cat([output[:, :channels] - offset.to(output), output[:, channels:]], dim=1)
 
 
 def calibrate_denoiser(model: Any, calibration: Calibration, *, guidance: str | None = None) -> RemovableHandle:

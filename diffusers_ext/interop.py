@@ -120,6 +120,18 @@ class NoiseSchedule:
         low = time.floor().long().clamp(0, len(table) - 2)
         return torch.lerp(table[low], table[low + 1], (time - low).clamp(0, 1)).exp()
 
+    def last_timestep(self, max_diffusion_time: float) -> int:
+        """The last trained timestep of [0, T], T = `max_diffusion_time` in (0, 1]: round(N T) - 1.
+
+        Raises:
+            ValueError: T is outside (0, 1], or below half a timestep, or the schedule is not a `vp` one.
+        """
+        if self.family != "vp":
+            raise ValueError(f"diffusion up to a time T < 1 needs a schedule of family vp, this one is {self.family}")
+        if not 0 < max_diffusion_time <= 1 or round(self.num_train_timesteps * max_diffusion_time) < 1:
+            raise ValueError(f"max_diffusion_time must be in (0, 1], and reach a timestep: got {max_diffusion_time}")
+        return min(round(self.num_train_timesteps * max_diffusion_time), len(self.sigmas)) - 1
+
     def scale(self, sigma: Tensor) -> Tensor:
         """The scheduler's sample is scale x: alpha for vp, 1 - t/N for flow, else 1."""
         if self.family in ("edm", "reflected"):

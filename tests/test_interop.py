@@ -259,6 +259,18 @@ def test_scale_turns_x_into_the_sample_that_the_scheduler_noises(kind: str) -> N
     torch.testing.assert_close(along(schedule.scale(sigma), x) * x, theirs, rtol=0, atol=1e-6)
 
 
+def test_the_last_timestep_of_a_short_diffusion() -> None:
+    schedule = noise_schedule(DDPMScheduler())
+    assert [schedule.last_timestep(t) for t in (1, 0.6, 0.2, 0.0006)] == [999, 599, 199, 0]
+    assert noise_schedule(SCHEDULES["zero terminal"]).last_timestep(1.0) == 998
+    assert noise_schedule(SCHEDULES["100 steps"]).last_timestep(0.4) == 39
+    for wrong in (0, -0.5, 1.001, float("nan"), 0.0004):
+        with pytest.raises(ValueError, match=f"in \\(0, 1\\].*{wrong}"):
+            schedule.last_timestep(wrong)
+    with pytest.raises(ValueError, match="flow"):
+        noise_schedule(SCHEDULES["flow"]).last_timestep(0.5)
+
+
 def test_an_edm_sample_is_not_scaled() -> None:
     assert noise_schedule(EDMEulerScheduler()).scale(torch.tensor([0.01, 80.0])).tolist() == [1.0, 1.0]
 

@@ -155,15 +155,31 @@ def test_it_can_start_in_the_middle_as_image_to_image_does(name) -> None:
     assert_same(trajectory(ours, start=3, steps=8), theirs)
 
 
-def test_long_grids_need_no_memory_and_give_the_same(monkeypatch) -> None:
+def test_long_grids_need_bounded_memory_and_give_the_same(monkeypatch) -> None:
     from diffusers_ext.schedulers import scheduling_calibrated
 
     ours = calibrated_class("DDIMScheduler").from_scheduler(DDIMScheduler(), table(DDIMScheduler()))
     short = trajectory(ours)
     monkeypatch.setattr(scheduling_calibrated, "MAX_REMEMBERED", 6)
-    slow = trajectory(ours)
-    assert len(ours._known) == len(ours._offsets) == 0
-    assert_same(slow, short)
+    ours.calibrate(ours.calibration)
+    partly = trajectory(ours)
+    assert len(ours._offsets) == 6
+    assert all(torch.equal(a, b) for a, b in zip(partly, short, strict=True))
+
+
+def test_a_timestep_is_known_by_its_place_or_else_by_its_value() -> None:
+    """As an element of `timesteps`, a copy of it, and a number; after another grid; and in a copy of the scheduler."""
+    ours = calibrated_class("DDIMScheduler").from_scheduler(DDIMScheduler(), table(DDIMScheduler(), size=0.2))
+    like = torch.zeros(1, *SHAPE)
+    ours.set_timesteps(7)
+    kept = ours.timesteps[2]
+    for scheduler in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        for steps in (7, 10):
+            scheduler.set_timesteps(steps)
+            for t in [*scheduler.timesteps, kept]:
+                expected = output_offset(ours.calibration, DDIMScheduler(), int(t)).float()[None]
+                for given in (t, t.clone(), int(t), float(t)):
+                    torch.testing.assert_close(scheduler.offset(given, like), expected)
 
 
 def test_a_learned_variance_is_left_alone() -> None:

@@ -41,7 +41,7 @@ logger = logging.get_logger(__name__)
 
 TABLES = "calibration.tables"
 
-# Of a longer grid the offsets are made step by step, to save memory.
+# The offsets of later steps are made when they come, to save memory.
 MAX_REMEMBERED = 200
 
 
@@ -72,35 +72,46 @@ class CalibratedScheduler(SchedulerMixin):
             calibration.check(self._schedule)
             self._weights = calibration.guidance_weights(guidance_scale)
         self.calibration, self.guidance_scale = calibration, guidance_scale
-        self._known: dict[float, int] = {}
+        self._times = self._offsets = torch.empty(0)
         return self
 
     def _remember_offsets(self) -> None:
-        """Make the offsets of the timesteps to come at once."""
-        times = self.timesteps.detach().cpu().double().unique()
-        remembered = times if len(times) <= MAX_REMEMBERED else times[:0]
-        self._known = {time: i for i, time in enumerate(remembered.tolist())}
-        self._offsets = self._offset(remembered)
+        """Make the offsets of the timesteps to come at once, (timesteps, *shape)."""
+        assert self.calibration is not None
+        known, self._times = self._times, self.timesteps[:MAX_REMEMBERED]
+        if known.device.type == self._times.device.type == "cpu" and torch.equal(known, self._times):
+            return  # elsewhere the comparison would wait
+        self._offsets = self._offset(self._times)
+        self._rows = self._offsets.split(1)
 
     def _offset(self, times: Tensor) -> Tensor:
         assert self.calibration is not None
-        device = self.calibration.device
-        self._weights = self._weights.to(device)
-        return self.calibration.offset(self._schedule.sigma(times.to(device)).float(), self._weights)
+        if times.device.type != "cpu":
+            self.calibration.to(times.device)
+        times = times.reshape(-1).to(self.calibration.device)
+        self._weights = self._weights.to(times.device)
+        return self.calibration.offset(self._schedule.sigma(times).float(), self._weights)
+
+    def _position(self, timestep: Tensor | float) -> int | None:
+        """Where in `timesteps` it lies, if it is an element: told by its address, to leave its value where it is."""
+        times = self._times
+        if not isinstance(timestep, Tensor) or timestep.dtype != times.dtype or timestep.device != times.device:
+            return None
+        position, rest = divmod(timestep.data_ptr() - times.data_ptr(), times.element_size())
+        return position if 0 <= position < len(times) and rest == 0 else None
 
     def offset(self, timestep: Tensor | float, like: Tensor) -> Tensor:
         """What `step` subtracts at a timestep, (1, *shape), in the dtype and on the device of `like`, without a wait
         for that device."""
-        if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
-            assert self.calibration is not None
-            self.calibration.to(timestep.device)
-            return self._offset(timestep.reshape(1).float()).to(like)
-        index = self._known.get(float(timestep))
-        if index is None:
-            return self._offset(torch.tensor([float(timestep)], dtype=torch.float64)).to(like)
-        if self._offsets.dtype != like.dtype or self._offsets.device != like.device:
-            self._offsets = self._offsets.to(like)
-        return self._offsets[index : index + 1]
+        position = self._position(timestep)
+        if position is None:
+            times = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, dtype=torch.float64)
+            return self._offset(times).to(like)
+        row = self._rows[position]
+        if row.dtype != like.dtype or row.device != like.device:
+            self._rows = self._offsets.to(like).split(1)
+            row = self._rows[position]
+        return row
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As in diffusers, with the tables beside the configuration."""
