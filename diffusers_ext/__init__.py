@@ -35,7 +35,19 @@ from .schedulers.scheduling_calibrated import (
     CalibratedKDPM2DiscreteScheduler,
     CalibratedLMSDiscreteScheduler,
     CalibratedPNDMScheduler,
+    CalibratedShortTimeDDIMScheduler,
+    CalibratedShortTimeDDPMScheduler,
+    CalibratedShortTimeDPMSolverMultistepScheduler,
+    CalibratedShortTimeEulerDiscreteScheduler,
+    CalibratedShortTimeUniPCMultistepScheduler,
     CalibratedUniPCMultistepScheduler,
+)
+from .schedulers.scheduling_short_time import (
+    ShortTimeDDIMScheduler,
+    ShortTimeDDPMScheduler,
+    ShortTimeDPMSolverMultistepScheduler,
+    ShortTimeEulerDiscreteScheduler,
+    ShortTimeUniPCMultistepScheduler,
 )
 from .score import Denoiser, ReflectedModel, ScoreModel
 from .solvers import euler, euler_maruyama, heun, langevin, posterior, sample
@@ -58,6 +70,11 @@ __all__ = [
     "CalibratedKDPM2DiscreteScheduler",
     "CalibratedLMSDiscreteScheduler",
     "CalibratedPNDMScheduler",
+    "CalibratedShortTimeDDIMScheduler",
+    "CalibratedShortTimeDDPMScheduler",
+    "CalibratedShortTimeDPMSolverMultistepScheduler",
+    "CalibratedShortTimeEulerDiscreteScheduler",
+    "CalibratedShortTimeUniPCMultistepScheduler",
     "CalibratedUniPCMultistepScheduler",
     "Calibration",
     "ClassConditionalPipeline",
@@ -71,6 +88,11 @@ __all__ = [
     "ReflectedProcess",
     "ReflectedScheduler",
     "ScoreModel",
+    "ShortTimeDDIMScheduler",
+    "ShortTimeDDPMScheduler",
+    "ShortTimeDPMSolverMultistepScheduler",
+    "ShortTimeEulerDiscreteScheduler",
+    "ShortTimeUniPCMultistepScheduler",
     "bits_per_dim",
     "boundary_flux",
     "calibrate_denoiser",

@@ -132,8 +132,12 @@ class Calibration(ModelMixin, ConfigMixin):
             if getattr(own, name) != getattr(schedule, name):
                 differ.append(f"{name} is {getattr(schedule, name)!r}, it was measured with {getattr(own, name)!r}")
         comparable = own.family == schedule.family and own.num_train_timesteps == schedule.num_train_timesteps
-        same_length = own.sigmas.shape == schedule.sigmas.shape
-        if comparable and not (same_length and torch.allclose(own.sigmas, schedule.sigmas, rtol=1e-4)):
+        n = min(len(own.sigmas), len(schedule.sigmas))
+        if comparable and own.max_diffusion_time < schedule.max_diffusion_time:
+            differ.append(f"it was measured up to the diffusion time {own.max_diffusion_time} only")
+        elif comparable and own.max_diffusion_time == schedule.max_diffusion_time and len(own.sigmas) != n:
+            differ.append("the noise schedule (zero terminal SNR) is another one")
+        if comparable and not torch.allclose(own.sigmas[:n], schedule.sigmas[:n], rtol=1e-4):
             differ.append("the noise schedule (betas) is another one")
         if shape is not None and tuple(shape) != tuple(self.config.shape):
             differ.append(f"samples have the shape {tuple(shape)}, it was measured with {tuple(self.config.shape)}")

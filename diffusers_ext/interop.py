@@ -17,7 +17,7 @@ visits, not what the network means at a time, so it does not enter here.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -85,6 +85,7 @@ class NoiseSchedule:
         sigma_data: standard deviation of the data (edm).
         sigma_min, sigma_max: the range that the network was trained for.
         process: the box (reflected).
+        max_diffusion_time: T, where the network is used on [0, T] alone (`ShortTimeScheduler`, vp).
     """
 
     family: str
@@ -95,6 +96,7 @@ class NoiseSchedule:
     sigma_max: float
     sigma_data: float | None = None
     process: Process = field(default=GaussianProcess())
+    max_diffusion_time: float = 1.0
     _tables: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def time(self, sigma: Tensor) -> Tensor:
@@ -124,13 +126,23 @@ class NoiseSchedule:
         """The last trained timestep of [0, T], T = `max_diffusion_time` in (0, 1]: round(N T) - 1.
 
         Raises:
-            ValueError: T is outside (0, 1], or below half a timestep, or the schedule is not a `vp` one.
+            ValueError: T is outside (0, 1], or below half a timestep, or beyond that of this schedule; or the schedule
+                is not a `vp` one.
         """
         if self.family != "vp":
             raise ValueError(f"diffusion up to a time T < 1 needs a schedule of family vp, this one is {self.family}")
         if not 0 < max_diffusion_time <= 1 or round(self.num_train_timesteps * max_diffusion_time) < 1:
             raise ValueError(f"max_diffusion_time must be in (0, 1], and reach a timestep: got {max_diffusion_time}")
+        if max_diffusion_time > self.max_diffusion_time:
+            raise ValueError(f"{max_diffusion_time=} is beyond that of the scheduler, {self.max_diffusion_time}")
         return min(round(self.num_train_timesteps * max_diffusion_time), len(self.sigmas)) - 1
+
+    def shortened(self, max_diffusion_time: float) -> NoiseSchedule:
+        """This schedule on [0, T] alone. Raises as `last_timestep`."""
+        sigmas = self.sigmas[: self.last_timestep(max_diffusion_time) + 1]
+        return replace(
+            self, sigmas=sigmas, sigma_max=sigmas[-1].item(), max_diffusion_time=max_diffusion_time, _tables={}
+        )
 
     def scale(self, sigma: Tensor) -> Tensor:
         """The scheduler's sample is scale x: alpha for vp, 1 - t/N for flow, else 1."""
@@ -195,9 +207,10 @@ def _read_schedule(scheduler: Any) -> NoiseSchedule:
         sigmas = sigmas[:-1] if zero_snr else sigmas[sigmas.isfinite()]
     else:
         raise ValueError(_unsupported(scheduler))
-    return NoiseSchedule(
-        "flow" if flow else "vp", prediction_type, n, sigmas, sigma_min=sigmas[0].item(), sigma_max=sigmas[-1].item()
-    )
+    bounds = {"sigma_min": sigmas[0].item(), "sigma_max": sigmas[-1].item()}
+    schedule = NoiseSchedule("flow" if flow else "vp", prediction_type, n, sigmas, **bounds)
+    max_diffusion_time = config.max_diffusion_time if "ShortTimeScheduler" in names else 1.0
+    return schedule if max_diffusion_time == 1 else schedule.shortened(max_diffusion_time)
 
 
 def _unsupported(scheduler: Any) -> str:

@@ -51,6 +51,11 @@ SETTINGS = {
     "EDMEulerScheduler": [{}, {"prediction_type": "v_prediction", "sigma_data": 0.8}],
     "EDMDPMSolverMultistepScheduler": [{}],
     "FlowMatchEulerDiscreteScheduler": [{}, {"shift": 3.0}, {"use_karras_sigmas": True}],
+    "ShortTimeDDIMScheduler": [{}, {"max_diffusion_time": 0.6, "prediction_type": "v_prediction"}],
+    "ShortTimeDDPMScheduler": [{}, {"max_diffusion_time": 0.6}],
+    "ShortTimeDPMSolverMultistepScheduler": [{}, {"max_diffusion_time": 0.6, "use_karras_sigmas": True}],
+    "ShortTimeEulerDiscreteScheduler": [{}, {"max_diffusion_time": 0.6, "use_karras_sigmas": True}],
+    "ShortTimeUniPCMultistepScheduler": [{}, {"max_diffusion_time": 0.6}],
 }
 EVERY = [(name, i) for name, settings in SETTINGS.items() for i in range(len(settings))]
 

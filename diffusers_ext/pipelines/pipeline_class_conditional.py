@@ -91,7 +91,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self._check(n, generator, latents, output_type, callback_on_step_end_tensor_inputs)
 
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        sample = self._start(n, generator, latents)
+        sample = self._start(n, labels, generator, latents)
         offered = {"generator": generator, "eta": eta}
         takes = inspect.signature(self.scheduler.step).parameters
         options = {name: value for name, value in offered.items() if name in takes}
@@ -104,7 +104,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
         return self._finish(sample, output_type, return_dict)
 
-    def _start(self, n: int, generator: Any, latents: Tensor | None) -> Tensor:
+    def _start(self, n: int, labels: Tensor | None, generator: Any, latents: Tensor | None) -> Tensor:
         """The chain's first sample, in float32 at least: with large sigma a half-precision one would lose the image."""
         device, dtype = self._execution_device, self.unet.dtype
         if latents is None:

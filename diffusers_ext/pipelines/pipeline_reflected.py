@@ -98,10 +98,10 @@ class ReflectedPipeline(ClassConditionalPipeline):
             raise ValueError("the adaptive solver has no steps to call back from: callback_on_step_end must be None")
         labels, n = self._batch(class_labels, batch_size, guidance_scale)
         self._check(n, generator, latents, output_type, callback_on_step_end_tensor_inputs)
-        x = self._flow(self._start(n, generator, latents), labels, guidance_scale, relative, absolute)
+        x = self._flow(self._start(n, labels, generator, latents), labels, guidance_scale, relative, absolute)
         return self._finish(x, output_type, return_dict)
 
-    def _start(self, n: int, generator: Any, latents: Tensor | None) -> Tensor:
+    def _start(self, n: int, labels: Tensor | None, generator: Any, latents: Tensor | None) -> Tensor:
         device, dtype = self._execution_device, torch.promote_types(self.unet.dtype, torch.float32)
         if latents is not None:
             return latents.to(device, dtype)

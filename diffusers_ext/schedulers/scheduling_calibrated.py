@@ -3,8 +3,8 @@ r"""Stock schedulers that subtract a model's mean error from its output before e
     calibration = Calibration.from_pretrained("user/model-calibration")
     pipe.scheduler = CalibratedDDIMScheduler.from_scheduler(pipe.scheduler, calibration, guidance_scale=7.5)
 
-`Calibrated` + the exact name of the stock scheduler, of which it is a subclass: everything but `step`, `set_timesteps`
-and what loads and saves is the stock one. Without a calibration nothing changes, bit for bit.
+`Calibrated` + the exact name of the stock scheduler (or of a short-time one), of which it is a subclass: everything but
+`step`, `set_timesteps` and what loads and saves is the stock one. Without a calibration nothing changes, bit for bit.
 
 What reaches `step` under guidance has been combined already, u + s (c - u), and a scheduler is not told s: it is given
 to `from_scheduler`. Exact where the combination is this linear one; for `guidance_rescale` and tables by class use
@@ -36,6 +36,15 @@ from torch import Tensor
 
 from ..calibration import Calibration, subtract
 from ..interop import noise_schedule
+from .derived import derive
+from .scheduling_short_time import (
+    ShortTimeDDIMScheduler,
+    ShortTimeDDPMScheduler,
+    ShortTimeDPMSolverMultistepScheduler,
+    ShortTimeEulerDiscreteScheduler,
+    ShortTimeScheduler,
+    ShortTimeUniPCMultistepScheduler,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -46,7 +55,7 @@ MAX_REMEMBERED = 200
 
 
 class CalibratedScheduler(SchedulerMixin):
-    """What the calibrated schedulers add to the stock ones."""
+    """With the model's mean error subtracted."""
 
     calibration: Calibration | None = None
     guidance_scale: float = 1.0
@@ -61,8 +70,11 @@ class CalibratedScheduler(SchedulerMixin):
             guidance_scale: what the pipeline will be called with; 1 is the conditional model, without guidance.
 
         Raises:
-            ValueError: the calibration belongs to another model, schedule or prediction type, or has no row for it.
+            ValueError: the calibration belongs to another model, schedule or prediction type, or has no row for it; or
+                the scheduler is a short-time one, and this is not.
         """
+        if isinstance(scheduler, ShortTimeScheduler) and not issubclass(cls, ShortTimeScheduler):
+            raise ValueError(f"{cls.__name__} would sample from T = 1 on: use Calibrated{type(scheduler).__name__}")
         return cls.from_config(scheduler.config).calibrate(calibration, guidance_scale)
 
     def calibrate(self, calibration: Calibration | None, guidance_scale: float = 1.0) -> Any:
@@ -112,6 +124,18 @@ class CalibratedScheduler(SchedulerMixin):
             self._rows = self._offsets.to(like).split(1)
             row = self._rows[position]
         return row
+
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers."""
+        super().set_timesteps(*args, **kwargs)
+        if self.calibration is not None:
+            self._remember_offsets()
+
+    def step(self, model_output: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers, from the output less its mean error."""
+        if self.calibration is not None:
+            model_output = subtract(model_output, self.offset(timestep, model_output))
+        return super().step(model_output, timestep, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As in diffusers, with the tables beside the configuration."""
@@ -172,27 +196,7 @@ def save_tables(calibration: Calibration, scheduler_folder: str | os.PathLike, g
     file.write_text(json.dumps(json.loads(file.read_text()) | {"guidance_scale": guidance_scale}, indent=2) + "\n")
 
 
-def _make(base: Any) -> Any:
-    @functools.wraps(base.step)
-    def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.calibration is not None:
-            model_output = subtract(model_output, self.offset(timestep, model_output))
-        return base.step(self, model_output, timestep, sample, *args, **kwargs)
-
-    @functools.wraps(base.set_timesteps)
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        base.set_timesteps(self, *args, **kwargs)
-        if self.calibration is not None:
-            self._remember_offsets()
-
-    members = {
-        "step": step,
-        "set_timesteps": set_timesteps,
-        "__module__": __name__,
-        "__doc__": f"`{base.__name__}` with the model's mean error subtracted; see this module.",
-    }
-    return type(f"Calibrated{base.__name__}", (CalibratedScheduler, base), members)
-
+_make = functools.partial(derive, "Calibrated", CalibratedScheduler)
 
 CalibratedDDIMScheduler = _make(diffusers.DDIMScheduler)
 CalibratedDDPMScheduler = _make(diffusers.DDPMScheduler)
@@ -210,6 +214,12 @@ CalibratedKDPM2DiscreteScheduler = _make(diffusers.KDPM2DiscreteScheduler)
 CalibratedLMSDiscreteScheduler = _make(diffusers.LMSDiscreteScheduler)
 CalibratedPNDMScheduler = _make(diffusers.PNDMScheduler)
 CalibratedUniPCMultistepScheduler = _make(diffusers.UniPCMultistepScheduler)
+
+CalibratedShortTimeDDIMScheduler = _make(ShortTimeDDIMScheduler)
+CalibratedShortTimeDDPMScheduler = _make(ShortTimeDDPMScheduler)
+CalibratedShortTimeDPMSolverMultistepScheduler = _make(ShortTimeDPMSolverMultistepScheduler)
+CalibratedShortTimeEulerDiscreteScheduler = _make(ShortTimeEulerDiscreteScheduler)
+CalibratedShortTimeUniPCMultistepScheduler = _make(ShortTimeUniPCMultistepScheduler)
 
 _CLASSES = {kind.__bases__[1].__name__: kind for kind in CalibratedScheduler.__subclasses__()}
 CALIBRATED_SCHEDULERS = tuple(_CLASSES)

@@ -1,0 +1,121 @@
+r"""Stock schedulers that sample on the diffusion times [0, T] alone, T <= 1.
+
+    bridge = GaussianBridge.from_pretrained("user/model-bridge")
+    scheduler = ShortTimeDDIMScheduler.from_config(pipe.scheduler.config, max_diffusion_time=0.6)
+
+`ShortTime` + the exact name of the stock scheduler, of which it is a subclass. Of N trained timesteps those up to
+round(N T) - 1 are left, and for T < 1 it is, while it samples, the stock scheduler of a model that was trained on these
+alone: all of `num_inference_steps` lie there, and the first is the last of them, where the chain starts from a draw of
+x_T = alpha x0 + (1 - alpha^2)^1/2 n, made by an auxiliary model (see `bridge`). Spacing `leading`, which would start
+below, is replaced by `trailing`. At T = 1 nothing is changed, bit for bit.
+
+Schedulers that work in x = x0 + sigma n (Euler) have for T < 1 `init_noise_sigma` = (1 + sigma_T^2)^1/2 = 1 / alpha_T,
+which takes x_T to x: whoever multiplies the start by it, as diffusers' pipelines do with `latents`, may use the same
+bridge for every scheduler.
+
+Reference: How Much is Enough? A Study on Diffusion Times in Score-based Generative Models (Franzese, Rossi, Yang,
+Finamore, Rossi, Filippone, Michiardi, 2022, arXiv 2206.05173).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import SchedulerMixin
+from diffusers.configuration_utils import FrozenDict
+
+from ..interop import noise_schedule
+from .derived import derive
+
+TABLES = ("betas", "alphas", "alphas_cumprod", "alpha_t", "sigma_t", "lambda_t")
+"""By trained timestep, wherever a stock scheduler has them."""
+
+
+class ShortTimeScheduler(SchedulerMixin):
+    """On the diffusion times [0, T] alone.
+
+    Args:
+        max_diffusion_time: T, from 0 (excluded) to 1; the others are the stock scheduler's.
+
+    Raises:
+        ValueError: T is out of range, or T < 1 and the schedule is not variance preserving; and in `set_timesteps`,
+            if timesteps are given that begin after T.
+    """
+
+    timesteps: Any
+    sigmas: Any
+
+    def _shorten(self, max_diffusion_time: float) -> None:
+        self.register_to_config(max_diffusion_time=max_diffusion_time)
+        self._cut: dict[str, Any] = {}
+        if max_diffusion_time == 1:
+            return
+        schedule = noise_schedule(self)
+        n = len(schedule.sigmas)
+        config = dict(self.config) | {"num_train_timesteps": n}
+        if config.get("timestep_spacing") == "leading":
+            config["timestep_spacing"] = "trailing"
+        self._cut = {name: getattr(self, name)[:n] for name in TABLES if hasattr(self, name)}
+        self._cut["_internal_dict"] = FrozenDict(config)
+        self._start_scale = (1 + schedule.sigma_max**2) ** 0.5
+
+    @contextmanager
+    def _on_short_times(self) -> Iterator[None]:
+        """For as long as it lasts this is the stock scheduler of the trained timesteps up to T."""
+        whole = {name: getattr(self, name) for name in self._cut}
+        self.__dict__.update(self._cut)
+        try:
+            yield
+        finally:
+            self.__dict__.update(whole)
+
+    def set_timesteps(self, num_inference_steps: int | None = None, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, on [0, T]."""
+        given = kwargs.get("timesteps")
+        if self._cut and given is not None and max(given) >= (n := self._cut["_internal_dict"].num_train_timesteps):
+            raise ValueError(f"timesteps begin at {max(given)}, after the last one of [0, T], {n - 1}")
+        with self._on_short_times():
+            super().set_timesteps(num_inference_steps, *args, **kwargs)
+        if self._cut and num_inference_steps is not None and len(self.timesteps) > num_inference_steps:
+            self._drop_timestep_below_0(num_inference_steps)
+
+    def _drop_timestep_below_0(self, num_inference_steps: int) -> None:
+        """By rounding, diffusers' `trailing` adds a timestep -1 for some pairs (7 steps and 600 trained ones)."""
+        self.timesteps, self.num_inference_steps = self.timesteps[:num_inference_steps], num_inference_steps
+        if hasattr(self, "sigmas"):
+            self.sigmas = torch.cat([self.sigmas[:num_inference_steps], self.sigmas[-1:]])
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers."""
+        with self._on_short_times():
+            return super().step(*args, **kwargs)
+
+
+def _make(stock: Any) -> Any:
+    kind = derive("ShortTime", ShortTimeScheduler, stock)
+
+    def __init__(self: Any, *args: Any, max_diffusion_time: float = 1.0, **kwargs: Any) -> None:
+        stock.__init__(self, *args, **kwargs)
+        self._shorten(max_diffusion_time)
+
+    signature = inspect.signature(stock.__init__)
+    added = inspect.Parameter("max_diffusion_time", inspect.Parameter.KEYWORD_ONLY, default=1.0, annotation="float")
+    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), added])  # type: ignore
+    kind.__init__ = __init__
+    if isinstance(inspect.getattr_static(stock, "init_noise_sigma", None), property):
+        kind.init_noise_sigma = property(
+            lambda self: self._start_scale if self._cut else stock.init_noise_sigma.fget(self)
+        )
+    return kind
+
+
+ShortTimeDDIMScheduler = _make(diffusers.DDIMScheduler)
+ShortTimeDDPMScheduler = _make(diffusers.DDPMScheduler)
+ShortTimeDPMSolverMultistepScheduler = _make(diffusers.DPMSolverMultistepScheduler)
+ShortTimeEulerDiscreteScheduler = _make(diffusers.EulerDiscreteScheduler)
+ShortTimeUniPCMultistepScheduler = _make(diffusers.UniPCMultistepScheduler)
