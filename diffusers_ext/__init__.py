@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.pipelines import pipeline_loading_utils
 
 from .calibration import Calibration, calibrate_denoiser
+from .diffusion_time import DiffusionTimeReport, diffusion_time_report
 from .hypercube import heat_kernel_log_prob, heat_kernel_score, reflect
 from .interop import NoiseSchedule, denoiser_from, noise_schedule, score_model_from
 from .likelihood import Elbo, bits_per_dim, boundary_flux, dequantize, elbo, log_likelihood
@@ -79,6 +80,7 @@ __all__ = [
     "Calibration",
     "ClassConditionalPipeline",
     "Denoiser",
+    "DiffusionTimeReport",
     "Elbo",
     "GaussianProcess",
     "NoiseSchedule",
@@ -100,6 +102,7 @@ __all__ = [
     "consistency_loss",
     "denoiser_from",
     "dequantize",
+    "diffusion_time_report",
     "elbo",
     "estimate_calibration",
     "euler",

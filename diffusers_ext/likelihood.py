@@ -42,6 +42,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from math import acosh, isfinite, log, prod
 from typing import Any, NamedTuple
 
@@ -251,21 +252,59 @@ def elbo(
     Raises:
         ValueError: bad noise levels, n < 1, or x outside the box.
     """
-    _check_levels(sigma_min, sigma_max)
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    x, log_prior = _prepare(model, x), model.process.log_prior if log_prior is None else log_prior
-    width, tau_max = acosh(sigma_max / sigma_min) / n, (sigma_max**2 - sigma_min**2) ** 0.5
+    log_prior = model.process.log_prior if log_prior is None else log_prior
+    return nested_elbos(model, x, sigma_min, [sigma_max], n=n, generator=generator, log_priors=[log_prior], **cond)[0]
+
+
+@torch.no_grad()
+def nested_elbos(
+    model: ScoreModel,
+    x: Tensor,
+    sigma_min: float,
+    sigmas_max: Sequence[float],
+    *,
+    n: int,
+    generator: torch.Generator | None = None,
+    log_priors: Sequence[LogPrior],
+    **cond: Any,
+) -> list[Elbo]:
+    """`elbo` for each of several levels where the process starts, with the evaluations of the highest one alone.
+
+    The range of v is cut at each level. The parts between share the n strata by their widths, with one at least; the
+    integrals over them add up. The noise of a part's strata gives the points x_max at its end, too.
+
+    Args:
+        sigmas_max: increasing.
+        log_priors: one for each level, (x, sigma_max) -> (..., B): several priors give `prior` and `total` more rows.
+        x, sigma_min, n, **cond: as in `elbo`.
+
+    Raises:
+        ValueError: bad noise levels, n below their number, or x outside the box.
+    """
+    for below, above in pairwise((sigma_min, *sigmas_max)):
+        _check_levels(below, above)
+    if n < len(sigmas_max):
+        raise ValueError(f"n must be at least {len(sigmas_max)}, got {n}")
+    x, cuts = _prepare(model, x), [0.0, *(acosh(sigma_max / sigma_min) for sigma_max in sigmas_max)]
+    shared = [round((n - len(sigmas_max)) * cut / cuts[-1]) for cut in cuts]
     offset = torch.rand(len(x), generator=generator, device=_drawn_on(x, generator), dtype=x.dtype).to(x)
-    prior, diffusion = torch.zeros_like(offset), torch.zeros_like(offset)
-    for k in range(n):
-        noise = randn_like(x, generator)
-        tau = sigma_min * torch.sinh(width * (k + (offset if k % 2 else 1 - offset)))  # never 0
-        diffusion -= width * bound_rate(model, x, tau, sigma_min, noise, **cond)
-        x_max = model.process.constrain(x + tau_max * noise)
-        control = (tau_max / sigma_max) ** 2 / 2 * _excess(model.process, noise)
-        prior += (log_prior(x_max, sigma_max) + control) / n
-    return Elbo(prior, diffusion)
+    diffusion, elbos, drawn = torch.zeros_like(offset), [], 0
+    for j, (sigma_max, log_prior) in enumerate(zip(sigmas_max, log_priors, strict=True)):
+        strata = 1 + shared[j + 1] - shared[j]
+        width, tau_max = (cuts[j + 1] - cuts[j]) / strata, (sigma_max**2 - sigma_min**2) ** 0.5
+        prior = torch.zeros_like(offset)
+        for k in range(strata):
+            noise = randn_like(x, generator)
+            place = width * (k + (offset if drawn % 2 else 1 - offset))
+            tau = sigma_min * torch.sinh(cuts[j] + place)  # never 0
+            rate = bound_rate(model, x, tau, sigma_min, noise, **cond)
+            diffusion = (diffusion - width * rate).to(x.dtype)
+            x_max = model.process.constrain(x + tau_max * noise)
+            control = (tau_max / sigma_max) ** 2 / 2 * _excess(model.process, noise)
+            prior = (prior + (log_prior(x_max, sigma_max) + control) / strata).to(x.dtype)
+            drawn += 1
+        elbos.append(Elbo(prior, diffusion))
+    return elbos
 
 
 def bound_rate(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .calibration import ALL, CONDITIONAL, UNCONDITIONAL, Calibration, require_gaussian
-from .interop import denoiser_from, noise_schedule, unwrap
+from .interop import NoiseSchedule, denoiser_from, noise_schedule, unwrap
 from .noise_levels import log_linear_sigmas
 from .process import randn_like
 from .score import Denoiser
@@ -78,7 +78,8 @@ class Sums:
     def noise_floor(self) -> Tensor:
         """tr Cov(o^) = E|o^ - o|^2, (levels, rows)."""
         n = self.counts.sum(2)
-        return (self.squares - n * self.means().flatten(2).square().sum(2)) / (n - 1).clamp(min=1) / n
+        spread = self.squares - n * self.means().flatten(2).square().sum(2)
+        return spread.clamp(min=0) / (n - 1).clamp(min=1) / n  # rounding makes it negative where all e are equal
 
     def p_values(self) -> Tensor:
         """Share of the signs of the groups that make |o^|^2 as large as it is, (levels, rows), at least MIN_P."""
@@ -135,7 +136,8 @@ def estimate_calibration(
         max_samples: stop after so many samples, over all processes.
         seed: of all noise. Noise depends on the seed, the batch's number and size, the process and the level alone.
         accelerator: of accelerate, to add up several processes; the model must be on its device.
-        state_path: file for the sums, written every `save_every` batches; a killed run goes on from it.
+        state_path: file for the sums, written every `save_every` batches; a killed run goes on from it. It knows the
+            data by their first batch.
         measured_on: stored with the result, for people.
         progress: show a progress bar.
 
@@ -143,25 +145,24 @@ def estimate_calibration(
         The calibration, the same on all processes; on the CPU.
 
     Raises:
-        ValueError: a reflected process, no data or too few samples for an estimate of their noise, arguments out of
-            range, or a state file of another run.
+        ValueError: a reflected process, no data or too few samples for an estimate of their noise, values that are not
+            finite, arguments out of range, or a state file of another run.
     """
     schedule = noise_schedule(scheduler)
     require_gaussian(schedule)
     if num_levels < 2 or not MIN_P <= significance <= 1:
         raise ValueError(f"{num_levels=} must be at least 2, and {significance=} from {MIN_P:.1g} to 1")
-    denoiser = denoiser_from(model, scheduler)
-    sigmas = log_linear_sigmas(num_levels, schedule.sigma_min, schedule.sigma_max).flip(0)
-    sigmas[0], sigmas[-1] = schedule.sigma_min, schedule.sigma_max
     if null_class is not None:
         unconditional = {"class_labels": torch.tensor([null_class])}
-    rows = [str(i) for i in range(num_classes)] if num_classes else [ALL if unconditional is None else CONDITIONAL]
-    rows += [] if unconditional is None else [UNCONDITIONAL]
+    sigmas, rows = _levels(schedule, num_levels), _rows(num_classes, unconditional is not None)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
+    measurement = _Measurement(
+        denoiser_from(model, scheduler), sigmas, rows, unconditional, control_variate, antithetic, seed, accelerator
+    )
     run = {
         "model": _fingerprint(model) if state_path is not None else None,
         "scheduler": _stored(scheduler),
-        "sigmas": sigmas.tolist(),
+        "sigmas": sigmas,
         "rows": rows,
         "seed": seed,
         "process": [rank, world],
@@ -175,7 +176,7 @@ def estimate_calibration(
     for number, (x0, cond) in enumerate(batches):
         x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
         if sums is None:
-            run["batch"] = list(x0.shape)
+            run |= {"batch": list(x0.shape), "data": _mark({**cond, "x0": x0})}
             sums = _load(path, run, x0.device) or Sums.zeros(num_levels, len(rows), x0.shape[1:], x0.device)
             resumed_at = _agreed(sums, accelerator)
             if tolerance is not None and resumed_at:
@@ -184,25 +185,10 @@ def estimate_calibration(
         bar.update(len(x0) * world)
         last = max_samples is not None and seen >= max_samples
         if number >= resumed_at:
-            row = cond["class_labels"] if num_classes else torch.zeros(len(x0), dtype=torch.long, device=x0.device)
-            for level in active:
-                noise = randn_like(x0, _generator(x0.device, seed, number, rank, level))
-                conditions = [(row, cond)]
-                if unconditional is not None:
-                    null = _for_each(unconditional, x0)
-                    conditions.append((torch.full_like(row, len(rows) - 1), dict(cond) | null))
-                for at, given in conditions:
-                    e = _values(denoiser, x0, noise, sigmas[level].item(), antithetic, given)
-                    if control_variate and not antithetic:
-                        if sums.slopes[level].isnan():
-                            slope = (e * noise).sum() / noise.square().sum()
-                            sums.slopes[level] = slope if accelerator is None else accelerator.reduce(slope, "mean")
-                        e = e - sums.slopes[level] * noise
-                    sums.add(level, at, e)
-            sums.batches += 1
+            measurement.take_in(sums, active, x0, cond)
             if int(sums.batches) % save_every == 0 or last:
                 if path is not None:
-                    _save(path, sums, run, accelerator)
+                    _save(path, _finite(sums, sigmas), run, accelerator)
                 if tolerance is not None:
                     active = _not_done(_over_processes(sums, accelerator), tolerance)
                     bar.set_postfix(levels_left=len(active))
@@ -211,7 +197,7 @@ def estimate_calibration(
     bar.close()
     if sums is None:
         raise ValueError("there are no data: `batches` is empty")
-    total = _over_processes(sums, accelerator)
+    total = _finite(_over_processes(sums, accelerator), sigmas)
     if (total.counts < 2).any():
         raise ValueError(
             f"too few samples: each row needs {2 * GROUPS} at every level, and one has {int(total.counts.sum(2).min())}"
@@ -223,10 +209,11 @@ def estimate_calibration(
         "antithetic": antithetic,
         "shrink": shrink,
         "significance": significance,
+        "tolerance": tolerance,
     }
     calibration = Calibration(
         shape=list(total.values.shape[3:]),
-        sigmas=sigmas.tolist(),
+        sigmas=sigmas,
         rows=rows,
         scheduler=_stored(scheduler),
         null_class=null_class,
@@ -235,11 +222,58 @@ def estimate_calibration(
     return _fill(calibration, total, shrink, significance)
 
 
-def _values(
-    denoiser: Denoiser, x0: Tensor, noise: Tensor, sigma: float, antithetic: bool, cond: Mapping[str, Tensor]
-) -> Tensor:
-    e = denoiser.eps(x0 + sigma * noise, sigma, **cond)
-    return (e + denoiser.eps(x0 - sigma * noise, sigma, **cond)) / 2 if antithetic else e
+def _levels(schedule: NoiseSchedule, n: int) -> list[float]:
+    sigmas = log_linear_sigmas(n, schedule.sigma_min, schedule.sigma_max).flip(0)
+    sigmas[0], sigmas[-1] = schedule.sigma_min, schedule.sigma_max
+    return sigmas.tolist()
+
+
+def _rows(num_classes: int | None, unconditional: bool) -> list[str]:
+    rows = [str(i) for i in range(num_classes)] if num_classes else [CONDITIONAL if unconditional else ALL]
+    return rows + [UNCONDITIONAL] * unconditional
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """How the values of a batch are made; arguments as of `estimate_calibration`."""
+
+    denoiser: Denoiser
+    sigmas: Sequence[float]
+    rows: Sequence[str]
+    unconditional: Mapping[str, Any] | None
+    control_variate: bool
+    antithetic: bool
+    seed: int
+    accelerator: Any
+
+    def take_in(self, sums: Sums, levels: Iterable[int], x0: Tensor, cond: Mapping[str, Any]) -> None:
+        """Add the next batch, at some of the levels."""
+        number, told = int(sums.batches), self._told(x0, cond)
+        rank = 0 if self.accelerator is None else self.accelerator.process_index
+        for level in levels:
+            noise = randn_like(x0, _generator(x0.device, self.seed, number, rank, level))
+            for i, (row, given) in enumerate(told):
+                e = self._values(x0, noise, self.sigmas[level], given)
+                if self.control_variate and not self.antithetic:
+                    if number == i == 0:
+                        slope = (e * noise).sum() / noise.square().sum()
+                        sums.slopes[level] = self.accelerator.reduce(slope, "mean") if self.accelerator else slope
+                    e = e - sums.slopes[level] * noise
+                sums.add(level, row, e)
+        sums.batches += 1
+
+    def _told(self, x0: Tensor, cond: Mapping[str, Any]) -> list[tuple[Tensor, Mapping[str, Any]]]:
+        """The rows (B,) that a batch adds to, and what the network is told for them."""
+        row = torch.zeros(len(x0), dtype=torch.long, device=x0.device)
+        row = row if self.rows[0] in (ALL, CONDITIONAL) else cond["class_labels"]
+        if self.unconditional is None:
+            return [(row, cond)]
+        null = torch.full_like(row, len(self.rows) - 1)
+        return [(row, cond), (null, {**cond, **_for_each(self.unconditional, x0)})]
+
+    def _values(self, x0: Tensor, noise: Tensor, sigma: float, cond: Mapping[str, Any]) -> Tensor:
+        e = self.denoiser.eps(x0 + sigma * noise, sigma, **cond)
+        return (e + self.denoiser.eps(x0 - sigma * noise, sigma, **cond)) / 2 if self.antithetic else e
 
 
 def _fill(calibration: Calibration, sums: Sums, shrink: bool, significance: float) -> Calibration:
@@ -270,6 +304,14 @@ def _over_processes(sums: Sums, accelerator: Any) -> Sums:
         return sums
     added = {name: accelerator.reduce(getattr(sums, name).clone(), "sum") for name in ("values", "counts", "squares")}
     return Sums(**added, slopes=sums.slopes, batches=sums.batches)
+
+
+def _finite(sums: Sums, sigmas: Sequence[float]) -> Sums:
+    wrong = (~sums.squares.isfinite()).any(1).tolist()
+    if any(wrong):
+        listed = ", ".join(f"{sigma:.3g}" for sigma, is_wrong in zip(sigmas, wrong, strict=True) if is_wrong)
+        raise ValueError(f"the data or the model's output are not finite at sigma = {listed}: try a higher precision")
+    return sums
 
 
 def _for_each(cond: Any, x0: Tensor) -> Any:
@@ -329,6 +371,13 @@ def _fingerprint(model: Any) -> str:
     network = unwrap(model)
     weights = network.parameters() if isinstance(network, torch.nn.Module) else ()
     return f"{type(network).__name__} {sum(p.detach().sum(dtype=torch.float64).item() for p in weights):.6g}"
+
+
+def _mark(data: Any) -> Any:
+    """A mark of tensors, or of a tree of them, to tell the data of two runs apart."""
+    if isinstance(data, Mapping):
+        return {name: _mark(value) for name, value in data.items()}
+    return f"{data.double().norm().item():.4g}" if isinstance(data, Tensor) else str(data)
 
 
 def _stored(scheduler: Any) -> dict[str, Any]:

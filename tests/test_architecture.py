@@ -19,7 +19,7 @@ ORDER = [
     {"solvers"},
     {"interop"},
     {"losses", "metrics", "likelihood", "calibration"},
-    {"mean_error"},
+    {"mean_error", "diffusion_time"},
     {"schedulers"},
     {"pipelines"},
     {"training"},

@@ -1,6 +1,8 @@
 """`training/calibrate.py` as a user runs it. Truth: a network whose output is one constant, which is its mean error."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,7 @@ from test_models import tiny_unet
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_ext import CalibratedDDIMScheduler, Calibration, ClassConditionalPipeline, estimate_calibration
+from diffusers_ext.training import InputError
 from diffusers_ext.training.text import text_conditions, text_image_format
 
 SCRIPT = Path(__file__).parents[1] / "training" / "calibrate.py"
@@ -121,8 +124,79 @@ def test_a_stopped_run_goes_on_to_the_same_result(calibrate, tmp_path, monkeypat
     assert 0 < len(forwards) <= 2 * 4 * 14 + 1  # the last 14 of 24 batches, and a probe
     a, b = (Calibration.from_pretrained(tmp_path / name) for name in ("whole", "halves"))
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
-    with pytest.raises(SystemExit, match="sums of another run, with other seed"):
+    with pytest.raises(SystemExit, match="sums of another run, with other data, seed"):
         calibrate.run(*again, "--seed", 1)
+
+
+TWO_PROCESSES = """
+import importlib.util, os, sys
+from accelerate import Accelerator
+from diffusers_ext import Calibration
+from safetensors.torch import load_file
+_, script, *options = sys.argv
+spec = importlib.util.spec_from_file_location("calibrate", script)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+encode, save, batches = module.encode, Calibration.save_pretrained, []
+
+def say(line):  # in one piece, as `print` does not
+    os.write(1, f"{line}\\n".encode())
+
+def counted(*args):
+    batches.append(1)
+    if len(batches) == stop:
+        raise KeyboardInterrupt
+    return encode(*args)
+
+def saved(self, folder, **kwargs):
+    say(f"saved {os.path.relpath(folder)}")
+    save(self, folder, **kwargs)
+
+module.encode, Calibration.save_pretrained = counted, saved
+Accelerator.end_training = lambda self: say(f"{out} took {len(batches)} in one of {self.num_processes}")
+for out, stop in (("whole", None), ("halves", 15), ("halves", None)):
+    batches.clear()
+    sys.argv = ["calibrate.py", *options, out]
+    try:
+        module.main()
+    except KeyboardInterrupt:
+        state = load_file(f"{out}/state/sums-{os.environ['RANK']}-of-2.safetensors")
+        say(f"stopped {os.listdir(out)}, {state['batches']} batches are kept")
+"""
+
+
+def test_two_processes_measure_what_one_does_and_go_on_after_a_stop(calibrate, captioned, tmp_path):
+    """A network that predicts x0 = 0.1 has the values (x + sigma n - 0.1) / sigma; n cancels with -n. So the mean error
+    is (E x - 0.1) / sigma, with E x of the images: each must be taken once, and the noise is left out of it."""
+    model = save_model(tmp_path / "model", prediction_type="sample")
+    options = ["--pretrained_model_name_or_path", model, "--dataset_name", captioned, "--num_levels", 2]
+    options = [*map(str, options), "--train_batch_size", "1", "--output_dir"]
+    calibrate.run(*options, tmp_path / "one")
+    (tmp_path / "driver.py").write_text(TWO_PROCESSES)
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "driver.py", SCRIPT, *options]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    tables = [f"saved {out}{folder}" for out in ("whole", "halves") for folder in ("", "/scheduler/calibration.tables")]
+    assert sorted(line for line in said if line.startswith("saved")) == sorted(tables)  # by one process
+    for out in ("whole", "halves"):
+        assert said.count(f"{out} took 20 in one of 2") == 2
+    stopped = [line for line in said if line.startswith("stopped")]
+    assert stopped == ["stopped ['state'], 10 batches are kept"] * 2
+
+    one, whole, halves = (Calibration.from_pretrained(tmp_path / name) for name in ("one", "whole", "halves"))
+    assert all(torch.equal(value, halves.state_dict()[name]) for name, value in whole.state_dict().items())
+    for name in ("offsets", "noise_floor", "squared_norm", "num_samples"):
+        torch.testing.assert_close(getattr(whole, name), getattr(one, name), rtol=1e-4, atol=1e-5)
+    grey = torch.arange(40).double() * 6 / 127.5 - 1
+    sigmas = torch.tensor(whole.config.sigmas).double()
+    expected = ((grey.mean() - 0.1) / sigmas).reshape(2, 1, 1, 1, 1).expand(2, 1, 1, 8, 8)
+    torch.testing.assert_close(whole.offsets.double(), expected, rtol=1e-4, atol=1e-5)
+    floor = 64 * grey.var() / 40 / sigmas[:, None] ** 2
+    torch.testing.assert_close(whole.noise_floor.double(), floor, rtol=1e-4, atol=1e-5)
+    assert whole.num_samples.tolist() == [[40], [40]]
 
 
 def counted(function, calls):
@@ -134,7 +208,7 @@ def counted(function, calls):
     return count
 
 
-def test_classes_and_the_null_class_have_rows(calibrate, tmp_path):
+def test_classes_and_the_null_class_have_rows(calibrate, tmp_path, monkeypatch):
     unet = constant_unet(0.1, num_class_embeds=11)
     pipeline = ClassConditionalPipeline(unet, DDIMScheduler(clip_sample=False), null_class=10)
     pipeline.save_pretrained(tmp_path / "model")
@@ -142,6 +216,13 @@ def test_classes_and_the_null_class_have_rows(calibrate, tmp_path):
     assert Calibration.from_pretrained(tmp_path / "two").config.rows == ["conditional", "unconditional"]
     more = ("--per_class", "--max_train_samples", 640, "--num_levels", 2)
     calibrate.run(*arguments(tmp_path / "model", tmp_path / "all", *more))
+    pipe = pipeline
+    monkeypatch.chdir(tmp_path)
+    for name, what in (("two", CalibratedDDIMScheduler), ("all", DDIMScheduler)):  # no scheduler knows the class
+        code = re.search(r"```python\n(.*?)```", (tmp_path / name / "README.md").read_text(), re.DOTALL)[1]
+        exec(code, given := {"pipe": pipe})
+        assert type(given["pipe"].scheduler) is what
+        pipe = ClassConditionalPipeline(unet, DDIMScheduler(clip_sample=False), null_class=10)
     calibration = Calibration.from_pretrained(tmp_path / "all")
     assert calibration.config.rows == [*map(str, range(10)), "unconditional"]
     torch.testing.assert_close(calibration.offsets, torch.full((2, 11, 1, 8, 8), 0.1), rtol=1e-3, atol=1e-4)
@@ -234,7 +315,7 @@ def test_what_it_pushes_opens_with_the_package_and_without(tmp_path):
     model = save_model(tmp_path / "model")
     with HubServer() as hub:
         environment = hub.environment(tmp_path / "home") | {"HF_DATASETS_OFFLINE": "1"}
-        argv = arguments(model, tmp_path / "out", "--save_pipeline", "--push_to_hub", "--hub_model_id", "tester/model")
+        argv = arguments(model, tmp_path / "out", "--save_pipeline", "--push_to_hub", "--hub_model_id", "model")
         done = subprocess.run(
             [sys.executable, SCRIPT, *map(str, argv)], env=environment, text=True, capture_output=True
         )
@@ -242,6 +323,7 @@ def test_what_it_pushes_opens_with_the_package_and_without(tmp_path):
         stranger = hub.environment(tmp_path / "other", token=None)
         opened = subprocess.run([sys.executable, "-c", OPEN], env=stranger, text=True, capture_output=True)
         assert not [f for f in hub.files("tester/model") if "state" in f]
+        assert 'Calibration.from_pretrained("tester/model")' in hub.files("tester/model")["README.md"].decode()
     assert opened.returncode == 0, opened.stderr
     stock, root, beside = opened.stdout.splitlines()
     assert stock == "DDIMScheduler False"
@@ -262,6 +344,55 @@ def test_what_it_pushes_opens_with_the_package_and_without(tmp_path):
 def test_errors_say_what_to_do(calibrate, tmp_path, argv, message):
     with pytest.raises(SystemExit, match=message):
         calibrate.run(*arguments(save_model(tmp_path / "model"), tmp_path / "out"), *argv)
+
+
+def test_data_that_do_not_fit_the_model_are_refused(calibrate, captioned, tmp_path):
+    """40 images in two classes, with captions."""
+    unet = constant_unet(0.1, num_class_embeds=3)
+    ClassConditionalPipeline(unet, DDIMScheduler(clip_sample=False), null_class=2).save_pretrained(tmp_path / "two")
+    with pytest.raises(SystemExit, match="takes labels of 2 classes, the data have 10 classes"):
+        calibrate.run(*arguments(tmp_path / "two", tmp_path / "out"))
+    more = ("--dataset_name", captioned, "--train_batch_size", 8, "--max_train_samples", 40)
+    options = arguments(tmp_path / "two", tmp_path / "out", *more)
+    with pytest.raises(SystemExit, match="the model takes no prompts"):
+        calibrate.run(*options, "--caption_column", "text")
+    calibrate.run(*options)
+    unlabelled = Dataset.from_parquet(str(captioned)).remove_columns("label")
+    unlabelled.to_parquet(captioned.parent / "other.parquet")
+    with pytest.raises(SystemExit, match="takes labels of 2 classes, the data have no labels"):
+        calibrate.run(*options, "--dataset_name", captioned.parent / "other.parquet")
+    save_model(tmp_path / "model")
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="file cannot be made"):
+        calibrate.run(*arguments(tmp_path / "model", tmp_path / "file"))
+    long = arguments(tmp_path / "model", tmp_path / "long", "--train_batch_size", 8)  # sums are kept after 10 batches
+    calibrate.run(*long)
+    with pytest.raises(SystemExit, match="holds the sums of another run, with other data"):
+        calibrate.run(*long, "--train_split", "test")
+
+
+def test_a_stream_is_not_read_twice(calibrate, captioned, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    options = arguments(save_model(tmp_path / "model"), tmp_path / "out", "--dataset_name", captioned, "--streaming")
+    with pytest.raises(SystemExit, match="has 36 images in whole batches: repeat with --max_train_samples 36"):
+        calibrate.run(*options, "--train_batch_size", 12)
+    calibrate.run(*options, "--train_batch_size", 12, "--max_train_samples", 36)
+    assert Calibration.from_pretrained(tmp_path / "out").num_samples.unique().tolist() == [36]
+
+
+def test_captions_are_texts_and_a_missing_one_is_the_empty_prompt(calibrate):
+    assert [calibrate._prompt(cell) for cell in ("a cat", "", None)] == ["a cat", "", ""]
+    with pytest.raises(InputError, match=r"one text for each image, it has \['a', 'b'\]"):
+        calibrate._prompt(["a", "b"])
+
+
+def test_a_tolerance_that_was_not_reached_is_said(calibrate, tmp_path, capsys):
+    DDIMPipeline(unet=tiny_unet(), scheduler=DDIMScheduler()).save_pretrained(tmp_path / "model")
+    for tolerance, said in (("1e-9", True), ("10", False)):
+        calibrate.run(*arguments(tmp_path / "model", tmp_path / tolerance, "--tolerance", tolerance))
+        message = f"before the tolerance of {float(tolerance):.2g} was reached at 4 of 4 levels"
+        assert (message in capsys.readouterr().out) is said
+        assert (message in (tmp_path / tolerance / "README.md").read_text()) is said
 
 
 def test_conditions_in_a_tree_reach_the_unconditional_row():

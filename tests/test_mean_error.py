@@ -211,6 +211,8 @@ def test_a_strong_error_is_found_at_the_smallest_significance_and_one_without_no
     constant = estimate(lambda x, t: torch.full_like(x, 0.3), batches(), DDIMScheduler())
     torch.testing.assert_close(constant.offsets[0], torch.full((1, *SHAPE), 0.3), rtol=0, atol=2e-4)
     assert (constant.shrinkage[1:] > 0.9).all()
+    assert (constant.std_error < 1e-4).all()  # a number, though its square is a difference of equal sums
+    assert estimate(lambda x, t: x * 0 + 0.3, batches(), DDIMScheduler(), tolerance=1e-4).num_samples.max() == 64
     silent = estimate(lambda x, t: torch.zeros_like(x), batches(), DDIMScheduler(), **PLAIN)
     assert (silent.offsets * silent.shrinkage[..., None, None]).abs().max() < 1e-3
 
@@ -432,7 +434,9 @@ def test_what_was_measured_is_not_measured_again(tmp_path) -> None:
         ({"num_levels": 4}, "sigmas"),
         ({"num_classes": 1}, "rows"),
         ({"scheduler": DDIMScheduler(prediction_type="sample")}, "scheduler"),
-        ({"data": batches(size=8, labels=1)}, "batch"),
+        ({"data": batches(size=8, labels=1)}, "batch, data"),
+        ({"data": batches(labels=1, seed=2)}, "data"),
+        ({"data": batches(labels=2)}, "data"),
         ({"model": "other weights"}, "model"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
@@ -448,6 +452,23 @@ def test_sums_of_another_run_are_refused(change, name, tmp_path) -> None:
     given = {"data": batches(labels=1)} | fixed | change | {"model": model}
     with pytest.raises(ValueError, match=f"another run, with other {name}: delete it"):
         estimate(**given)
+
+
+def test_values_that_are_not_finite_are_refused_and_leave_the_sums_as_they_were(tmp_path) -> None:
+    calls = []
+
+    def overflows(x, t):
+        calls.append(1)
+        return x / (t[0] < 500 or len(calls) <= 12)  # two levels, with n and -n: from the fourth batch on, at one level
+
+    options = {"state_path": tmp_path / "sums", "save_every": 3, "num_levels": 2}
+    with pytest.raises(ValueError, match=r"not finite at sigma = 157: "):
+        estimate(overflows, batches(n=160), DDIMScheduler(), **options)
+    saved = load_file(tmp_path / "sums")
+    assert saved["batches"] == 3
+    assert all(value.isfinite().all() for name, value in saved.items() if name != "slopes")
+    with pytest.raises(ValueError, match="not finite"):
+        estimate(lambda x, t: x * torch.nan, batches(), DDIMScheduler())
 
 
 # several processes

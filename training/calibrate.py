@@ -81,14 +81,29 @@ def batches(
         raise InputError(f"{n} images are fewer than a batch of {args.train_batch_size} for each of {world} processes")
     transform = Transform(resolution, channels, args.center_crop, args.random_flip)
     of_text = is_text_pipeline(pipeline)
+    if prompts is not None and not of_text:
+        raise InputError("--caption_column: the model takes no prompts")
+    classes = None if of_text else classes_of(pipeline)
+    if classes is not None and (source.class_names is None or len(source.class_names) > classes):
+        have = "no labels" if source.class_names is None else f"{len(source.class_names)} classes"
+        raise InputError(f"the model takes labels of {classes} classes, the data have {have}: see --label_column")
     for i, batch in enumerate(micro_batches(everything, source, transform, rank, world, count, place=Place(0, 0))):
+        if batch.place is not None and batch.place.epoch > 0:
+            taken = i * args.train_batch_size * world
+            raise InputError(f"the stream has {taken} images in whole batches: repeat with --max_train_samples {taken}")
         generator = torch.Generator(device).manual_seed(seed_for(args.seed, _ENCODE, i * world + rank))
         x0 = encode(pipeline, batch.images.to(device, pipeline.dtype), generator).float()
         if of_text:
-            told = [""] * len(x0) if prompts is None else [str(prompts[k]) for k in batch.labels.tolist()]
+            told = [""] * len(x0) if prompts is None else [_prompt(prompts[k]) for k in batch.labels.tolist()]
             yield x0, text_conditions(pipeline, told, resolution)
         else:
-            yield x0, {} if classes_of(pipeline) is None else {"class_labels": batch.labels.to(device)}
+            yield x0, {} if classes is None else {"class_labels": batch.labels.to(device)}
+
+
+def _prompt(cell: Any) -> str:
+    if cell is not None and not isinstance(cell, str):
+        raise InputError(f"--caption_column must hold one text for each image, it has {cell!r:.80}")
+    return cell or ""
 
 
 @command
@@ -116,6 +131,10 @@ def main() -> None:
         private = args.hub_private_repo or None
         pusher = HubPusher(args.hub_model_id, out, private=private, token=args.hub_token)
 
+    try:
+        (out / "state").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output_dir {out} cannot be made: {error}") from error
     data = f"{shown(args.dataset_name or args.train_data_dir or '')}, split {args.train_split}"
     try:
         calibration = estimate_calibration(

@@ -8,7 +8,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..calibration import ALL, Calibration
+from ..calibration import ALL, CONDITIONAL, UNCONDITIONAL, Calibration
+from ..schedulers.scheduling_calibrated import CALIBRATED_SCHEDULERS
 from .card import hub_name, shown_command, table
 
 # Below this a likelihood gain is no news to anyone, in bits per dimension; below that an offset is lost in a step.
@@ -51,6 +52,12 @@ def verdict(calibration: Calibration) -> str:
             f"- `{row}`: a mean error at {len(used)} of {len(numbers['sigma'])} levels, the largest {size:.2g} at "
             f"sigma = {sigma:.3g}; without it the likelihood bound gains {gain:.2g} bits per dimension: {advice}."
         )
+    tolerance = (calibration.config.measured_on or {}).get("tolerance")
+    if tolerance is not None and (missed := int((calibration.std_error > tolerance).any(1).sum())):
+        lines.append(
+            f"- the data ended before the tolerance of {tolerance:.2g} was reached at {missed} of "
+            f"{len(numbers['sigma'])} levels; the largest standard error is {calibration.std_error.max():.2g}."
+        )
     advice = "Strong models often gain nothing: compare samples, at equal numbers, before you keep it."
     return "\n".join([*lines, "", advice])
 
@@ -71,7 +78,7 @@ def plot(calibration: Calibration, path: Path) -> None:
     numbers = summary(calibration)
     sigma, n_rows = numbers["sigma"], len(numbers["rows"])
     picture = calibration.offsets.ndim == 5
-    shown = [round(i * (len(sigma) - 1) / 5) for i in range(6)] if picture else []
+    shown = sorted({round(i * (len(sigma) - 1) / 5) for i in range(6)}) if picture else []
     figure = plt.figure(figsize=(11, 4 + (2.2 if picture else 0)), layout="constrained")
     grid = figure.add_gridspec(2 if picture else 1, 6, height_ratios=[4, 2] if picture else [1])
     axis = figure.add_subplot(grid[0, :])
@@ -97,13 +104,25 @@ def plot(calibration: Calibration, path: Path) -> None:
     plt.close(figure)
 
 
+def _example(calibration: Calibration, name: str) -> str:
+    """How to use it: by a calibrated scheduler where one can, else as `calibrate_pipeline` finds."""
+    scheduler, rows = f"Calibrated{calibration.config.scheduler['_class_name']}", tuple(calibration.config.rows)
+    guided = ", guidance_scale=7.5" if UNCONDITIONAL in rows else ""
+    linear = rows in ((ALL,), (CONDITIONAL, UNCONDITIONAL))
+    if linear and scheduler.removeprefix("Calibrated") in CALIBRATED_SCHEDULERS:
+        what, use = scheduler, f"pipe.scheduler = {scheduler}.from_scheduler(pipe.scheduler, calibration{guided})"
+    else:
+        what, use = "calibrate_pipeline", f"pipe = calibrate_pipeline(pipe, calibration{guided})"
+    load = f'calibration = Calibration.from_pretrained("{name}")'
+    return f"from diffusers_ext import {', '.join(sorted([what, 'Calibration']))}\n\n{load}\n{use}"
+
+
 def write_calibration_card(
     folder: Path, calibration: Calibration, name: str, arguments: Mapping[str, Any], command: str
 ) -> None:
     """Write `README.md`: what was measured, whether it is worth using, how to use it."""
     measured, numbers = calibration.config.measured_on, summary(calibration)
-    scheduler, rows = calibration.config.scheduler["_class_name"], tuple(calibration.config.rows)
-    guided = "" if rows == (ALL,) else ", guidance_scale=7.5"
+    rows = tuple(calibration.config.rows)
     shown = ("mean_error", "standard_error", "used_share")
     columns = ["sigma", *(f"{what.replace('_', ' ')}, {row}" for row in rows for what in shown)]
     lines = [
@@ -118,9 +137,7 @@ def write_calibration_card(
         "## Is it worth using?",
         verdict(calibration),
         "## How to use it",
-        f"```python\nfrom diffusers_ext import Calibrated{scheduler}, Calibration\n\n"
-        f'calibration = Calibration.from_pretrained("{name}")\n'
-        f"pipe.scheduler = Calibrated{scheduler}.from_scheduler(pipe.scheduler, calibration{guided})\n```",
+        f"```python\n{_example(calibration, name)}\n```",
         "## How it was measured",
         f"```bash\n{shown_command(command)}\n```",
         table(columns, lines),

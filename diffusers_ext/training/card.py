@@ -177,4 +177,4 @@ def complete_card(card: Path, name: str, repo_id: str) -> None:
     """Let the model card's example load the repository by its full name, which only the Hub knew."""
     if name != repo_id and card.is_file():
         text = card.read_text(encoding="utf-8")
-        card.write_text(text.replace(_load_line(name), _load_line(repo_id)), encoding="utf-8")
+        card.write_text(text.replace(f'from_pretrained("{name}")', f'from_pretrained("{repo_id}")'), encoding="utf-8")

@@ -1,0 +1,410 @@
+r"""How much diffusion time a model needs: its likelihood bound, cut at every T and started from several models of x_T.
+
+A variance-preserving sampler may start at T < 1 from a model nu of the diffused data x_T, a bridge (N(0, I) at T = 1 is
+the usual one). In the scheduler's own coordinates x_T = scale_T (x0 + sigma_T n), scale = (1 + sigma^2)^-1/2, for the
+data x at sigma_min, of D dimensions, in nats,
+
+    -E log q(x) <= E[-log nu(x_T)] + S(T)                                                        "negative bound"
+                =  E[-log p(x)] + G(T) + KL[p_T || nu],        G(T) = int_0^T sigma E|s - grad log p_sigma|^2 dsigma,
+    S(T) = int_{sigma_min}^{sigma_T} sigma E[|s|^2 - 2 s . grad log p(x_sigma | x)] dsigma - D log scale_T.
+
+S is the paper's I(s, T) - R(T), what the score costs. Its last part changes the units: x_T has the density nu(x_T)
+scale_T^D where x is x0 + sigma n. KL falls with T, and G grows. The integral up to T is part of the one up to T = 1: a
+single pass over the levels (`nested_elbos`) serves all T, and all terms come from the same samples and noise. Errors
+are those of the mean over the held-out samples, for differences of the paired differences, noise of the levels
+included. They take the samples for independent: an image that comes twice makes them too small.
+
+**KL.** With U = E[-log N(x_1; 0, I)] + S(1) - S(T), the model's own bound on -E log p_T(x_T) from T to 1,
+
+    E[-log nu(x_T)] - U  =  KL[p_T || nu] - (G(1) - G(T)) - KL[p_1 || N(0, I)]  <=  KL[p_T || nu]:
+
+an unbiased estimate of a lower bound, low by what the score loses between T and 1, and below 0 where nu is the better
+model of x_T. It is the difference of two negative bounds, too: what starting at T from nu costs against T = 1. It is
+the true KL, but for that of T = 1, where the score is exact, and needs a model that was trained up to T = 1. With
+labels it is that of p_T(x_T | y), on average over y. For N(0, I) there is an expansion for long T that knows no score,
+
+    KL[p_T || N(0, I)] = 1/2 scale_T^2 |E x0|^2 + 1/4 scale_T^4 |Cov x0 - I|^2 + O(scale_T^6),
+
+with |E x0|^2 and |Cov x0|^2 estimated without bias, of all classes together. With the moments of x_T, a Gaussian bridge
+has neither term.
+
+Shapes: samples (N,) by T and start; tables are (N, times) of S and (N, times, starts) of -log nu.
+
+References: How Much Is Enough? A Study on Diffusion Times in Score-based Generative Models (Franzese, Rossi, Yang,
+Finamore, D. Rossi, Filippone, Michiardi, 2022, arXiv 2206.05173); Feature Selection via Dependence Maximization (Song
+et al., 2012), equation 5, which is |Cov|^2 for equal linear kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import floor, inf, log, log10, prod
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .interop import NoiseSchedule, denoiser_from, noise_schedule
+from .likelihood import LogPrior, bits_per_dim, nested_elbos
+from .process import GaussianProcess, randn_like
+
+STANDARD_NORMAL = "N(0, I)"
+MIN_SAMPLES = 4
+"""The fewest that give |Cov x0|^2 without bias, and a standard error."""
+MOMENT_SAMPLES = 2048
+"""As many samples, the first ones, give the moments of x0; they are kept."""
+SIGNIFICANCE = 0.05
+"""Probability that a best T is called different from T = 1 where none is, over all cells."""
+
+
+class BridgeLike(Protocol):
+    """A model of x_T, in the coordinates of the scheduler's samples."""
+
+    @property
+    def config(self) -> Any:
+        """`config.max_diffusion_time` is its T."""
+
+    def log_prob(self, x: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """log nu(x), (n,), in nats."""
+
+    def check(self, scheduler: Any, *, max_diffusion_time: float | None = None, shape: Sequence[int] | None) -> None:
+        """Raise a ValueError where it belongs to another schedule, T or shape of samples."""
+
+
+class Estimate(NamedTuple):
+    """A mean over the held-out samples and its standard error."""
+
+    mean: float
+    std_error: float
+
+
+class Terms(NamedTuple):
+    """What is known of one T and start; nats for each sample, but for `bits_per_dim`."""
+
+    start_term: Estimate
+    """E[-log nu(x_T)]."""
+    score_term: Estimate
+    """S(T)."""
+    negative_bound: Estimate
+    """Their sum."""
+    bits_per_dim: Estimate
+    kl: Estimate | None
+    """The lower bound on KL[p_T || nu], or the cost against T = 1; None where T = 1 was not asked for."""
+    kl_expansion: float | None
+    """Of N(0, I) alone."""
+
+
+Cell = tuple[float, str]
+
+
+@dataclass(frozen=True, eq=False)
+class DiffusionTimeReport:
+    """The terms of the bound by T and start; made by `diffusion_time_report`.
+
+    Args:
+        times, timesteps, sigmas: T, increasing, its last timestep, and sigma_T.
+        starts: names, `STANDARD_NORMAL` first.
+        cells: all (T, start) that there are.
+        shape: of a sample.
+        sigma_min, n: where the bound ends, and evaluations of the network for each sample.
+        start_terms: -log nu(x_T) of each sample, (N, times, starts), NaN where there is no cell; float64.
+        score_terms: each sample's part of S(T), (N, times); float64.
+        kl_expansion: of N(0, I), for each T.
+        bin_width: of discrete data; 1 for the density of the data as they are.
+    """
+
+    times: tuple[float, ...]
+    timesteps: tuple[int, ...]
+    sigmas: tuple[float, ...]
+    starts: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    shape: tuple[int, ...]
+    sigma_min: float
+    n: int
+    start_terms: Tensor
+    score_terms: Tensor
+    kl_expansion: tuple[float, ...]
+    bin_width: float
+
+    @property
+    def reference(self) -> Cell | None:
+        """(1.0, `STANDARD_NORMAL`): the model as it is usually sampled."""
+        return (1.0, STANDARD_NORMAL) if 1.0 in self.times else None
+
+    @property
+    def best(self) -> Cell:
+        """Of the lowest negative bound."""
+        return min(self.cells, key=lambda cell: self._negative_bound(cell).mean().nan_to_num(torch.inf).item())
+
+    def terms(self, T: float, start: str = STANDARD_NORMAL) -> Terms:
+        """All terms of one T and start.
+
+        Raises:
+            KeyError: there are none.
+        """
+        i, j = self._index((T, start))
+        total, dims = self._negative_bound((T, start)), prod(self.shape)
+        bits = bits_per_dim(-total, dims, levels=1, low=0.0, high=self.bin_width)
+        return Terms(
+            start_term=_estimate(self.start_terms[:, i, j]),
+            score_term=_estimate(self.score_terms[:, i]),
+            negative_bound=_estimate(total),
+            bits_per_dim=_estimate(bits),
+            kl=None if self.reference is None else self.difference((T, start), self.reference),
+            kl_expansion=self.kl_expansion[i] if start == STANDARD_NORMAL else None,
+        )
+
+    def difference(self, cell: Cell, other: Cell) -> Estimate:
+        """Negative bound of one cell minus that of another, in nats, from paired samples."""
+        return _estimate(self._negative_bound(cell) - self._negative_bound(other))
+
+    def verdict(self) -> str:
+        """The best T in words, and whether its distance from T = 1 is more than the noise of the estimate."""
+        best, rivals = self.best, len(self.cells) - 1
+        text = f"The best bound is that of T = {best[0]:g}, started from {best[1]}"
+        if self.reference is None:
+            return f"{text}; T = 1 was not asked for, so there is nothing to compare it with."
+        if best == self.reference:
+            return f"{text}: no shorter time and no bridge is better."
+        gain, error = self.difference(self.reference, best)
+        z = NormalDist().inv_cdf(1 - SIGNIFICANCE / (2 * rivals))
+        found = "distinguishable" if gain > z * error else "not distinguishable"
+        return (
+            f"{text}: better than T = 1 from {STANDARD_NORMAL} by {gain:.3g} ± {error:.2g} nats per sample, which is "
+            f"{found} from it ({z:.1f} standard errors are needed, for the best of {rivals + 1})."
+        )
+
+    def table(self) -> str:
+        """Markdown: a line for each T and start, means ± standard errors, in nats; `Terms` says what they are."""
+        head = ["T", "timestep", "sigma", "start", "-log start", "score", "bound", "bits/dim", "KL", "expansion"]
+        lines = [head, ["---"] * len(head)]
+        for T, name in self.cells:
+            i, terms = self.times.index(T), self.terms(T, name)
+            values = (terms.start_term, terms.score_term, terms.negative_bound, terms.bits_per_dim, terms.kl)
+            expansion = "" if terms.kl_expansion is None else f"{terms.kl_expansion:.3g}"
+            place = [f"{T:g}", str(self.timesteps[i]), f"{self.sigmas[i]:.3g}", name]
+            lines.append([*place, *("" if v is None else _shown(v) for v in values), expansion])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, ready for JSON; an estimate is [mean, standard error]."""
+        rows = [
+            {"T": T, "timestep": self.timesteps[i], "sigma": self.sigmas[i], "start": name}
+            | self.terms(T, name)._asdict()
+            for i, T, name in ((self.times.index(T), T, name) for T, name in self.cells)
+        ]
+        settings = {"shape": self.shape, "sigma_min": self.sigma_min, "n": self.n, "bin_width": self.bin_width}
+        best = dict(zip(("T", "start"), self.best, strict=True))
+        return {"num_samples": len(self.score_terms), **settings, "best": best, "verdict": self.verdict(), "rows": rows}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write `to_dict` as JSON; the file is complete or absent."""
+        path, partial = _places(path)
+        partial.write_text(json.dumps(self.to_dict(), indent=1))
+        os.replace(partial, path)
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Draw the terms against T, minus those of the longest T and N(0, I), with bars of two standard errors.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("a picture of the report needs matplotlib: pip install matplotlib") from error
+        start, score = self.start_terms - self.start_terms[:, -1:, :1], self.score_terms - self.score_terms[:, -1:]
+        figure = Figure(figsize=(13, 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        left, middle, right = figure.subplots(1, 3)
+        for j, name in enumerate(self.starts):
+            places = [i for i, T in enumerate(self.times) if (T, name) in self.cells]
+            for axis, samples in ((left, start[:, places, j]), (right, (start + score[..., None])[:, places, j])):
+                self._bars(axis, places, samples, color=f"C{j}", label=name)
+        self._bars(middle, range(len(self.times)), score, color="black", label="all starts")
+        right.plot(self.times, self.kl_expansion, "x:", color="C0", label=f"{STANDARD_NORMAL}: expansion of KL")
+        left.set(
+            title="start: E[-log nu($x_T$)]", ylabel=f"nats, minus those of T = {self.times[-1]:g}, {STANDARD_NORMAL}"
+        )
+        middle.set(title="score: S(T)")
+        right.set(title="their sum: what the short time costs", yscale="symlog")
+        for axis in (left, middle, right):
+            axis.axhline(0, color="grey", lw=0.8)
+            axis.set(xlabel="diffusion time T")
+            axis.legend(fontsize=8)
+        path, partial = _places(path)
+        figure.savefig(partial, dpi=100, format=path.suffix[1:] or "png")
+        os.replace(partial, path)
+
+    def _bars(self, axis: Any, places: Sequence[int], samples: Tensor, **style: Any) -> None:
+        means, errors = zip(*(_estimate(column) for column in samples.T), strict=True)
+        axis.errorbar(
+            [self.times[i] for i in places], means, [2 * e for e in errors], fmt="o-", ms=4, capsize=3, **style
+        )
+
+    def _index(self, cell: Cell) -> tuple[int, int]:
+        if cell not in self.cells:
+            raise KeyError(f"there is no (T, start) = {cell}, only {', '.join(map(str, self.cells))}")
+        return self.times.index(cell[0]), self.starts.index(cell[1])
+
+    def _negative_bound(self, cell: Cell) -> Tensor:
+        i, j = self._index(cell)
+        return self.start_terms[:, i, j] + self.score_terms[:, i]
+
+
+@torch.no_grad()
+def diffusion_time_report(
+    model: Any,
+    scheduler: Any,
+    batches: Iterable[tuple[Tensor, Mapping[str, Tensor]]],
+    bridges: Mapping[str, Sequence[BridgeLike]] | None = None,
+    times: Sequence[float] = (0.2, 0.4, 0.6, 0.8, 1.0),
+    *,
+    n: int = 64,
+    sigma_min: float | None = None,
+    levels: int | None = None,
+    low: float = -1.0,
+    high: float = 1.0,
+    generator: torch.Generator | None = None,
+    progress: bool = True,
+) -> DiffusionTimeReport:
+    """The terms of the likelihood bound of a model for every diffusion time T, from N(0, I) and from bridges.
+
+    Args:
+        model: a diffusers network in evaluation mode, any prediction type, trained up to the longest T; wrapped or not.
+        scheduler: the stock scheduler that belongs to it, of a variance-preserving schedule.
+        batches: (x0, conditions) of HELD-OUT data, (B, *shape), scaled as in training, on the model's device; the
+            conditions are keyword arguments of the network, and `class_labels`, if any, reach the bridges, too.
+        bridges: for each name those of one kind, each for its own T, one of `times`; on the device of the data.
+        times: T, in any order; with 1.0 there are KL divergences and a comparison with T = 1.
+        n: evaluations of the network for each sample, in all; shared by the parts between the T by their widths. A
+            start is evaluated as often as the network is in the part below its T.
+        sigma_min: the level of the density that is bounded; by default the lowest that the network was trained for.
+        levels, low, high: of discrete data, x0 being dequantised by `dequantize` with the same. Then x0 itself is the
+            point at sigma_min, and the bits per dimension bound those of the discrete data. Without `levels` x is x0 +
+            sigma_min n, and they are those of its density.
+        generator: of all randomness; by default a new one of seed 0, on the device of the data.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: a schedule that is not variance-preserving (reflected models, flow matching, EDM), T outside (0, 1],
+            not above sigma_min or of the same timestep as another, n below the number of `times`, a bridge of another
+            T, schedule or shape, no data, samples of several shapes or less than `MIN_SAMPLES` of them.
+    """
+    schedule, times = noise_schedule(scheduler), tuple(sorted(times))
+    timesteps = tuple(schedule.last_timestep(T) for T in times)
+    if not times or len(set(timesteps)) < len(times):
+        raise ValueError(f"times must be one or more, of a timestep each: {times} are timesteps {timesteps}")
+    if n < len(times):
+        raise ValueError(f"n must be at least {len(times)}, the number of times, got {n}")
+    placed = _placed(bridges or {}, times, schedule)
+    starts = (STANDARD_NORMAL, *dict.fromkeys(name for _, name in placed))
+    denoiser, sigmas = denoiser_from(model, scheduler), [schedule.sigmas[t].item() for t in timesteps]
+    scales = schedule.scale(torch.tensor(sigmas, dtype=torch.float64)).tolist()
+    sigma_min = schedule.sigma_min if sigma_min is None else sigma_min
+    shape: tuple[int, ...] = ()
+    start_terms: list[Tensor] = []
+    score_terms: list[Tensor] = []
+    kept = torch.empty(0)
+    for x0, cond in tqdm(batches, disable=not progress, desc="bound by diffusion time", unit="batch"):
+        x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
+        if not start_terms:
+            shape, kept = tuple(x0.shape[1:]), x0[:0].flatten(1)
+            for (T, _), bridge in placed.items():
+                bridge.check(scheduler, max_diffusion_time=T, shape=shape)
+            generator = torch.Generator(x0.device).manual_seed(0) if generator is None else generator
+        if tuple(x0.shape[1:]) != shape:
+            raise ValueError(f"all samples must have one shape, got {shape} and {tuple(x0.shape[1:])}")
+        x = x0 + sigma_min * randn_like(x0, generator) if levels is None else x0
+        labels = cond.get("class_labels")
+        laws = [[placed.get((T, name)) for name in starts[1:]] for T in times]
+        log_starts = [_log_starts(scale, row, labels) for scale, row in zip(scales, laws, strict=True)]
+        elbos = nested_elbos(denoiser, x, sigma_min, sigmas, n=n, generator=generator, log_priors=log_starts, **cond)
+        start_terms.append(-torch.stack([bound.prior for bound in elbos]))
+        score_terms.append(-torch.stack([bound.diffusion for bound in elbos]))
+        kept = torch.cat([kept, x0.flatten(1)[: MOMENT_SAMPLES - len(kept)]])
+    if len(kept) < MIN_SAMPLES:
+        raise ValueError(f"{len(kept)} held-out samples are too few: errors and moments need {MIN_SAMPLES}")
+    # the bound is in units of x, the start of x_T
+    units = prod(shape) * torch.tensor(scales, dtype=torch.float64).log()
+    square_mean, square_cov = _moments(kept.cpu().double())
+    return DiffusionTimeReport(
+        times=times,
+        timesteps=timesteps,
+        sigmas=tuple(sigmas),
+        starts=starts,
+        cells=tuple((T, name) for T in times for name in starts if (T, name) in placed or name == STANDARD_NORMAL),
+        shape=shape,
+        sigma_min=sigma_min,
+        n=n,
+        start_terms=torch.cat(start_terms, 2).cpu().double().permute(2, 0, 1) + units[:, None],
+        score_terms=torch.cat(score_terms, 1).cpu().double().T - units,
+        kl_expansion=tuple(scale**2 * square_mean / 2 + scale**4 * square_cov / 4 for scale in scales),
+        bin_width=1.0 if levels is None else (high - low) / levels,
+    )
+
+
+def _placed(
+    bridges: Mapping[str, Sequence[BridgeLike]], times: Sequence[float], schedule: NoiseSchedule
+) -> dict[Cell, BridgeLike]:
+    """Each bridge by that of `times` whose timestep is its own."""
+    placed: dict[Cell, BridgeLike] = {}
+    by_timestep = {schedule.last_timestep(T): T for T in times}
+    for name, bridge in ((name, bridge) for name, group in bridges.items() for bridge in group):
+        own = bridge.config.max_diffusion_time
+        T = by_timestep.get(schedule.last_timestep(own))
+        if T is None or (T, name) in placed or name == STANDARD_NORMAL:
+            raise ValueError(
+                f"bridge {name!r} of T={own}: its T must be one of {times}, once for a name, which is not "
+                f"{STANDARD_NORMAL!r}"
+            )
+        placed[T, name] = bridge
+    return placed
+
+
+def _log_starts(scale: float, bridges: Sequence[BridgeLike | None], labels: Tensor | None) -> LogPrior:
+    """(x, sigma) -> log densities of x = x_T / scale of N(0, I) and of the bridges, NaN where there is none."""
+
+    def log_prior(x: Tensor, sigma: float) -> Tensor:
+        values = [GaussianProcess().log_prior(scale * x, 1.0)]
+        for bridge in bridges:
+            missing = torch.full_like(values[0], torch.nan)
+            values.append(missing if bridge is None else bridge.log_prob(scale * x, class_labels=labels).to(missing))
+        return torch.stack(values) + prod(x.shape[1:]) * log(scale)
+
+    return log_prior
+
+
+def _moments(x0: Tensor) -> tuple[float, float]:
+    """|E x0|^2 and |Cov x0 - I|^2 from (N, D), without bias: means over pairs, triples and quadruples of samples."""
+    n, gram = len(x0), x0 @ x0.T
+    square = gram.diagonal().mean()
+    gram = gram - gram.diagonal().diag()
+    total, rows = gram.sum(), gram.sum(1)
+    square_mean = total / (n * (n - 1))
+    pairs = gram.square().sum() + total**2 / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows.square().sum()
+    return square_mean.item(), (pairs / (n * (n - 3)) - 2 * (square - square_mean) + x0.shape[1]).item()
+
+
+def _estimate(samples: Tensor) -> Estimate:
+    return Estimate(samples.mean().item(), samples.std().item() / len(samples) ** 0.5)
+
+
+def _shown(estimate: Estimate) -> str:
+    """With two digits of the error."""
+    digits = max(0, 1 - floor(log10(estimate.std_error))) if 0 < estimate.std_error < inf else 3
+    return f"{estimate.mean:.{digits}f} ± {estimate.std_error:.{digits}f}"
+
+
+def _places(path: str | os.PathLike) -> tuple[Path, Path]:
+    """A file, and the one beside it that is renamed to it once it is complete."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path, path.with_name(f".partial-{path.name}")
