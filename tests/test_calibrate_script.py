@@ -26,7 +26,7 @@ from test_models import tiny_unet
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_ext import CalibratedDDIMScheduler, Calibration, ClassConditionalPipeline, estimate_calibration
-from diffusers_ext.training import InputError
+from diffusers_ext.training import InputError, calibration_report
 from diffusers_ext.training.text import text_conditions, text_image_format
 
 SCRIPT = Path(__file__).parents[1] / "training" / "calibrate.py"
@@ -449,3 +449,15 @@ def test_latents_are_drawn_from_the_seed_alone(calibrate, captioned, tmp_path):
         )
         tables.append(Calibration.from_pretrained(tmp_path / str(i)).offsets)
     assert torch.equal(*tables)
+
+
+def test_the_verdict_says_what_is_not_worth_using_and_what_was_not_tested():
+    calibration = Calibration([1, 2, 2], [0.1, 1.0, 10.0], measured_on={"shrink": True})
+    calibration.offsets.fill_(0.1)
+    calibration.shrinkage.fill_(1.0)
+    for gain, said in ((-0.01, "not worth using"), (1e-5, "too small to make a difference"), (0.05, "worth trying")):
+        calibration.squared_norm.fill_(gain)
+        assert said in calibration_report.verdict(calibration)
+        assert "nothing was tested" not in calibration_report.verdict(calibration)
+    calibration.register_to_config(measured_on={"shrink": False})
+    assert "nothing was tested" in calibration_report.verdict(calibration)

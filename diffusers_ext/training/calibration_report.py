@@ -46,13 +46,20 @@ def verdict(calibration: Calibration) -> str:
             continue
         largest = max(used, key=lambda level: numbers["mean_error"][i][level])
         size, sigma = numbers["mean_error"][i][largest], numbers["sigma"][largest]
-        small = size < _SMALL_OFFSET and gain < _SMALL_GAIN
-        advice = "too small to make a difference one would see" if small else "worth trying"
+        if gain <= 0:
+            advice = "not worth using"
+        elif size < _SMALL_OFFSET and gain < _SMALL_GAIN:
+            advice = "too small to make a difference one would see"
+        else:
+            advice = "worth trying"
         lines.append(
             f"- `{row}`: a mean error at {len(used)} of {len(numbers['sigma'])} levels, the largest {size:.2g} at "
             f"sigma = {sigma:.3g}; without it the likelihood bound gains {gain:.2g} bits per dimension: {advice}."
         )
-    tolerance = (calibration.config.measured_on or {}).get("tolerance")
+    measured_on = calibration.config.measured_on or {}
+    if measured_on.get("shrink") is False:
+        lines.append("- this is a plain average: nothing was tested, and its noise is subtracted, too.")
+    tolerance = measured_on.get("tolerance")
     if tolerance is not None and (missed := int((calibration.std_error > tolerance).any(1).sum())):
         lines.append(
             f"- the data ended before the tolerance of {tolerance:.2g} was reached at {missed} of "
