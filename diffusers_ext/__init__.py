@@ -8,6 +8,7 @@ import diffusers
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.pipelines import pipeline_loading_utils
 
+from .bridge import Bridge, FlowBridge, GaussianBridge, MixtureBridge
 from .calibration import Calibration, calibrate_denoiser
 from .diffusion_time import DiffusionTimeReport, diffusion_time_report
 from .hypercube import heat_kernel_log_prob, heat_kernel_score, reflect
@@ -16,7 +17,7 @@ from .likelihood import Elbo, bits_per_dim, boundary_flux, dequantize, elbo, log
 from .losses import consistency_loss, score_matching_loss
 from .mean_error import estimate_calibration
 from .noise_levels import karras_sigmas, log_linear_sigmas, log_normal_sigmas, lower_sigma, min_snr_weight
-from .pipelines import ClassConditionalPipeline, ReflectedPipeline
+from .pipelines import ClassConditionalPipeline, ReflectedPipeline, ShortTimePipeline, short_time_pipeline
 from .pipelines.calibrate import calibrate_pipeline
 from .process import GaussianProcess, Process, ReflectedProcess
 from .schedulers import ReflectedScheduler
@@ -56,6 +57,7 @@ from .solvers import euler, euler_maruyama, heun, langevin, posterior, sample
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bridge",
     "CalibratedDDIMScheduler",
     "CalibratedDDPMScheduler",
     "CalibratedDEISMultistepScheduler",
@@ -82,7 +84,10 @@ __all__ = [
     "Denoiser",
     "DiffusionTimeReport",
     "Elbo",
+    "FlowBridge",
+    "GaussianBridge",
     "GaussianProcess",
+    "MixtureBridge",
     "NoiseSchedule",
     "Process",
     "ReflectedModel",
@@ -94,6 +99,7 @@ __all__ = [
     "ShortTimeDDPMScheduler",
     "ShortTimeDPMSolverMultistepScheduler",
     "ShortTimeEulerDiscreteScheduler",
+    "ShortTimePipeline",
     "ShortTimeUniPCMultistepScheduler",
     "bits_per_dim",
     "boundary_flux",
@@ -123,6 +129,7 @@ __all__ = [
     "sample",
     "score_matching_loss",
     "score_model_from",
+    "short_time_pipeline",
 ]
 
 

@@ -38,14 +38,13 @@ from itertools import pairwise
 from math import log
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .interop import NoiseSchedule, noise_schedule, time_scale, unwrap
+from .interop import NoiseSchedule, stored_schedule, time_scale, unwrap
 from .process import GaussianProcess
 from .score import preconditioning
 
@@ -109,9 +108,7 @@ class Calibration(ModelMixin, ConfigMixin):
         if self._schedule is None:
             if self.config.scheduler is None:
                 raise ValueError("this calibration does not say which scheduler belongs to its model")
-            stored = dict(self.config.scheduler)
-            kind = getattr(diffusers, stored.pop("_class_name"))
-            self._schedule = noise_schedule(kind.from_config(stored))
+            self._schedule = stored_schedule(self.config.scheduler)
             require_gaussian(self._schedule)
         return self._schedule
 

@@ -17,9 +17,11 @@ visits, not what the network means at a time, so it does not enter here.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
@@ -179,6 +181,19 @@ def noise_schedule(scheduler: Any) -> NoiseSchedule:
     schedule = _read_schedule(scheduler)
     preconditioning(schedule.prediction_type, schedule.sigma_data)
     return schedule
+
+
+def stored_scheduler(scheduler: Any) -> dict[str, Any]:
+    """A scheduler as it is stored with a fitted model: its class, the nearest in diffusers, and its configuration
+    without what diffusers adds to it."""
+    name = next(c.__name__ for c in type(scheduler).__mro__ if hasattr(diffusers, c.__name__))
+    return {"_class_name": name, **{k: v for k, v in scheduler.config.items() if not k.startswith("_")}}
+
+
+def stored_schedule(stored: Mapping[str, Any]) -> NoiseSchedule:
+    """The noise schedule of what `stored_scheduler` returned."""
+    config = dict(stored)
+    return noise_schedule(getattr(diffusers, config.pop("_class_name")).from_config(config))
 
 
 def _read_schedule(scheduler: Any) -> NoiseSchedule:

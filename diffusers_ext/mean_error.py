@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from safetensors import safe_open
@@ -28,7 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .calibration import ALL, CONDITIONAL, UNCONDITIONAL, Calibration, require_gaussian
-from .interop import NoiseSchedule, denoiser_from, noise_schedule, unwrap
+from .interop import NoiseSchedule, denoiser_from, noise_schedule, stored_scheduler, unwrap
 from .noise_levels import log_linear_sigmas
 from .process import randn_like
 from .score import Denoiser
@@ -161,7 +160,7 @@ def estimate_calibration(
     )
     run = {
         "model": _fingerprint(model) if state_path is not None else None,
-        "scheduler": _stored(scheduler),
+        "scheduler": stored_scheduler(scheduler),
         "sigmas": sigmas,
         "rows": rows,
         "seed": seed,
@@ -215,7 +214,7 @@ def estimate_calibration(
         shape=list(total.values.shape[3:]),
         sigmas=sigmas,
         rows=rows,
-        scheduler=_stored(scheduler),
+        scheduler=stored_scheduler(scheduler),
         null_class=null_class,
         measured_on=dict(measured_on or {}) | stored,
     )
@@ -378,9 +377,3 @@ def _mark(data: Any) -> Any:
     if isinstance(data, Mapping):
         return {name: _mark(value) for name, value in data.items()}
     return f"{data.double().norm().item():.4g}" if isinstance(data, Tensor) else str(data)
-
-
-def _stored(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's class, its nearest in diffusers, and its configuration without what diffusers adds to it."""
-    name = next(c.__name__ for c in type(scheduler).__mro__ if hasattr(diffusers, c.__name__))
-    return {"_class_name": name, **{k: v for k, v in scheduler.config.items() if not k.startswith("_")}}

@@ -17,8 +17,8 @@ ORDER = [
     {"score"},
     {"noise_levels"},
     {"solvers"},
-    {"interop"},
-    {"losses", "metrics", "likelihood", "calibration"},
+    {"interop", "moments"},
+    {"losses", "metrics", "likelihood", "calibration", "bridge"},
     {"mean_error", "diffusion_time"},
     {"schedulers"},
     {"pipelines"},
@@ -72,6 +72,7 @@ def test_public_names_are_sorted_and_documented():
 
 
 def test_importing_the_package_leaves_heavy_and_optional_libraries_alone():
-    code = "import sys, diffusers_ext; print([m for m in ('datasets', 'matplotlib', 'sklearn') if m in sys.modules])"
+    optional = ("datasets", "matplotlib", "sklearn", "zuko")
+    code = f"import sys, diffusers_ext; print([m for m in {optional} if m in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"

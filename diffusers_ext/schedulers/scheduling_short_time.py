@@ -119,3 +119,17 @@ ShortTimeDDPMScheduler = _make(diffusers.DDPMScheduler)
 ShortTimeDPMSolverMultistepScheduler = _make(diffusers.DPMSolverMultistepScheduler)
 ShortTimeEulerDiscreteScheduler = _make(diffusers.EulerDiscreteScheduler)
 ShortTimeUniPCMultistepScheduler = _make(diffusers.UniPCMultistepScheduler)
+
+_CLASSES = {kind.__bases__[1].__name__: kind for kind in ShortTimeScheduler.__subclasses__()}
+
+
+def short_time_class(name: str) -> Any:
+    """The short-time scheduler of a stock one, or of itself.
+
+    Raises:
+        ValueError: there is none; names those there are.
+    """
+    stock = name.removeprefix("ShortTime")
+    if stock not in _CLASSES:
+        raise ValueError(f"there is no short-time {stock}; there are those of {', '.join(_CLASSES)}")
+    return _CLASSES[stock]

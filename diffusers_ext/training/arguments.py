@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
+from diffusers import DiffusionPipeline
 from transformers.hf_argparser import HfArgumentParser
 
 from .presets import PRESETS
@@ -144,6 +145,10 @@ class TrainingArguments(HubArguments, DataArguments):
 
     needs_scheduler: ClassVar[str | None] = None
     """The one scheduler whose models the script trains, if there is only one."""
+
+    def adapt(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
+        """What the script makes of a pipeline before it trains its network."""
+        return pipeline
 
     def scheduler_settings(self) -> dict[str, Any]:
         """The arguments that are settings of a new model's scheduler; `None` leaves its default."""

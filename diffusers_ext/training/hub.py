@@ -56,7 +56,8 @@ _logger = logging.getLogger(__name__)
 
 TOP_LEVEL_FILES = (
     *("model_index.json", "README.md", "metrics.json", "pipeline.py"),
-    *("config.json", "diffusion_pytorch_model.safetensors", "offsets.png"),  # of a calibration
+    *("config.json", "diffusion_pytorch_model.safetensors", "offsets.png"),  # of a calibration, or of a bridge
+    *("diffusion_time.png", "diffusion_time.json"),
 )
 # What save_pretrained writes, without pickles, and code that lies beside it.
 COMPONENT_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".npz", ".py")

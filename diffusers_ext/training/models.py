@@ -42,6 +42,7 @@ def build_pipeline(args: TrainingArguments, num_classes: int | None) -> Diffusio
         network_of(pipeline)
     else:
         pipeline = _new_pipeline(args, num_classes)
+    pipeline = args.adapt(pipeline)
     try:
         schedule = noise_schedule(pipeline.scheduler)
     except ValueError as error:

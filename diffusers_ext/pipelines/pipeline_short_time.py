@@ -1,0 +1,88 @@
+r"""Sampling on the diffusion times [0, T] alone: the chain starts from a draw of an auxiliary model ("bridge") of x_T.
+
+    x_T ~ nu,    then any short-time scheduler from the timestep of T down to 0.
+
+Without a bridge it starts from N(0, I), which is what x_T would be at T = 1. Guidance is that of
+`ClassConditionalPipeline`; a bridge with classes gives the start of the class that is asked for.
+
+Reference: How Much is Enough? A Study on Diffusion Times in Score-based Generative Models (Franzese et al., 2022, arXiv
+2206.05173).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
+from torch import Tensor
+
+from ..bridge import Bridge
+from ..schedulers.scheduling_short_time import short_time_class
+from .pipeline_class_conditional import ClassConditionalPipeline
+
+
+class ShortTimePipeline(ClassConditionalPipeline):
+    """Images from a `UNet2DModel` and an auxiliary model of the diffused data.
+
+    Args:
+        unet: the network; class-conditional if its `num_class_embeds` is set.
+        scheduler: a short-time scheduler, e.g. `ShortTimeDDIMScheduler`.
+        bridge: fitted at the scheduler's `max_diffusion_time`; `None` starts from N(0, I).
+        null_class: the label that stands for "no class", needed for guidance; `None` if the model was trained without.
+
+    Called as a `ClassConditionalPipeline`; `latents` are x_T = alpha x0 + (1 - alpha^2)^1/2 n, whatever the scheduler.
+    A call raises ValueError also where the bridge belongs to another scheduler, time or shape, or has no such class.
+    """
+
+    model_cpu_offload_seq = "bridge->unet"
+    _optional_components = ("bridge",)
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: SchedulerMixin,
+        bridge: Bridge | None = None,
+        null_class: int | None = None,
+    ) -> None:
+        super().__init__(unet, scheduler, null_class)
+        self.register_modules(bridge=bridge)
+
+    def _start(self, n: int, labels: Tensor | None, generator: Any, latents: Tensor | None) -> Tensor:
+        if latents is None and self.bridge is not None:
+            self.bridge.check(self.scheduler, shape=self._shape(n)[1:])
+            classes = self.bridge.config.num_classes
+            if classes is not None and labels is None:
+                raise ValueError(f"the bridge has {classes} classes, and the UNet takes no labels")
+            if isinstance(generator, list):
+                each = [None] * n if labels is None else labels.split(1)
+                latents = torch.cat([self.bridge.sample(1, g, y) for g, y in zip(generator, each, strict=True)])
+            else:
+                latents = self.bridge.sample(n, generator, labels)
+        return super()._start(n, labels, generator, latents)
+
+
+def short_time_pipeline(
+    pipeline: DiffusionPipeline, max_diffusion_time: float, bridge: Bridge | None = None
+) -> ShortTimePipeline:
+    """A pipeline that samples the same network on [0, T] alone.
+
+    Args:
+        pipeline: any with a `UNet2DModel`, `unet`, and a scheduler that has a short-time class; its parts are shared.
+        max_diffusion_time: T in (0, 1].
+        bridge: fitted at T; `None` starts from N(0, I).
+
+    Raises:
+        ValueError: the pipeline has no such network or scheduler, T is out of range, or the bridge belongs to another.
+    """
+    unet = getattr(pipeline, "unet", None)
+    if not isinstance(unet, UNet2DModel):
+        raise ValueError(
+            f"{type(pipeline).__name__} has no UNet2DModel: give it a short-time scheduler, and call it with "
+            f"latents=bridge.sample(n, generator)"
+        )
+    kind = short_time_class(type(pipeline.scheduler).__name__)
+    scheduler = kind.from_config(pipeline.scheduler.config, max_diffusion_time=max_diffusion_time)
+    if bridge is not None:
+        bridge.check(scheduler)
+    return ShortTimePipeline(unet, scheduler, bridge, pipeline.config.get("null_class"))

@@ -1,0 +1,139 @@
+"""Fit an auxiliary model ("bridge") of the diffused data at a time T to a pretrained pipeline (arXiv 2206.05173).
+
+    accelerate launch training/fit_bridge.py --pretrained_model_name_or_path google/ddpm-cifar10-32 \
+        --dataset_name uoft-cs/cifar10 --max_diffusion_time 0.6 --bridge flow --output_dir short-cifar10 --report
+    accelerate launch training/fit_bridge.py --pretrained_model_name_or_path stabilityai/stable-diffusion-2-1-base \
+        --dataset_name you/photos --max_diffusion_time 0.8 --bridge gaussian --output_dir sd-bridge
+
+The first saves a `ShortTimePipeline`: the same network, sampled on [0, T] alone. Of a text-to-image pipeline the bridge
+and the scheduler are saved:
+
+    bridge = GaussianBridge.from_pretrained("sd-bridge")
+    pipe.scheduler = ShortTimeDDIMScheduler.from_pretrained("sd-bridge", subfolder="scheduler")
+    pipe(prompt, latents=bridge.sample(1, generator))
+
+`--report` measures what each T costs and gains, to choose one. `--help` lists every argument.
+"""
+
+import shlex
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from diffusers_ext import diffusion_time_report, short_time_pipeline
+from diffusers_ext.schedulers.scheduling_short_time import short_time_class
+from diffusers_ext.training import InputError, TrainingStopped, command, parse_arguments
+from diffusers_ext.training.arguments import DataArguments, HubArguments, arg
+from diffusers_ext.training.bridges import BridgeArguments, EncodedImages, fit_bridge, write_bridge_card
+from diffusers_ext.training.hub import HubPusher
+from diffusers_ext.training.images import Transform, load_images, load_validation_images
+from diffusers_ext.training.models import image_format, image_grid, load_pipeline, sample_images, save_pipeline
+from diffusers_ext.training.text import is_text_pipeline, text_image_format
+
+
+@dataclass
+class FitArguments(BridgeArguments, HubArguments, DataArguments):
+    """Whose data, which auxiliary model, and where the result goes."""
+
+    pretrained_model_name_or_path: str | None = arg(None, "Pipeline to sample on [0, T] (Hub name or folder).")
+    revision: str | None = arg(None, "Git revision of the pipeline.")
+    variant: str | None = arg(None, "Weights variant of the pipeline, e.g. fp16.")
+    output_dir: str = arg("bridge", "Folder of the result.")
+    report: bool = arg(False, "Measure the likelihood bound by T, with such a bridge at each, on held-out images.")
+    report_times: str = arg("0.2,0.4,0.6,0.8,1.0", "The times of the report.")
+    validation_split: str | None = arg(None, "Held-out split; by default `validation` or `test` where there is one.")
+    max_validation_samples: int = arg(256, "Held-out images of the report.")
+    num_validation_images: int = arg(16, "Images of the sample grid; 0 makes none.")
+    num_inference_steps: int = arg(20, "Sampler steps of the sample grid.")
+
+
+def times_of_report(args: FitArguments) -> list[float]:
+    try:
+        times = sorted({float(word) for word in args.report_times.split(",")})
+    except ValueError as error:
+        raise InputError(f"--report_times must be numbers with commas between them: {error}") from error
+    if not times or not 0 < times[0] <= times[-1] <= 1:
+        raise InputError(f"--report_times must be above 0 and at most 1, got {args.report_times}")
+    return times
+
+
+def write_report(args: FitArguments, pipeline: Any, data: EncodedImages, out: Path) -> Any:
+    held_out = load_validation_images(args)  # type: ignore[arg-type]
+    if held_out is None:
+        raise InputError("--report needs held-out images: name their split with --validation_split")
+    least = min(args.train_batch_size, args.max_validation_samples)
+    held = replace(args, max_train_samples=None, train_batch_size=least)
+    unseen = EncodedImages(held, pipeline, held_out, data.transform, args.max_validation_samples, data.device)
+    times, device = times_of_report(args), data.device
+    bridges = [fit_bridge(replace(args, max_diffusion_time=time), pipeline, data).to(device) for time in times]
+    report = diffusion_time_report(
+        pipeline.unet.eval(),
+        pipeline.scheduler,
+        unseen,
+        {args.bridge: bridges},
+        times,
+        levels=None if hasattr(pipeline, "vae") or hasattr(pipeline, "vqvae") else 256,
+        generator=torch.Generator(device).manual_seed(args.seed),
+    )
+    report.save(out / "diffusion_time.json")
+    report.plot(out / "diffusion_time.png")
+    print(report.table())
+    return report
+
+
+@command
+def main() -> None:
+    args = parse_arguments(FitArguments)
+    name, out = args.pretrained_model_name_or_path, Path(args.output_dir)
+    if name is None:
+        raise InputError("name the model: --pretrained_model_name_or_path")
+    if args.bridge == "none":
+        raise InputError("--bridge must be gaussian, mixture or flow")
+    accelerator = Accelerator()
+    pusher = None
+    if accelerator.is_main_process:  # alone: it is one pass over some thousand images
+        if args.push_to_hub:
+            private = args.hub_private_repo or None
+            pusher = HubPusher(args.hub_model_id, out, private=private, token=args.hub_token)
+        pipeline = load_pipeline(name, args.revision, args.variant, args.cache_dir).to(accelerator.device)
+        of_text = is_text_pipeline(pipeline)
+        if of_text and args.report:
+            raise InputError("--report needs an unconditional or class-conditional pipeline")
+        channels, resolution = (text_image_format if of_text else image_format)(pipeline, args.resolution)
+        transform = Transform(resolution, channels, args.center_crop, args.random_flip)
+        source = load_images(args, args.train_split)
+        data = EncodedImages(args, pipeline, source, transform, args.max_bridge_samples, accelerator.device)
+        bridge = fit_bridge(args, pipeline, data)
+        out.mkdir(parents=True, exist_ok=True)
+        if of_text:
+            kind = short_time_class(type(pipeline.scheduler).__name__)
+            scheduler = kind.from_config(pipeline.scheduler.config, max_diffusion_time=args.max_diffusion_time)
+            bridge.save_pretrained(out)
+            scheduler.save_pretrained(out / "scheduler")
+        else:
+            short = short_time_pipeline(pipeline, args.max_diffusion_time, bridge).to(accelerator.device)
+            save_pipeline(short, out)
+            if args.num_validation_images > 0:
+                (out / "samples").mkdir(exist_ok=True)
+                images = sample_images(short, args.num_validation_images, args.num_inference_steps, args.seed)
+                image_grid(images).save(out / "samples" / "samples.png")
+        report = write_report(args, pipeline, data, out) if args.report else None
+        repo = out.name if pusher is None else pusher.repo_id
+        written = f"accelerate launch {shlex.join(sys.argv)}"
+        write_bridge_card(out, bridge, repo, asdict(args), written, None if report is None else report.table())
+        print(f"the {'bridge and its scheduler are' if of_text else 'short-time pipeline is'} in {out}")
+        if pusher is not None:
+            pusher.push(out, "bridge")
+    failure = None if pusher is None else pusher.finish(args.hub_timeout)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if failure is not None:
+        raise TrainingStopped(failure, code=3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Train or fine-tune a diffusers model on the diffusion times [0, T] alone (Franzese et al., 2022, arXiv 2206.05173).
+
+    accelerate launch training/train_short_time.py --preset digits --max_diffusion_time 0.6 --output_dir short-digits
+    accelerate launch training/train_short_time.py --pretrained_model_name_or_path google/ddpm-cifar10-32 \
+        --dataset_name uoft-cs/cifar10 --random_flip --max_diffusion_time 0.4 --bridge flow --output_dir short-cifar10
+
+The result is a `ShortTimePipeline`: its chain starts from an auxiliary model ("bridge") of the data at T, which is
+fitted first. `--help` lists every argument; `--config run.yaml` reads them from a file.
+"""
+
+from dataclasses import dataclass
+
+from diffusers import DiffusionPipeline
+
+from diffusers_ext import score_matching_loss, short_time_pipeline
+from diffusers_ext.training import InputError, TrainingArguments, TrainingLoop, command, parse_arguments
+from diffusers_ext.training.bridges import BridgeArguments, EncodedImages, fit_bridge
+
+PAPER = ("How Much is Enough? A Study on Diffusion Times in Score-based Generative Models", "2206.05173")
+
+
+@dataclass
+class ShortTimeArguments(BridgeArguments, TrainingArguments):
+    """Where the diffusion ends, and what is known of the data there."""
+
+    def adapt(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
+        try:
+            return short_time_pipeline(pipeline, self.max_diffusion_time)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+
+@command
+def main() -> None:
+    args = parse_arguments(ShortTimeArguments)
+    loop = TrainingLoop(args, "train_short_time", PAPER)
+    denoiser, schedule, process = loop.denoiser, loop.schedule, loop.denoiser.process
+    if loop.accelerator.is_main_process:  # the only one that samples and saves
+        device = loop.accelerator.device
+        data = EncodedImages(args, loop.pipeline, loop.source, loop.transform, args.max_bridge_samples, device)
+        loop.pipeline.register_modules(bridge=fit_bridge(args, loop.pipeline, data))
+        loop.pipeline.to(device)
+
+    for batch in loop:
+        x0, generator = batch.x0, batch.generator
+        sigma = schedule.draw_sigmas(len(x0), generator, x0.device)
+        x = process.perturb(x0, sigma, generator)
+        loss = score_matching_loss(denoiser, x, x0, sigma, weight=loop.weight(sigma), **batch.cond)
+        loop.update(loss.mean(), sigma=sigma, denoising=loss)
+
+    loop.finish()
+
+
+if __name__ == "__main__":
+    main()
