@@ -11,12 +11,26 @@ from diffusers.pipelines import pipeline_loading_utils
 from .bridge import Bridge, FlowBridge, GaussianBridge, MixtureBridge
 from .calibration import Calibration, calibrate_denoiser
 from .diffusion_time import DiffusionTimeReport, diffusion_time_report
+from .discriminator import NoiseLevelDiscriminator
 from .hypercube import heat_kernel_log_prob, heat_kernel_score, reflect
 from .interop import NoiseSchedule, denoiser_from, noise_schedule, score_model_from
 from .likelihood import Elbo, bits_per_dim, boundary_flux, dequantize, elbo, log_likelihood
-from .losses import consistency_loss, score_matching_loss
+from .losses import (
+    DiscriminatorLoss,
+    consistency_loss,
+    discriminator_loss,
+    observation_loss,
+    score_matching_loss,
+)
 from .mean_error import estimate_calibration
-from .noise_levels import karras_sigmas, log_linear_sigmas, log_normal_sigmas, lower_sigma, min_snr_weight
+from .noise_levels import (
+    karras_sigmas,
+    log_linear_sigmas,
+    log_normal_sigmas,
+    look_ahead_sigma,
+    lower_sigma,
+    min_snr_weight,
+)
 from .pipelines import ClassConditionalPipeline, ReflectedPipeline, ShortTimePipeline, short_time_pipeline
 from .pipelines.calibrate import calibrate_pipeline
 from .process import GaussianProcess, Process, ReflectedProcess
@@ -83,11 +97,13 @@ __all__ = [
     "ClassConditionalPipeline",
     "Denoiser",
     "DiffusionTimeReport",
+    "DiscriminatorLoss",
     "Elbo",
     "FlowBridge",
     "GaussianBridge",
     "GaussianProcess",
     "MixtureBridge",
+    "NoiseLevelDiscriminator",
     "NoiseSchedule",
     "Process",
     "ReflectedModel",
@@ -109,6 +125,7 @@ __all__ = [
     "denoiser_from",
     "dequantize",
     "diffusion_time_report",
+    "discriminator_loss",
     "elbo",
     "estimate_calibration",
     "euler",
@@ -121,9 +138,11 @@ __all__ = [
     "log_likelihood",
     "log_linear_sigmas",
     "log_normal_sigmas",
+    "look_ahead_sigma",
     "lower_sigma",
     "min_snr_weight",
     "noise_schedule",
+    "observation_loss",
     "posterior",
     "reflect",
     "sample",

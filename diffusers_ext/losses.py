@@ -14,16 +14,37 @@ the draws. The exact denoiser of *another* distribution has loss 0, too: score m
 
 This is unrelated to the "consistency models" of Song et al. (arXiv 2303.01469), which learn the end point of an ODE.
 
-Reference: Consistent Diffusion Models: Mitigating Sampling Drift by Learning to be Consistent (Daras, Dagan, Dimakis,
-Daskalakis, 2023, arXiv 2302.09057).
+**Observation.** From the same x = x0 + sigma n, one deterministic step down to sigma' < sigma, of the model, and with
+the true x0 in its place (any such step is then exact); and a discriminator that tells them apart:
+
+    fake = step(D; x, sigma, sigma')        real = x0 + sigma' n = x0 + (sigma'/sigma) (x - x0)
+
+    observation loss    = -disc(fake)                                                    trains D, beside score matching
+    discriminator loss  = relu(1 - disc(real)) + relu(1 + disc(fake)) + weight/2 |g|^2   trains disc
+    g = grad of disc(real) with respect to real / (sd^2 + sigma'^2)^1/2
+
+(sd the standard deviation of the data). |g|^2 is R1, a sum over the elements of a sample, with the half of its paper.
+It is taken in units of unit variance, so that it weighs the same at all noise levels: with respect to x' itself, which
+is as large as sigma', it would vanish where noise is strong.
+
+The exact D does not pass for real. Given x, real varies and fake does not; with Euler
+
+    Var real = Var fake + (1 - sigma'/sigma)^2 E Var[x0 | x].
+
+That is the solver's own error, of second order in the step. The discriminator punishes it too, by design.
+
+References: Consistent Diffusion Models: Mitigating Sampling Drift by Learning to be Consistent (Daras, Dagan, Dimakis,
+Daskalakis, 2023, arXiv 2302.09057); Observation-Guided Diffusion Probabilistic Models (Kang, Choi, Choi, Han, CVPR
+2024, arXiv 2310.04041); Which Training Methods for GANs do actually Converge? (Mescheder, Geiger, Nowozin, 2018, arXiv
+1801.04406), R1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +52,11 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from .noise_levels import karras_sigmas
 from .process import align
-from .score import Denoiser, ScoreModel
-from .solvers import Step, euler_maruyama, posterior
+from .score import Denoiser, ScoreModel, edm_epsilon
+from .solvers import Step, euler, euler_maruyama, heun, posterior
 
 ROLLOUTS: dict[str, Step] = {"posterior": posterior, "euler_maruyama": euler_maruyama}
+PROJECTIONS: dict[str, Step] = {"euler": euler, "heun": heun}
 
 
 def score_matching_loss(
@@ -120,6 +142,107 @@ def consistency_loss(
     return _mean_of_elements(residual_1 * residual_2)
 
 
+def observation_loss(
+    denoiser: Denoiser,
+    discriminator: Callable[..., Tensor],
+    x: Tensor,
+    sigma: Tensor,
+    sigma_next: Tensor,
+    *,
+    denoised: Tensor | None = None,
+    projection: str = "euler",
+    discriminator_cond: Mapping[str, Any] | None = None,
+    **cond: Any,
+) -> Tensor:
+    """-disc(fake), (B,), with the gradient of the denoiser; the discriminator's parameters get none.
+
+    Args:
+        denoiser: the model; conditions in `cond` reach it and not the discriminator.
+        discriminator: disc(x_next, sigma, sigma_next, **discriminator_cond) -> logits, (B,). Best the module itself: a
+            wrapper for several processes has nothing to reduce here. It may use gradient checkpointing if the parts so
+            treated have no linear layers (which keep other tensors when frozen), like `NoiseLevelDiscriminator`.
+        x: noisy samples at `sigma`, (B, ...).
+        sigma, sigma_next: (B,), 0 < sigma_next <= sigma.
+        denoised: D(x, sigma), with its graph, where the denoising loss has made it: Euler then costs no evaluation of
+            the denoiser and Heun one.
+        projection: the step, `euler` or `heun`.
+
+    Raises:
+        ValueError: `projection` is unknown, or shapes differ.
+    """
+    step = _projection(projection, x, sigma, sigma_next, denoised)
+    fake = step(denoiser, x, sigma, sigma_next, denoised=denoised, **cond)
+    with _frozen(discriminator):
+        return -discriminator(fake, sigma, sigma_next, **(discriminator_cond or {}))
+
+
+class DiscriminatorLoss(NamedTuple):
+    """`discriminator_loss` and what a log wants to know of it, without gradient; all (B,)."""
+
+    loss: Tensor
+    real_logits: Tensor
+    fake_logits: Tensor
+    r1: Tensor
+
+
+def discriminator_loss(
+    denoiser: Denoiser,
+    discriminator: Callable[..., Tensor],
+    x: Tensor,
+    x0: Tensor,
+    sigma: Tensor,
+    sigma_next: Tensor,
+    *,
+    sigma_data: float,
+    denoised: Tensor | None = None,
+    projection: str = "euler",
+    r1_weight: float = 1.0,
+    discriminator_cond: Mapping[str, Any] | None = None,
+    **cond: Any,
+) -> DiscriminatorLoss:
+    """relu(1 - disc(real)) + relu(1 + disc(fake)) + r1_weight/2 |g|^2, with the gradient of the discriminator alone.
+
+    Args:
+        denoiser, sigma, sigma_next, denoised, projection: as in `observation_loss`, and of the same values.
+        discriminator: likewise, with the wrapper for several processes if there is one.
+        x: a draw of x0 + sigma n, (B, ...).
+        sigma_data: the discriminator's, `discriminator.config.sigma_data`: the unit of g.
+        r1_weight: 0 computes no |g|^2 (and needs no second derivatives, which `torch.compile` has not). To take it only
+            every k-th time, use k times the weight then and 0 otherwise. Where the logits of a group of samples depend
+            on each other, g is the gradient of their sum.
+
+    Raises:
+        ValueError: `projection` is unknown, `r1_weight` negative, or shapes differ.
+    """
+    if r1_weight < 0:
+        raise ValueError(f"r1_weight must be at least 0, got {r1_weight}")
+    _check_shapes(x, x0=x0)
+    step = _projection(projection, x, sigma, sigma_next, denoised)
+    with torch.no_grad():
+        fake = step(denoiser, x, sigma, sigma_next, denoised=denoised, **cond)
+        real = euler(denoiser, x, sigma, sigma_next, denoised=x0)
+    real.requires_grad_(r1_weight > 0)
+    told = discriminator_cond or {}
+    real_logits = discriminator(real, sigma, sigma_next, **told)
+    fake_logits = discriminator(fake, sigma, sigma_next, **told)
+    loss, r1 = torch.relu(1 - real_logits) + torch.relu(1 + fake_logits), torch.zeros_like(real_logits)
+    if r1_weight > 0:
+        (gradient,) = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
+        gradient = gradient / edm_epsilon(align(sigma_next, real), sigma_data).c_in
+        r1 = gradient.reshape(len(gradient), -1).square().sum(1)
+        loss = loss + r1_weight / 2 * r1
+    return DiscriminatorLoss(loss, real_logits.detach(), fake_logits.detach(), r1.detach())
+
+
+def _projection(name: str, x: Tensor, sigma: Tensor, sigma_next: Tensor, denoised: Tensor | None) -> Step:
+    if name not in PROJECTIONS:
+        raise ValueError(f"projection {name!r} is not one of {', '.join(PROJECTIONS)}")
+    _check_shapes(sigma, sigma_next=sigma_next)
+    if denoised is not None:
+        _check_shapes(x, denoised=denoised)
+    return PROJECTIONS[name]
+
+
 def _check_shapes(x: Tensor, **others: Tensor) -> None:
     for name, other in others.items():
         if other.shape != x.shape:
@@ -128,6 +251,19 @@ def _check_shapes(x: Tensor, **others: Tensor) -> None:
 
 def _mean_of_elements(x: Tensor) -> Tensor:
     return x.reshape(len(x), -1).mean(1)
+
+
+@contextmanager
+def _frozen(network: object) -> Iterator[None]:
+    """Take a network's parameters out of the graphs that are made meanwhile."""
+    parameters = [p for p in network.parameters() if p.requires_grad] if isinstance(network, nn.Module) else []
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ ORDER = [
     {"noise_levels"},
     {"solvers"},
     {"interop", "moments"},
-    {"losses", "metrics", "likelihood", "calibration", "bridge"},
+    {"losses", "discriminator", "metrics", "likelihood", "calibration", "bridge"},
     {"mean_error", "diffusion_time"},
     {"schedulers"},
     {"pipelines"},

@@ -1,5 +1,6 @@
 """`losses`. Truth: exact laws, for which the martingale D(x, sigma) = E[D(x', sigma') | x] holds, and the closed form
-of its defect for linear denoisers D = k(sigma) x. Monte-Carlo means are compared within 5 standard errors."""
+of its defect for linear denoisers D = k(sigma) x; for observation, the exact denoiser's error in a step and linear
+discriminators. Monte-Carlo means are compared within 5 standard errors."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -11,7 +12,17 @@ from diffusers.models.embeddings import LabelEmbedding
 from oracles import Gaussian, along, image_mixture, plain_denoiser, two_bumps
 from torch import Tensor, nn
 
-from diffusers_ext import Denoiser, consistency_loss, denoiser_from, losses, score_matching_loss
+from diffusers_ext import (
+    Denoiser,
+    NoiseLevelDiscriminator,
+    consistency_loss,
+    denoiser_from,
+    discriminator_loss,
+    look_ahead_sigma,
+    losses,
+    observation_loss,
+    score_matching_loss,
+)
 from diffusers_ext.solvers import posterior
 
 V = 0.25
@@ -395,3 +406,371 @@ def test_shapes_that_would_broadcast_are_refused(name: str) -> None:
     assert loss(denoiser, x, **right).isfinite().all()
     with pytest.raises(ValueError, match=f"{name} has shape"):
         loss(denoiser, x, **right | {name: sigma[:1] if name == "sigma_next" else x[:, :1]})
+
+
+# observation: what the discriminator is shown
+
+
+class Recorder:
+    """A discriminator of logit 0 that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+
+    def __call__(self, x_next: Tensor, sigma: Tensor, sigma_next: Tensor, **cond: Tensor) -> Tensor:
+        self.calls.append((x_next, sigma, sigma_next, cond))
+        return 0 * x_next.reshape(len(x_next), -1).sum(1)
+
+
+def shown(denoiser: Denoiser, x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, **options) -> tuple:
+    """(real, fake): real is the one that does not come from the denoiser."""
+    disc = Recorder()
+    observation_loss(denoiser, disc, x, sigma, sigma_next, **options)
+    discriminator_loss(denoiser, disc, x, x0, sigma, sigma_next, sigma_data=0.5, r1_weight=0, **options)
+    assert len(disc.calls) == 3
+    fake = disc.calls[0][0]
+    (real,) = [call[0] for call in disc.calls[1:] if not torch.equal(call[0], fake)]
+    assert not real.requires_grad
+    return real, fake
+
+
+def gaussian_draws(law: Gaussian, sigma: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    x0, n = law.sample(len(sigma), seeded(seed)), seeded(seed + 100)
+    noise = torch.randn(x0.shape, dtype=torch.float64, generator=n)
+    return x0 + along(sigma, x0) * noise, x0, noise
+
+
+@pytest.mark.parametrize("projection", ["euler", "heun"])
+@pytest.mark.parametrize("shape", [(), (20,), (2, 3, 4), (2, 3, 2, 4)], ids=str)
+def test_real_has_the_same_noise_at_the_next_level(shape: tuple[int, ...], projection: str) -> None:
+    law, sigma = image_mixture(*shape), torch.linspace(0.1, 3, 6, dtype=torch.float64)
+    sigma_next = sigma * torch.linspace(0.9, 0.1, 6, dtype=torch.float64)
+    x, x0, noise = gaussian_draws(law, sigma)
+    real, fake = shown(plain_denoiser(law.denoiser), x, x0, sigma, sigma_next, projection=projection)
+    torch.testing.assert_close(real, x0 + along(sigma_next, x0) * noise)
+    assert fake.shape == x.shape
+    perfect = plain_denoiser(lambda y, s: x0)  # a model that knows x0 is not to be told apart
+    disc = Recorder()
+    observation_loss(perfect, disc, x, sigma, sigma_next, projection=projection)
+    torch.testing.assert_close(disc.calls[0][0], real)
+
+
+def test_the_published_width_of_one_step_of_the_exact_denoiser() -> None:
+    """The longest step from sigma = 0.5 with k = 0.1 narrows the law of the exact denoiser to 0.88 of the true one."""
+    sigma = full(0.5)
+    longest = look_ahead_sigma(sigma, 0.1, 0.002, 80.0, generator=seeded()).min()
+    law = Gaussian(0.0, V)
+    x, x0, _ = gaussian_draws(law, sigma)
+    real, fake = shown(plain_denoiser(law.denoiser), x, x0, sigma, longest.expand(N))
+    assert (fake.std() / real.std()).item() == pytest.approx(0.88, abs=0.005)
+    assert real.std().item() == pytest.approx((V + longest.item() ** 2) ** 0.5, rel=5 / (2 * N) ** 0.5)
+
+
+def test_the_variance_that_fake_lacks_is_that_of_x0_given_x() -> None:
+    law, sigma, sigma_next = two_bumps(), 0.6, 0.2
+    x0 = law.sample(N, seeded())
+    x = x0 + sigma * torch.randn(N, dtype=torch.float64, generator=seeded(1))
+    real, fake = shown(plain_denoiser(law.denoiser), x, x0, full(sigma), full(sigma_next))
+    assert (real.mean() - fake.mean()).abs() < 5 * (real - fake).std() / N**0.5
+    missing = (1 - sigma_next / sigma) ** 2 * (x0 - law.denoiser(x, sigma)) ** 2
+    centred = [(v - v.mean()) ** 2 for v in (real, fake)]
+    mean, error = mean_and_error(centred[0] - centred[1] - missing)
+    assert abs(mean) < 5 * error
+    assert missing.mean() > 50 * error  # the test has power
+
+
+@pytest.mark.parametrize(("projection", "order"), [("euler", 2), ("heun", 3)])
+@pytest.mark.parametrize("sigma", [0.5, 2.0])
+def test_the_law_of_fake_tends_to_that_of_real_with_the_order_of_the_step(
+    sigma: float, projection: str, order: int
+) -> None:
+    """fake = a x, so that its law has the width a (V + sigma^2)^1/2, to be compared with (V + sigma_next^2)^1/2."""
+    h = 0.1 * sigma * 0.5 ** torch.arange(4, dtype=torch.float64)
+    x, start, end = torch.ones(4, dtype=torch.float64), full(sigma, 4), sigma - h
+    _, fake = shown(plain_denoiser(Gaussian(0.0, V).denoiser), x, x / 3, start, end, projection=projection)
+    error = (fake * (V + sigma**2) ** 0.5 / (V + end**2) ** 0.5).log().abs()
+    orders = (error[:-1] / error[1:]).log2()
+    assert orders[-1].item() == pytest.approx(order, abs=0.1)
+
+
+@pytest.mark.parametrize(("k", "visible"), [(0.01, False), (0.1, True)])
+def test_a_small_look_ahead_of_the_exact_denoiser_is_invisible(k: float, visible: bool) -> None:
+    """Two-sample Kolmogorov-Smirnov distance between halves of the batch that share nothing."""
+    law, sigma = Gaussian(0.0, V), full(0.5)
+    sigma_next = look_ahead_sigma(sigma, k, 0.002, 80.0, generator=seeded()).min().expand(N)
+    x, x0, _ = gaussian_draws(law, sigma)
+    real, fake = shown(plain_denoiser(law.denoiser), x, x0, sigma, sigma_next)
+    first, second = real[: N // 2].sort().values, fake[N // 2 :].sort().values
+    at = torch.cat([first, second])
+    distance = (torch.searchsorted(first, at) - torch.searchsorted(second, at)).abs().max() / (N / 2)
+    assert (distance > 2.5 * (4 / N) ** 0.5).item() == visible
+
+
+def test_no_step_shows_the_same_twice_and_teaches_the_denoiser_nothing() -> None:
+    theta = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    x, sigma, disc = noisy(1.0, 8), full(1.0, 8), Recorder()
+    discriminator_loss(
+        plain_denoiser(lambda y, s: theta * y), disc, x, x / 3, sigma, sigma, sigma_data=0.5, r1_weight=0
+    )
+    for call in disc.calls:
+        torch.testing.assert_close(call[0], x)
+    for projection in ("euler", "heun"):
+        loss = observation_loss(
+            plain_denoiser(lambda y, s: theta * y), lambda y, *_: y, x, sigma, sigma, projection=projection
+        )
+        assert torch.autograd.grad(loss.sum(), theta)[0] == 0
+
+
+def test_the_discriminator_is_told_both_levels_in_order_and_its_own_conditions() -> None:
+    told = []
+
+    def network(y: Tensor, s: Tensor, *, class_labels: Tensor) -> Tensor:
+        told.append(class_labels)
+        return y / 2
+
+    x, sigma, sigma_next, dropped, labels = noisy(1.0, 4), full(1.0, 4), full(0.4, 4), torch.zeros(4), torch.arange(4)
+    disc, options = Recorder(), {"discriminator_cond": {"class_labels": labels}, "class_labels": dropped}
+    observation_loss(plain_denoiser(network), disc, x, sigma, sigma_next, projection="heun", **options)
+    discriminator_loss(
+        plain_denoiser(network), disc, x, x / 3, sigma, sigma_next, sigma_data=0.5, projection="heun", **options
+    )
+    assert len(disc.calls) == 3
+    assert all(call[1] is sigma and call[2] is sigma_next for call in disc.calls)
+    assert all(call[3]["class_labels"] is labels for call in disc.calls)
+    assert len(told) == 4
+    assert all(label is dropped for label in told)
+
+
+@pytest.mark.parametrize(("projection", "evaluations"), [("euler", 0), ("heun", 1)])
+def test_a_given_prediction_is_used_and_changes_nothing(projection: str, evaluations: int) -> None:
+    law, seen = image_mixture(2, 3), []
+    theta = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
+
+    def network(y: Tensor, s: Tensor) -> Tensor:
+        seen.append(s)
+        return theta * law.denoiser(y, s)
+
+    denoiser, sigma = plain_denoiser(network), torch.linspace(0.3, 2, 6, dtype=torch.float64)
+    x, x0, _ = gaussian_draws(law, sigma)
+    sigma_next, w = sigma / 2, torch.randn(2, 3, dtype=torch.float64, generator=seeded(5))
+
+    def disc(y: Tensor, s: Tensor, s_next: Tensor) -> Tensor:
+        return (w * y.tanh()).sum((1, 2))
+
+    def both(**options) -> tuple[Tensor, Tensor, Tensor]:
+        loss = observation_loss(denoiser, disc, x, sigma, sigma_next, projection=projection, **options)
+        other = discriminator_loss(
+            denoiser, disc, x, x0, sigma, sigma_next, sigma_data=1.0, projection=projection, **options
+        ).loss
+        return loss, other, torch.autograd.grad(loss.sum(), theta)[0]
+
+    fresh = both()
+    assert len(seen) == 2 * (1 + evaluations)
+    denoised = denoiser(x, sigma)
+    seen.clear()
+    reused = both(denoised=denoised)
+    assert len(seen) == 2 * evaluations
+    torch.testing.assert_close(reused, fresh, rtol=0, atol=0)
+    assert fresh[2] != 0
+
+
+# observation: values and gradients
+
+
+def test_hinge_by_hand() -> None:
+    """sigma = 1, sigma' = 1/2 and x = 0: the logits y + t of real and fake are x0/2 + t and D/2 + t."""
+    x0 = torch.tensor([-4.0, 0.0, 1.0, 2.0, 6.0, 6.0])
+    denoised = torch.tensor([-6.0, -2.0, 0.0, 2.0, -2.0, -8.0])
+    x, sigma = torch.zeros(6), torch.ones(6)
+    t = torch.zeros((), requires_grad=True)
+    unused = plain_denoiser(lambda y, s: 1 / 0)
+    out = discriminator_loss(
+        unused, lambda y, *_: y + t, x, x0, sigma, sigma / 2, sigma_data=0.5, r1_weight=0, denoised=denoised
+    )
+    assert out.real_logits.tolist() == [-2, 0, 0.5, 1, 3, 3]
+    assert out.fake_logits.tolist() == [-3, -1, 0, 1, -1, -4]
+    assert out.loss.tolist() == [3 + 0, 1 + 0, 0.5 + 1, 0 + 2, 0 + 0, 0 + 0]
+    assert out.r1.tolist() == [0] * 6
+    slopes = [torch.autograd.grad(v, t, retain_graph=True)[0].item() for v in out.loss[[0, 2, 3, 5]]]
+    assert slopes == [-1, 0, 1, 0]
+    loss = observation_loss(unused, lambda y, *_: y + t, x, sigma, sigma / 2, denoised=denoised)
+    assert loss.tolist() == [3, 1, 0, -1, 1, 4]
+
+
+def test_r1_of_a_linear_discriminator() -> None:
+    """disc = w x'; with respect to y = x'/(sd^2 + sigma'^2)^1/2 its gradient is (sd^2 + sigma'^2)^1/2 w."""
+    sigma = torch.tensor([0.1, 1.0, 10.0, 80.0], dtype=torch.float64)
+    sigma_next, law = sigma / 2, image_mixture(2, 3)
+    x, x0, _ = gaussian_draws(law, sigma)
+    w = torch.randn(2, 3, dtype=torch.float64, generator=seeded(5)).requires_grad_()
+
+    def losses_of(weight: float) -> losses.DiscriminatorLoss:
+        return discriminator_loss(
+            plain_denoiser(law.denoiser), lambda y, *_: (w * y).sum((1, 2)), x, x0, sigma, sigma_next,
+            sigma_data=0.7, r1_weight=weight,
+        )  # fmt: skip
+
+    without, with_penalty = losses_of(0.0), losses_of(3.0)
+    variance = 0.49 + sigma_next**2
+    torch.testing.assert_close(with_penalty.r1, variance * (w**2).sum().detach())
+    torch.testing.assert_close(with_penalty.loss, without.loss + 1.5 * variance * (w**2).sum())
+    (slope,) = torch.autograd.grad((with_penalty.loss - without.loss).sum(), w)
+    torch.testing.assert_close(slope, 3 * variance.sum() * w.detach())
+    assert torch.equal(losses_of(1.0).loss, discriminator_loss(
+        plain_denoiser(law.denoiser), lambda y, *_: (w * y).sum((1, 2)), x, x0, sigma, sigma_next, sigma_data=0.7
+    ).loss)  # fmt: skip
+
+
+def test_r1_is_that_of_the_input_of_the_network() -> None:
+    disc = NoiseLevelDiscriminator(1, (4, 6), sigma_data=0.3, num_frequencies=4).double()
+    law, sigma = image_mixture(1, 5, 4), torch.tensor([0.1, 1.0, 10.0, 80.0, 3.0], dtype=torch.float64)
+    x, x0, noise = gaussian_draws(law, sigma)
+    out = discriminator_loss(plain_denoiser(law.denoiser), disc, x, x0, sigma, sigma / 3, sigma_data=0.3)
+    y = disc.scale(x0 + along(sigma / 3, x0) * noise, sigma / 3).requires_grad_()
+    c = disc.condition(x, sigma, sigma / 3, None)
+    (g,) = torch.autograd.grad(((disc.features(y) * c).sum() / 6**0.5), y)
+    torch.testing.assert_close(out.r1, g.square().sum((1, 2, 3)))
+
+
+def generator_and_discriminator() -> tuple[nn.Module, NoiseLevelDiscriminator]:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 2, 3, padding=1)
+
+        def forward(self, y: Tensor, s: Tensor) -> Tensor:
+            return self.second(torch.tanh(self.first(y)))
+
+    return Network(), NoiseLevelDiscriminator(2, (4, 8), num_frequencies=4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("reuse", [False, True], ids=["computed", "reused"])
+@pytest.mark.parametrize("projection", ["euler", "heun"])
+def test_each_loss_trains_its_own_network_and_only_that(projection: str, reuse: bool, checkpointing: bool) -> None:
+    network, disc = generator_and_discriminator()
+    if checkpointing:
+        disc.enable_gradient_checkpointing()
+    denoiser, sigma = plain_denoiser(network), torch.linspace(0.5, 2, 5)
+    x = torch.randn(5, 2, 8, 8, generator=seeded())
+    trained = [name for name, p in disc.named_parameters() if p.requires_grad]
+
+    def changed(module: nn.Module) -> list[str]:
+        return [name for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+
+    def touched(module: nn.Module) -> list[str]:
+        return [name for name, p in module.named_parameters() if p.grad is not None]
+
+    denoised = denoiser(x, sigma) if reuse else None
+    loss = observation_loss(denoiser, disc, x, sigma, sigma / 2, projection=projection, denoised=denoised)
+    assert [name for name, p in disc.named_parameters() if p.requires_grad] == trained
+    loss.sum().backward()
+    assert touched(disc) == []
+    assert changed(network) == [name for name, _ in network.named_parameters()]
+
+    network.zero_grad()
+    denoised = denoiser(x, sigma) if reuse else None
+    out = discriminator_loss(
+        denoiser, disc, x, 0.5 * x, sigma, sigma / 2, sigma_data=0.5, projection=projection, denoised=denoised
+    )
+    out.loss.sum().backward()
+    assert touched(network) == []
+    assert changed(disc) == trained == touched(disc)
+    assert not any(v.requires_grad for v in (out.real_logits, out.fake_logits, out.r1))
+
+
+def test_a_frozen_discriminator_is_released_after_an_error() -> None:
+    disc = NoiseLevelDiscriminator(2, (4,), num_frequencies=4)
+    with pytest.raises(ValueError, match="x_next has shape"):
+        observation_loss(linear(), disc, torch.ones(2, 4), torch.ones(2), torch.full((2,), 0.5))
+    assert disc.conv_in.weight.requires_grad
+    assert not disc.fourier.weight.requires_grad
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_frozen_discriminator_may_compute_its_activations_again(autocast: bool) -> None:
+    network, disc = generator_and_discriminator()
+    x, sigma, gradients, calls = torch.randn(5, 2, 8, 8, generator=seeded()), torch.linspace(0.5, 2, 5), [], []
+    disc.blocks[0].conv.register_forward_pre_hook(lambda *args: calls.append(1))
+    for change in (disc.disable_gradient_checkpointing, disc.enable_gradient_checkpointing):
+        change()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = observation_loss(plain_denoiser(network), disc, x, sigma, sigma / 2)
+        gradients.append(torch.autograd.grad(loss.sum(), list(network.parameters())))
+    assert len(calls) == 1 + 2
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("projection", ["euler", "heun"])
+def test_the_gradient_goes_through_the_whole_step(projection: str) -> None:
+    sigma = torch.linspace(0.3, 3, 6, dtype=torch.float64)
+    x = 2 * torch.randn(6, dtype=torch.float64, generator=seeded())
+    theta = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+
+    def loss(value: Tensor | float) -> Tensor:
+        denoiser = plain_denoiser(lambda y, s: torch.sin(value * y) / (1 + s))
+        return observation_loss(denoiser, lambda y, *_: y**3, x, sigma, sigma / 3, projection=projection).sum()
+
+    h = 1e-5
+    (gradient,) = torch.autograd.grad(loss(theta), theta)
+    assert gradient.item() == pytest.approx(((loss(0.8 + h) - loss(0.8 - h)) / (2 * h)).item(), rel=1e-7)
+
+
+@pytest.mark.parametrize(("shrink", "sign"), [(0.5, -1), (1.0, -1), (2.0, 1)])
+def test_a_trained_discriminator_widens_what_is_too_narrow_and_narrows_what_is_too_wide(
+    shrink: float, sign: int
+) -> None:
+    """disc = a x^2 + b learns on which side fake is wrong; the exact denoiser counts as too narrow, by its solver."""
+    weights = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    theta = torch.tensor(shrink, dtype=torch.float64, requires_grad=True)
+    optimizer, n = torch.optim.Adam([weights], lr=0.05), 4000
+    denoiser = plain_denoiser(lambda y, s: theta * along(gain(s), y) * y)
+
+    def disc(y: Tensor, s: Tensor, s_next: Tensor) -> Tensor:
+        return weights[0] * y**2 + weights[1]
+
+    for seed in range(60):
+        x, x0, _ = gaussian_draws(Gaussian(0.0, V), full(0.5, n), seed)
+        out = discriminator_loss(denoiser, disc, x, x0, full(0.5, n), full(0.1, n), sigma_data=0.5, r1_weight=0)
+        optimizer.zero_grad()
+        out.loss.mean().backward()
+        optimizer.step()
+    assert theta.grad is None
+    observation_loss(denoiser, disc, x, full(0.5, n), full(0.1, n)).mean().backward()
+    assert theta.grad.sign() == sign
+    assert out.real_logits.mean() > out.fake_logits.mean()
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(), EDMEulerScheduler()], ids=lambda s: type(s).__name__)
+def test_observation_in_mixed_precision(scheduler: object) -> None:
+    network, disc = generator_and_discriminator()
+    denoiser, sigma = denoiser_from(network, scheduler), torch.tensor([0.05, 0.5, 2.0, 10.0])
+    x0 = 0.5 * torch.randn(4, 2, 8, 8, generator=seeded())
+    x = x0 + along(sigma, x0).float() * torch.randn(4, 2, 8, 8, generator=seeded(1))
+    values = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = observation_loss(denoiser, disc, x, sigma, sigma / 2, projection="heun")
+            out = discriminator_loss(denoiser, disc, x, x0, sigma, sigma / 2, sigma_data=0.5)
+        (loss + out.loss).sum().backward()
+        assert {v.dtype for v in (loss, *out)} == {torch.float32}
+        values.append(torch.stack([loss, *out]).detach())
+    torch.testing.assert_close(values[1], values[0], rtol=0.1, atol=0.05)
+    assert all(p.grad.isfinite().all() for m in (network, disc) for p in m.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["x0", "denoised", "sigma_next", "projection", "r1_weight"])
+def test_wrong_arguments_of_observation_are_refused(name: str) -> None:
+    x, sigma = torch.randn(4, 3, 2, 2, generator=seeded()), torch.full((4,), 0.5)
+    wrong = {"x0": x[:, :1], "denoised": x[:, :1], "sigma_next": sigma[:1], "projection": "ddim", "r1_weight": -1.0}
+    right = {"x": x, "sigma": sigma, "sigma_next": sigma / 2}
+    messages = {"projection": "'ddim' is not one of euler, heun", "r1_weight": "r1_weight must be at least 0, got -1.0"}
+    message = messages.get(name, f"{name} has shape")
+    denoiser, disc = plain_denoiser(lambda y, s: y / 2), lambda y, *_: y.sum((1, 2, 3))
+    full_set = right | {"x0": x, "sigma_data": 0.5}
+    assert discriminator_loss(denoiser, disc, **full_set).loss.isfinite().all()
+    with pytest.raises(ValueError, match=message):
+        discriminator_loss(denoiser, disc, **full_set | {name: wrong[name]})
+    if name not in ("x0", "r1_weight"):
+        with pytest.raises(ValueError, match=message):
+            observation_loss(denoiser, disc, **right | {name: wrong[name]})

@@ -1,13 +1,23 @@
 """`noise_levels`. Truth: the grids of diffusers' EDM scheduler, its signal-to-noise ratios, and laws by their moments
 and by Kolmogorov-Smirnov distance (2.5/sqrt(n): probability 1e-5)."""
 
+from itertools import product
+
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
-from diffusers_ext import karras_sigmas, log_linear_sigmas, log_normal_sigmas, lower_sigma, min_snr_weight
+from diffusers_ext import (
+    karras_sigmas,
+    log_linear_sigmas,
+    log_normal_sigmas,
+    look_ahead_sigma,
+    lower_sigma,
+    min_snr_weight,
+)
 
 GRIDS = {"karras": karras_sigmas, "exponential": log_linear_sigmas}
 N = 100_000
@@ -97,11 +107,73 @@ def test_lower_sigma_refuses_a_width_that_makes_no_sense(options: dict) -> None:
         lower_sigma(torch.ones(2), **options)
 
 
-@pytest.mark.parametrize("draw", [log_normal_sigmas, lower_sigma], ids=["log_normal", "lower"])
+def warped_time(sigma: Tensor, low: float = 0.002, high: float = 80.0) -> Tensor:
+    """u of a noise level, 0 at the top: its place on the EDM scheduler's own grid, by interpolation."""
+    scheduler, n = EDMEulerScheduler(sigma_min=low, sigma_max=high), 20_001
+    scheduler.set_timesteps(n)
+    grid = scheduler.sigmas[:-1].double().numpy()[::-1]
+    return torch.from_numpy(1 - np.interp(sigma.double().numpy(), grid, np.linspace(0, 1, n)))
+
+
+@pytest.mark.parametrize("k", [0.1, 0.3])
+@pytest.mark.parametrize("bounds", [(0.002, 80.0), (0.01, 10.0)], ids=str)
+def test_look_ahead_goes_forward_by_a_uniform_amount_of_the_edm_schedulers_time(k: float, bounds: tuple) -> None:
+    sigma = karras_sigmas(N, *bounds)[: int((1 - k) * N)]  # those whose longest step ends before sigma_min
+    ahead = look_ahead_sigma(sigma, k, *bounds, generator=seeded())
+    drop = (warped_time(ahead, *bounds) - warped_time(sigma, *bounds)) / k
+    assert_uniform(drop.clamp(0))
+    assert drop.min() > -1e-4
+
+
+def test_look_ahead_keeps_to_the_bounds_and_below_sigma() -> None:
+    sigma = torch.cat(
+        [torch.tensor([1e-4, 0.001]), karras_sigmas(1000, 0.002, 80.0).float(), torch.tensor([100.0, 1e4])]
+    )
+    for k, rho in product((0.0, 0.01, 0.2, 1.0, 5.0), (2.0, 3.5, 7.0)):
+        ahead = look_ahead_sigma(sigma, k, 0.002, 80.0, rho=rho, generator=seeded())
+        assert (ahead <= sigma).all()
+        assert (ahead[2:] <= 0.0021).sum() > 0.7 * (k == 5) * len(ahead)  # 4/5 of the draws of k = 5 pass the end
+        assert (ahead <= 80).all()
+        assert torch.equal(ahead[:2], sigma[:2])
+        assert (ahead[2:] >= 0.002 * (1 - 1e-6)).all()
+    assert look_ahead_sigma(torch.full((N,), 80.0), 1.0, 0.002, 80.0, generator=seeded()).min() < 0.003
+    above = look_ahead_sigma(torch.full((N,), 1e4), 0.1, 0.002, 80.0, generator=seeded())
+    assert torch.equal(above, look_ahead_sigma(torch.full((N,), 80.0), 0.1, 0.002, 80.0, generator=seeded()))
+
+
+def test_look_ahead_is_further_with_a_larger_k_and_no_step_with_0() -> None:
+    sigma = log_normal_sigmas(N, generator=seeded(1)).clamp(0.002, 80)
+    steps = [look_ahead_sigma(sigma, k, 0.002, 80.0, generator=seeded()) for k in (0.0, 1e-4, 0.1, 0.2)]
+    torch.testing.assert_close(steps[0], sigma, rtol=3e-6, atol=0)
+    torch.testing.assert_close(steps[1], sigma, rtol=5e-3, atol=0)
+    assert (steps[2] <= steps[1]).all()
+    assert (steps[3] <= steps[2]).all()
+    assert (steps[3] < steps[2]).double().mean() > 0.9
+
+
+def test_look_ahead_reaches_sigma_min_as_often_as_its_law_says() -> None:
+    sigma = karras_sigmas(101, 0.002, 80.0)[95].expand(N)  # u = 0.95
+    at_end = (look_ahead_sigma(sigma, 0.2, 0.002, 80.0, generator=seeded()) < 0.002001).double().mean().item()
+    assert abs(at_end - 0.75) < 5 * (0.75 * 0.25 / N) ** 0.5
+
+
+@pytest.mark.parametrize("arguments", [(-0.1, 0.002, 80.0), (0.1, 0.0, 80.0), (0.1, 80.0, 0.002)], ids=str)
+def test_look_ahead_refuses_arguments_that_make_no_sense(arguments: tuple) -> None:
+    with pytest.raises(ValueError, match="needs k >= 0 and 0 < sigma_min < sigma_max"):
+        look_ahead_sigma(torch.ones(2), *arguments)
+
+
+LAWS = {
+    "log_normal": lambda generator: log_normal_sigmas(64, generator=generator),
+    "lower": lambda generator: lower_sigma(torch.ones(64), generator=generator),
+    "look_ahead": lambda generator: look_ahead_sigma(torch.ones(64), 0.1, 0.002, 80.0, generator=generator),
+}
+
+
+@pytest.mark.parametrize("draw", LAWS.values(), ids=LAWS.keys())
 def test_a_law_takes_its_randomness_from_the_generator_alone(draw) -> None:
-    argument = 64 if draw is log_normal_sigmas else torch.ones(64)
     state = torch.get_rng_state()
-    first, again, other = (draw(argument, generator=seeded(s)) for s in (1, 1, 2))
+    first, again, other = (draw(seeded(s)) for s in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), state)
