@@ -1,9 +1,13 @@
 """ShortTimePipeline. Truth: the exact network and bridge of a Gaussian law give its samples; what the network sees
 first is a draw of the bridge, with any scheduler."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, PNDMScheduler
+from hub_server import TOKEN, HubServer
 from oracles import Gaussian, network_of
 from test_calibration import seeded
 from test_models import tiny_unet
@@ -132,3 +136,40 @@ def test_a_bridge_that_does_not_belong_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             silent(ShortTimePipeline(tiny_unet(), scheduler, bridge))(num_inference_steps=2)
+
+
+PUSH = """
+import pathlib
+import diffusers_ext
+from diffusers_ext.training.hub import HubPusher
+pusher = HubPusher("tester/short", pathlib.Path("model"), private=None, token=None)
+pusher.push(pathlib.Path("model"), "a test")
+failure = pusher.finish(60.0)
+assert failure is None, failure
+"""
+LOAD = """
+import diffusers_ext, torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("tester/short")
+options = {"num_inference_steps": 3, "batch_size": 2, "output_type": "pt"}
+options["generator"] = torch.Generator().manual_seed(0)
+torch.save((type(pipe).__name__, type(pipe.bridge).__name__, pipe(**options).images), "images.pt")
+"""
+
+
+def test_a_stranger_gets_the_same_images_from_the_hub(tmp_path) -> None:
+    scheduler = diffusers_ext.ShortTimeDDIMScheduler(max_diffusion_time=0.6)
+    pipe = silent(ShortTimePipeline(tiny_unet().eval(), scheduler, bridge_of()))
+    pipe.save_pretrained(tmp_path / "model")
+    with HubServer() as hub:
+        for code, token in ((PUSH, TOKEN), (LOAD, None)):
+            environment = hub.environment(tmp_path / f"home-{token}", token)
+            done = subprocess.run(
+                [sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True, capture_output=True
+            )
+            assert done.returncode == 0, done.stderr
+        assert "bridge/diffusion_pytorch_model.safetensors" in hub.files("tester/short")
+    *names, theirs = torch.load(tmp_path / "images.pt")
+    assert names == ["ShortTimePipeline", "GaussianBridge"]
+    options = {"num_inference_steps": 3, "batch_size": 2, "output_type": "pt"}
+    torch.testing.assert_close(theirs, pipe(generator=seeded(), **options).images)

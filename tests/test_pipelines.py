@@ -29,7 +29,14 @@ from oracles import Gaussian, network_of
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusers_ext import ClassConditionalPipeline, ReflectedPipeline, ReflectedScheduler
+from diffusers_ext import (
+    ClassConditionalPipeline,
+    GaussianBridge,
+    ReflectedPipeline,
+    ReflectedScheduler,
+    ShortTimeDDIMScheduler,
+    ShortTimePipeline,
+)
 
 REPOSITORY = Path(__file__).parent.parent
 SHAPE = (1, 4, 4)
@@ -295,6 +302,11 @@ def test_another_process_that_imports_the_package_loads_it(tmp_path) -> None:
     torch.testing.assert_close(theirs, images(pipe, [0], steps=2, guidance_scale=2.0, latents=latents))
 
 
+def short_bridge() -> GaussianBridge:
+    d = 3 * 8 * 8
+    return GaussianBridge.from_moments(torch.zeros(3, 8, 8), torch.eye(d), DDIMScheduler(), 0.6, rank=2)
+
+
 OPEN = """
 import sys
 from diffusers import DiffusionPipeline
@@ -306,7 +318,7 @@ def load(name):
         return f"{type(error).__name__} {error}"
     return f"{type(pipe).__name__} {type(pipe.scheduler).__name__}"
 
-places = ["tester/class_conditional", "tester/reflected", "reflected"]
+places = ["tester/class_conditional", "tester/reflected", "reflected", "tester/short_time"]
 sys.modules["diffusers_ext"] = None  # a machine that has no such package
 print(*map(load, places), sep="\\n")
 del sys.modules["diffusers_ext"]
@@ -317,7 +329,12 @@ print(*map(load, places), sep="\\n")
 def test_with_the_file_beside_it_a_pipeline_opens_without_an_import(tmp_path) -> None:
     reflected = ReflectedPipeline(tiny_unet(5), ReflectedScheduler(), null_class=4)
     with HubServer() as hub:
-        for name, pipe in (("class_conditional", class_pipeline()), ("reflected", reflected)):
+        short_time = ShortTimePipeline(tiny_unet(), ShortTimeDDIMScheduler(max_diffusion_time=0.6), short_bridge())
+        for name, pipe in (
+            ("class_conditional", class_pipeline()),
+            ("reflected", reflected),
+            ("short_time", short_time),
+        ):
             pipe.save_pretrained(tmp_path / name)
             shutil.copytree(REPOSITORY / "pipelines" / name, tmp_path / name, dirs_exist_ok=True)
             files = [p for p in (tmp_path / name).rglob("*.*") if p.is_file() and "__pycache__" not in p.parts]
@@ -331,9 +348,10 @@ def test_with_the_file_beside_it_a_pipeline_opens_without_an_import(tmp_path) ->
         )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert all(line.startswith(("ModuleNotFound", "ImportError")) and "diffusers_ext" in line for line in lines[:3])
-    assert lines[3] == "ClassConditionalPipeline DDIMScheduler"
-    assert lines[4:] == ["ReflectedPipeline ReflectedScheduler"] * 2
+    assert all(line.startswith(("ModuleNotFound", "ImportError")) and "diffusers_ext" in line for line in lines[:4])
+    assert lines[4] == "ClassConditionalPipeline DDIMScheduler"
+    assert lines[5:7] == ["ReflectedPipeline ReflectedScheduler"] * 2
+    assert lines[7:] == ["ShortTimePipeline ShortTimeDDIMScheduler"]
 
 
 def test_a_component_of_ours_is_stored_under_the_name_of_the_package(tmp_path, monkeypatch) -> None:
