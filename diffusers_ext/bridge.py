@@ -20,10 +20,11 @@ along them:
     log nu(x_T) = log q(w) - sum log s - 1/2 (|rest|^2 / floor + (d - r) log(2 pi floor)),   w = U (x_T - m) / s.
 
 m, s and U are those of the moments of x0, without noise: m = alpha_T E x0, s^2 = alpha_T^2 lambda + sigma_T^2 with
-lambda the eigenvalues of Cov x0; the floor is alpha_T^2 times the mean of the discarded ones, + sigma_T^2, the best
-scalar but not an exact law. With r = d nothing is left over. The three classes differ in q, the law of r whitened
-coordinates: N(0, I); a mixture of Gaussians, of a Dirichlet process; a normalising flow. Sampling maps one draw n ~
-N(0, I) of the shape of the data: U n becomes w, (I - U'U) n becomes the rest.
+lambda the eigenvalues of Cov x0, decreasing; the floor is alpha_T^2 times the mean of the discarded ones, + sigma_T^2,
+the best scalar but not an exact law. With r = d nothing is left over. The three classes differ in q, the law of the
+whitened coordinates: N(0, I); or that for all but the leading l of them, whose law is a mixture of Gaussians, of a
+Dirichlet process, or a normalising flow. Sampling maps one draw n ~ N(0, I) of the shape of the data: U n becomes w,
+(I - U'U) n becomes the rest.
 
 Shapes: d is the product of `shape`, K the number of classes, 1 without classes: each class has its own m, U, s, floor.
 
@@ -60,7 +61,7 @@ from .moments import (
 from .process import randn
 
 LATENT_RANK = 32
-"""Principal directions of a mixture or a flow."""
+"""Leading directions that a mixture or a flow models."""
 EVALUATE_EVERY = 50
 """Steps of training between evaluations of a flow."""
 HELD_OUT_DRAWS = 4
@@ -118,11 +119,16 @@ class Bridge(ModelMixin, ConfigMixin, ABC):
 
     @abstractmethod
     def _sample_latent(self, noise: Tensor, k: int, generator: torch.Generator | None) -> Tensor:
-        """w ~ q of class k, (n, r), from noise ~ N(0, I), (n, r)."""
+        """w ~ q of class k, (n, l), from noise ~ N(0, I), (n, l)."""
 
     @abstractmethod
     def _latent_log_prob(self, w: Tensor, k: int) -> Tensor:
-        """log q(w) of class k, (n,)."""
+        """log q(w) of class k, (n,), for w (n, l)."""
+
+    @property
+    def latent_rank(self) -> int:
+        """l: how many of the r coordinates, the leading ones, q models."""
+        return self.config.get("latent_rank", self.config.rank)
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -182,7 +188,8 @@ class Bridge(ModelMixin, ConfigMixin, ABC):
         def place(noise: Tensor, k: int) -> Tensor:
             u, directions = noise @ self.directions[k].T, self.directions[k]
             rest = noise - u @ directions
-            w = self._sample_latent(u, k, generator)
+            leading = self._sample_latent(u[:, : self.latent_rank], k, generator)
+            w = torch.cat([leading, u[:, self.latent_rank :]], 1)
             return self.mean[k].flatten() + (self.scales[k] * w) @ directions + self.floor[k].sqrt() * rest
 
         return self._of_each_class(place, noise.flatten(1), class_labels).reshape(noise.shape)
@@ -205,7 +212,8 @@ class Bridge(ModelMixin, ConfigMixin, ABC):
             rest = x - self.mean[k].flatten() - (self.scales[k] * w) @ self.directions[k]
             left = x.shape[1] - w.shape[1]
             log_rest = -0.5 * (rest.square().sum(1) / self.floor[k] + left * (2 * pi * self.floor[k]).log())
-            return self._latent_log_prob(w, k) - self.scales[k].log().sum() + (log_rest if left else 0)
+            log_q = self._latent_log_prob(w[:, : self.latent_rank], k) + _standard_log_prob(w[:, self.latent_rank :])
+            return log_q - self.scales[k].log().sum() + (log_rest if left else 0)
 
         return self._of_each_class(density, x.flatten(1).to(self.mean), class_labels)
 
@@ -255,9 +263,9 @@ class Bridge(ModelMixin, ConfigMixin, ABC):
         for x0, labels in read_batches(batches, self.config.num_classes, progress, "projecting"):
             x_T = (alpha * x0.flatten(1)).to(self.to(x0.device).mean)
             w = [self._whiten(part, k) for k, part in enumerate(split_by_class(x_T, labels, len(self.mean)))]
-            rows.append(torch.cat(w))
+            rows.append(torch.cat(w)[:, : self.latent_rank])
             all_labels.append(labels.sort(stable=True).values.to(x0.device))
-        return Latents(torch.cat(rows), torch.cat(all_labels), sigma / self.scales)
+        return Latents(torch.cat(rows), torch.cat(all_labels), sigma / self.scales[:, : self.latent_rank])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bridge:
         """Move and cast, but not below float32: principal directions in half precision are not orthonormal."""
@@ -309,7 +317,7 @@ class GaussianBridge(Bridge):
                 none, too few, not finite or of different shapes; labels are missing or out of range.
         """
         stored = _stored(scheduler, max_diffusion_time)
-        data = data_moments(batches, rank, None, num_classes, progress)
+        data = data_moments(batches, rank, num_classes, progress)
         notes = data.notes(measured_on, {"shrink": shrink})
         bridge = cls(data.shape, max_diffusion_time, stored, data.rank, num_classes, notes)
         bridge._place(data.laws(shrink))
@@ -367,12 +375,13 @@ class MixtureBridge(Bridge):
 
     Args:
         num_components: C, at least 2: the truncation of the process, not all of which get weight.
+        latent_rank: l, from 1 to r.
         shape, max_diffusion_time, scheduler, rank, num_classes, measured_on: of `Bridge`.
 
     Attributes:
         weights: (K, C), sum to 1.
-        means: (K, C, r).
-        cholesky: L, (K, C, r, r), lower triangular.
+        means: (K, C, l).
+        cholesky: L, (K, C, l, l), lower triangular.
 
     Raises:
         ValueError: fewer than 2 components; or as `Bridge` does.
@@ -391,6 +400,7 @@ class MixtureBridge(Bridge):
         max_diffusion_time: float,
         scheduler: Mapping[str, Any],
         rank: int,
+        latent_rank: int,
         num_components: int,
         num_classes: int | None = None,
         measured_on: Mapping[str, Any] | None = None,
@@ -399,8 +409,9 @@ class MixtureBridge(Bridge):
         _require_several(num_components)
         table = (count_classes(num_classes), num_components)
         self.register_buffer("weights", torch.full(table, 1 / num_components))
-        self.register_buffer("means", torch.zeros(*table, rank))
-        self.register_buffer("cholesky", torch.eye(rank).repeat(*table, 1, 1))
+        _require_latent_rank(latent_rank, rank)
+        self.register_buffer("means", torch.zeros(*table, latent_rank))
+        self.register_buffer("cholesky", torch.eye(latent_rank).repeat(*table, 1, 1))
 
     @classmethod
     def fit(
@@ -411,6 +422,7 @@ class MixtureBridge(Bridge):
         *,
         num_components: int = 16,
         rank: int | None = None,
+        latent_rank: int | None = None,
         num_classes: int | None = None,
         shrink: bool = True,
         noise_draws: int = 1,
@@ -425,7 +437,8 @@ class MixtureBridge(Bridge):
         Args:
             batches: as for `GaussianBridge.fit`; gone through twice.
             num_components: C.
-            rank: r; LATENT_RANK by default, d at most.
+            rank: r, as for `GaussianBridge.fit`.
+            latent_rank: l; LATENT_RANK by default, r at most.
             noise_draws: how often each sample is used, with noise of its own.
             concentration: of the Dirichlet process: the larger, the more components get weight; 1 / C by default.
             max_iter: iterations of the fit; scikit-learn warns if they do not suffice.
@@ -447,10 +460,11 @@ class MixtureBridge(Bridge):
         _require_several(num_components)
         require_repeatable(batches)
         stored = _stored(scheduler, max_diffusion_time)
-        data = data_moments(batches, rank, LATENT_RANK, num_classes, progress)
+        data = data_moments(batches, rank, num_classes, progress)
+        latent_rank = min(LATENT_RANK, data.rank) if latent_rank is None else latent_rank
         settings = {"shrink": shrink, "noise_draws": noise_draws, "concentration": concentration, "seed": seed}
         notes = data.notes(measured_on, settings)
-        bridge = cls(data.shape, max_diffusion_time, stored, data.rank, num_components, num_classes, notes)
+        bridge = cls(data.shape, max_diffusion_time, stored, data.rank, latent_rank, num_components, num_classes, notes)
         if data.smallest_class * noise_draws < num_components:
             raise ValueError(f"{num_components} components need as many samples, a class has {data.smallest_class}")
         bridge._place(data.laws(shrink))
@@ -488,6 +502,7 @@ class FlowBridge(Bridge):
     As constructed the flow is the identity, q = N(0, I): training starts from the Gaussian bridge.
 
     Args:
+        latent_rank: l, from 1 to r.
         transforms: how many are composed.
         hidden_features: layers of the networks that give the splines of a transform.
         bins: of a spline; beyond 5 standard deviations it is the identity.
@@ -510,6 +525,7 @@ class FlowBridge(Bridge):
         max_diffusion_time: float,
         scheduler: Mapping[str, Any],
         rank: int,
+        latent_rank: int,
         num_classes: int | None = None,
         transforms: int = 3,
         hidden_features: Sequence[int] = (128, 128),
@@ -518,10 +534,13 @@ class FlowBridge(Bridge):
         measured_on: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(shape, max_diffusion_time, scheduler, rank, num_classes, measured_on)
+        _require_latent_rank(latent_rank, rank)
         layers = tuple(hidden_features)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the accelerators, too
-            self.flow = _flows().NSF(rank, num_classes or 0, bins=bins, transforms=transforms, hidden_features=layers)
+            self.flow = _flows().NSF(
+                latent_rank, num_classes or 0, bins=bins, transforms=transforms, hidden_features=layers
+            )
         for spline in self.flow.transform.transforms:
             last = spline.hyper[-1].parameters() if hasattr(spline, "hyper") else spline.parameters()
             for parameter in last:
@@ -535,6 +554,7 @@ class FlowBridge(Bridge):
         max_diffusion_time: float,
         *,
         rank: int | None = None,
+        latent_rank: int | None = None,
         num_classes: int | None = None,
         shrink: bool = True,
         transforms: int = 3,
@@ -556,7 +576,8 @@ class FlowBridge(Bridge):
 
         Args:
             batches: as for `GaussianBridge.fit`; gone through twice. Holds N r numbers.
-            rank: r; LATENT_RANK by default, d at most.
+            rank: r, as for `GaussianBridge.fit`.
+            latent_rank: l; LATENT_RANK by default, r at most.
             transforms, hidden_features, bins: as for the class.
             max_steps: steps at most; EVALUATE_EVERY lie between evaluations.
             batch_size, learning_rate: of a step.
@@ -577,8 +598,11 @@ class FlowBridge(Bridge):
         _flows()
         require_repeatable(batches)
         stored, layers = _stored(scheduler, max_diffusion_time), list(hidden_features)
-        data = data_moments(batches, rank, LATENT_RANK, num_classes, progress)
-        bridge = cls(data.shape, max_diffusion_time, stored, data.rank, num_classes, transforms, layers, bins, seed)
+        data = data_moments(batches, rank, num_classes, progress)
+        latent_rank = min(LATENT_RANK, data.rank) if latent_rank is None else latent_rank
+        bridge = cls(
+            data.shape, max_diffusion_time, stored, data.rank, latent_rank, num_classes, transforms, layers, bins, seed
+        )
         bridge._place(data.laws(shrink))
         latents, generator = bridge._latents(batches, progress), torch.Generator().manual_seed(seed)
         order = torch.randperm(len(latents.labels), generator=generator)
@@ -689,6 +713,11 @@ def _flows() -> Any:
     except ImportError as error:
         raise ImportError('FlowBridge needs zuko: pip install "diffusers_ext[bridge]"') from error
     return flows
+
+
+def _require_latent_rank(latent_rank: int, rank: int) -> None:
+    if not 1 <= latent_rank <= rank:
+        raise ValueError(f"latent_rank must be from 1 to the rank, {rank}, got {latent_rank}")
 
 
 def _standard_log_prob(u: Tensor) -> Tensor:

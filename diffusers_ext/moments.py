@@ -120,10 +120,8 @@ class DataMoments:
         return dict(measured_on or {}) | {"num_samples": sum(m.count for m in self.classes)} | dict(settings)
 
 
-def data_moments(
-    batches: Iterable[Any], rank: int | None, latent_rank: int | None, num_classes: int | None, progress: bool
-) -> DataMoments:
-    """Go through the data once. Without `rank` it is `latent_rank`, or without that d, or DEFAULT_RANK of large data.
+def data_moments(batches: Iterable[Any], rank: int | None, num_classes: int | None, progress: bool) -> DataMoments:
+    """Go through the data once. Without `rank` it is d, or DEFAULT_RANK of large data.
 
     Raises:
         ValueError: rank is out of range; data are none, too few, not finite or of different shapes.
@@ -136,7 +134,7 @@ def data_moments(
             shape, d = list(x0.shape[1:]), prod(x0.shape[1:])
             whole = classes * d**2 <= FULL_COVARIANCE_LIMIT**2
             if rank is None:
-                rank = min(d, latent_rank or (d if whole else DEFAULT_RANK))
+                rank = d if whole else min(d, DEFAULT_RANK)
             if not 1 <= rank <= d:
                 raise ValueError(f"rank must be from 1 to the {d} dimensions of the data, got {rank}")
             kept = None if whole else min(d, KEPT_PER_DIRECTION * rank)

@@ -210,7 +210,7 @@ def test_a_mixture_finds_a_mixture(planar):
 
 def test_correlated_components():
     """A mixture made by hand, against torch.distributions; the moments of its samples by hand."""
-    model = MixtureBridge([2], T, bridge.stored_scheduler(SCHEDULER), 2, num_components=2)
+    model = MixtureBridge([2], T, bridge.stored_scheduler(SCHEDULER), 2, 2, num_components=2)
     weights, means = torch.tensor([0.3, 0.7]), torch.tensor([[1.0, -1.0], [0.0, 0.5]])
     factors = torch.tensor([[[0.5, 0.0], [1.5, 0.2]], [[1.0, 0.0], [-0.8, 0.3]]])
     model.weights[0], model.means[0], model.cholesky[0] = weights, means, factors
@@ -225,6 +225,27 @@ def test_correlated_components():
     assert torch.allclose(drawn.T.cov(), within + (means - mean).T @ (weights[:, None] * (means - mean)), atol=0.05)
 
 
+def test_what_is_not_modelled_keeps_the_variances_of_the_gaussian():
+    """A third, independent coordinate of little variance beside the plane: modelled or not, with the density of its own
+    Gaussian, and not that of a floor shared with others."""
+    x0 = torch.cat([two_modes().sample(3000, seeded()).float(), 0.3 * torch.randn(3000, 2, generator=seeded(1))], 1)
+    x0[:, 3] /= 10
+    data = in_batches(x0, 500)
+    model = MixtureBridge.fit(data, SCHEDULER, 0.2, latent_rank=2, **SMALL_MIXTURE)
+    gaussian = GaussianBridge.fit(data, SCHEDULER, 0.2, progress=False)
+    assert (model.config.rank, model.latent_rank) == (4, 2)
+    x = model.sample(20_000, seeded(2))
+    a, b = at(0.2)
+    expected = torch.tensor([a**2 * 0.09 + b**2, a**2 * 0.0009 + b**2])
+    torch.testing.assert_close(x[:, 2:].var(0), expected, rtol=0.04, atol=0)
+    plane = MixtureBridge.fit(in_batches(x0[:, :2], 500), SCHEDULER, 0.2, **SMALL_MIXTURE)
+    rest = torch.distributions.Normal(0.0, expected.sqrt()).log_prob(x[:, 2:]).sum(1)
+    torch.testing.assert_close(model.log_prob(x).mean(), (plane.log_prob(x[:, :2]) + rest).mean(), rtol=0, atol=0.02)
+    assert model.log_prob(x).mean() > gaussian.log_prob(x).mean() + 0.1
+    with pytest.raises(ValueError, match="latent_rank must be from 1 to the rank, 4, got 5"):
+        MixtureBridge.fit(data, SCHEDULER, 0.2, latent_rank=5, **SMALL_MIXTURE)
+
+
 def test_a_flow_is_better_than_the_gaussian_it_starts_from(planar):
     gaussian, flow = margin(two_modes(), planar["gaussian", 2], 0.2), margin(two_modes(), planar["flow", 2], 0.2)
     assert 0 < flow < 0.3 * gaussian
@@ -234,7 +255,7 @@ def test_a_flow_is_better_than_the_gaussian_it_starts_from(planar):
 
 def test_a_new_flow_is_the_standard_normal():
     for r, classes in ((1, None), (3, None), (1, 2), (3, 2)):
-        model = FlowBridge([3], T, bridge.stored_scheduler(SCHEDULER), r, classes)
+        model = FlowBridge([3], T, bridge.stored_scheduler(SCHEDULER), r, max(1, r - 1), classes)
         x = torch.randn(20, 3, generator=seeded())
         labels = torch.zeros(20, dtype=torch.long)
         truth = torch.distributions.Normal(0.0, 1.0).log_prob(x).sum(1)

@@ -81,7 +81,7 @@ def write_report(args: FitArguments, pipeline: Any, data: EncodedImages, out: Pa
     )
     report.save(out / "diffusion_time.json")
     report.plot(out / "diffusion_time.png")
-    print(report.table())
+    print(f"{report.table()}\n\n{report.verdict()}")
     return report
 
 
@@ -124,7 +124,14 @@ def main() -> None:
         report = write_report(args, pipeline, data, out) if args.report else None
         repo = out.name if pusher is None else pusher.repo_id
         written = f"accelerate launch {shlex.join(sys.argv)}"
-        write_bridge_card(out, bridge, repo, asdict(args), written, None if report is None else report.table())
+        write_bridge_card(
+            out,
+            bridge,
+            repo,
+            asdict(args),
+            written,
+            None if report is None else f"{report.verdict()}\n\n{report.table()}",
+        )
         print(f"the {'bridge and its scheduler are' if of_text else 'short-time pipeline is'} in {out}")
         if pusher is not None:
             pusher.push(out, "bridge")

@@ -94,7 +94,7 @@ def fit_bridge(args: Any, pipeline: DiffusionPipeline, data: EncodedImages) -> B
     if args.bridge == "none":
         return None
     options: dict[str, Any] = {
-        "rank": args.bridge_rank,
+        "rank" if args.bridge == "gaussian" else "latent_rank": args.bridge_rank,
         "num_classes": classes_of(pipeline) if data.labelled else None,
         "measured_on": {"data": f"{shown(args.dataset_name or args.train_data_dir or '')}, split {args.train_split}"},
     }
