@@ -95,7 +95,7 @@ def test_a_pretrained_pipeline_is_trained_on(short_time, small, tmp_path):  # no
     assert (config.max_diffusion_time, config.prediction_type) == (0.4, "v_prediction")
 
 
-def test_bad_arguments_end_with_a_message(short_time, fit, small, tmp_path):  # noqa: F811
+def test_bad_arguments_end_with_a_message(short_time, fit, small, tmp_path, capsys):  # noqa: F811
     out = ("--output_dir", tmp_path / "out")
     for run, argv, said in (
         (short_time.run, [*small, "--max_diffusion_time", 0], "above 0 and at most 1, got 0.0"),
@@ -105,11 +105,13 @@ def test_bad_arguments_end_with_a_message(short_time, fit, small, tmp_path):  # 
         (short_time.run, [*small, "--max_bridge_samples", 4], "4 images are fewer than a batch of 8"),
         (short_time.run, [*small, "--scheduler", "EDMEulerScheduler"], "no short-time EDMEulerScheduler"),
         (fit.run, ["--dataset_name", "digits"], "name the model"),
+        (fit.run, ["--report_times", "0.2,x"], "numbers with commas"),
+        (fit.run, ["--report_times", "0.2,1.2"], "at most 1"),
         (fit.run, ["--pretrained_model_name_or_path", "x", "--bridge", "none"], "gaussian, mixture or flow"),
     ):
         with pytest.raises(SystemExit) as stopped:
             run(*argv, *out)
-        assert said in str(stopped.value.args[0]) or stopped.value.code == 2
+        assert said in f"{stopped.value.args[0]} {capsys.readouterr().err}"
 
 
 def test_a_bridge_is_fitted_to_a_pretrained_pipeline(fit, tmp_path):

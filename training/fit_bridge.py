@@ -50,6 +50,10 @@ class FitArguments(BridgeArguments, HubArguments, DataArguments):
     num_validation_images: int = arg(16, "Images of the sample grid; 0 makes none.")
     num_inference_steps: int = arg(20, "Sampler steps of the sample grid.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        times_of_report(self)
+
 
 def times_of_report(args: FitArguments) -> list[float]:
     try:

@@ -35,7 +35,7 @@ class ShortTimePipeline(ClassConditionalPipeline):
     A call raises ValueError also where the bridge belongs to another scheduler, time or shape, or has no such class.
     """
 
-    model_cpu_offload_seq = "bridge->unet"
+    _exclude_from_cpu_offload = ("bridge",)  # it has no `forward` that could fetch it
     _optional_components = ("bridge",)
 
     def __init__(
