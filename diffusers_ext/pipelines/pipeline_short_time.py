@@ -11,7 +11,7 @@ Reference: How Much is Enough? A Study on Diffusion Times in Score-based Generat
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
@@ -35,8 +35,8 @@ class ShortTimePipeline(ClassConditionalPipeline):
     A call raises ValueError also where the bridge belongs to another scheduler, time or shape, or has no such class.
     """
 
-    _exclude_from_cpu_offload = ("bridge",)  # it has no `forward` that could fetch it
-    _optional_components = ("bridge",)
+    _exclude_from_cpu_offload: ClassVar = ["bridge"]  # it has no `forward` that could fetch it
+    _optional_components: ClassVar = ["bridge"]
 
     def __init__(
         self,
