@@ -56,11 +56,11 @@ def table(rows: list[dict[str, Any]], nfe: list[int]) -> str:
     lines = [head, "|---" * (4 + len(nfe)) + "|"]
     cells = {(r["model"], r["T"], r["start"], r["solver"], r["nfe"]): r for r in rows}
     for model, T, start, solver in dict.fromkeys(key[:4] for key in cells):
-        row = [cells[model, T, start, solver, n] for n in nfe]
-        bound = "" if row[0]["bits"] is None else f"{row[0]['bits']:.3f}"
+        row = [cells.get((model, T, start, solver, n), {}) for n in nfe]
+        bound = next((f"{r['bits']:.3f}" for r in row if r.get("bits") is not None), "")
         label = f"{start}, trained on [0, T]" if model == "short" else start
         lines.append(
-            f"| {T} | {label} | {solver} | {bound} | " + " | ".join(f"{r['distance']:.2f}" for r in row) + " |"
+            f"| {T} | {label} | {solver} | {bound} | " + " | ".join(f"{r['distance']:.2f}" if r else "" for r in row) + " |"
         )
     return "\n".join(lines) + "\n"
 
