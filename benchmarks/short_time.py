@@ -59,9 +59,8 @@ def table(rows: list[dict[str, Any]], nfe: list[int]) -> str:
         row = [cells.get((model, T, start, solver, n), {}) for n in nfe]
         bound = next((f"{r['bits']:.3f}" for r in row if r.get("bits") is not None), "")
         label = f"{start}, trained on [0, T]" if model == "short" else start
-        lines.append(
-            f"| {T} | {label} | {solver} | {bound} | " + " | ".join(f"{r['distance']:.2f}" if r else "" for r in row) + " |"
-        )
+        distances = " | ".join(f"{r['distance']:.2f}" if r else "" for r in row)
+        lines.append(f"| {T} | {label} | {solver} | {bound} | {distances} |")
     return "\n".join(lines) + "\n"
 
 
