@@ -2,14 +2,18 @@
 loss, the moments of the images, the uninterrupted run."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline
 from test_calibrate_script import captioned, tiny_stable_diffusion  # noqa: F401
 from test_models import tiny_unet
-from test_train_consistency import assert_same_weights, small, weights_of  # noqa: F401
+from test_train_consistency import assert_same_weights, log_of, small, weights_of  # noqa: F401
 
 import diffusers_ext
 from diffusers_ext import GaussianBridge, ShortTimePipeline
@@ -26,6 +30,7 @@ def fit(load_script):
     return load_script("fit_bridge")
 
 
+ROOT = Path(__file__).resolve().parents[1]
 BRIDGE = ("--max_diffusion_time", 0.4, "--max_bridge_samples", 400)
 
 
@@ -154,3 +159,18 @@ def test_the_bridge_of_a_text_pipeline_gives_its_latents(fit, captioned, tmp_pat
     assert seen[0][1] == bridge.timestep == 399
     card = (tmp_path / "out" / "README.md").read_text()
     assert "latents=bridge.sample(1, generator)" in card
+
+
+def test_two_processes_make_what_one_makes(small, tmp_path):  # noqa: F811
+    """With half of the accumulation steps; the bridge is fitted by one of them, and is the same."""
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for world in (1, 2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+        argv = [*small, *BRIDGE, "--max_grad_norm", 1e9, "--gradient_accumulation_steps", 2 // world]
+        command = [*launch, ROOT / "training" / "train_short_time.py", *argv, "--output_dir", tmp_path / f"{world}"]
+        done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert [r["start"]["processes"] for r in log_of(tmp_path / f"{world}") if "start" in r] == [world]
+    assert_same_weights(weights_of(tmp_path / "1", "bridge"), weights_of(tmp_path / "2", "bridge"))
+    one, two = (weights_of(tmp_path / name) for name in ("1", "2"))
+    assert all((one[k] - two[k]).abs().max() < 1e-5 for k in one)
