@@ -9,7 +9,7 @@ import torch
 from features import train_classifier
 from torch import Tensor
 
-from diffusers_ext.metrics import frechet_distance
+from diffusers_ext.metrics import frechet_distance, precision_recall
 from diffusers_ext.training import TrainingArguments
 from diffusers_ext.training.data import first_images
 from diffusers_ext.training.images import Transform, load_images, load_validation_images
@@ -44,6 +44,11 @@ class Judge:
     def distance(self, images: Tensor) -> float:
         """Of images (n, C, H, W) in [-1, 1]; depends on n, so compare at equal n."""
         return frechet_distance(self._features(images), self.real)
+
+    def precision_recall(self, images: Tensor) -> tuple[float, float]:
+        """Of images as for `distance`, against as many held-out ones at random, or all if there are fewer."""
+        order = torch.randperm(len(self.real), generator=torch.Generator().manual_seed(0)).to(self.real.device)
+        return precision_recall(self._features(images), self.real[order[: len(images)]])
 
     def _features(self, images: Tensor) -> Tensor:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-r"""Distances between sets of images.
+r"""Distances between sets of images, and what one covers of the other.
 
 The Frechet distance of two sets of features is that of the Gaussians with their moments,
 
@@ -14,8 +14,13 @@ estimate does not cover the truth: resampling adds to the bias.)
 
 It is called FID only with the features of one particular Inception network.
 
+Precision is the share of generated samples that lie in the manifold of the real ones, recall the share of the real ones
+in that of the generated; the manifold of a set is the union of balls around its samples, each with the distance to the
+k-th nearest other sample of the set as its radius. Both depend on the sizes of the sets: compare at equal ones.
+
 References: GANs Trained by a Two Time-Scale Update Rule (Heusel et al., 2017, arXiv 1706.08500); Bias and Confidence in
-Not Quite Large Samples (Tukey, 1958).
+Not Quite Large Samples (Tukey, 1958); Improved Precision and Recall Metric for Assessing Generative Models
+(Kynkaanniemi et al., 2019, arXiv 1904.06991), equations 1 and 2.
 """
 
 from __future__ import annotations
@@ -33,11 +38,7 @@ def frechet_distance(features_1: Tensor, features_2: Tensor) -> float:
     Raises:
         ValueError: the sets are not two-dimensional, of different d, or of fewer than 2 samples.
     """
-    shapes = f"{tuple(features_1.shape)} and {tuple(features_2.shape)}"
-    if features_1.ndim != 2 or features_2.ndim != 2 or features_1.shape[1] != features_2.shape[1]:
-        raise ValueError(f"features must be (n, d) with one d, got {shapes}")
-    if min(len(features_1), len(features_2)) < 2:
-        raise ValueError(f"a covariance needs at least 2 samples, got {shapes}")
+    _check(features_1, features_2, at_least=2, what="a covariance")
     features_1, features_2 = features_1.double(), features_2.double()
     mean_1, mean_2 = features_1.mean(0), features_2.mean(0)
     # With C = A^T A, A the centred samples / (n - 1)^1/2, the trace of the root is the nuclear norm of A_1 A_2^T.
@@ -89,6 +90,35 @@ def _student_quantile(level: float, degrees: int) -> float:
     mass = torch.cumulative_trapezoid(angle.cos() ** (degrees - 1), angle)
     i = int(torch.searchsorted(mass / mass[-1], level)) + 1
     return (degrees**0.5 * angle[i].tan()).item()
+
+
+def precision_recall(features: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
+    """Precision and recall of features (n, d) of generated samples, against those of real ones (m, d); in float64.
+
+    Raises:
+        ValueError: the sets are not two-dimensional, of different d, or of k samples or fewer; or k is below 1.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    _check(features, real, at_least=k + 1, what=f"the distance to neighbour {k}")
+    features, real = features.double(), real.double()
+    return _covered(features, real, k), _covered(real, features, k)
+
+
+def _covered(points: Tensor, manifold: Tensor, k: int) -> float:
+    """The share of the points that lie in the manifold of a set."""
+    exact = "donot_use_mm_for_euclid_dist"  # a sample is at distance 0 of itself, and its nearest neighbour
+    radii = torch.cdist(manifold, manifold, compute_mode=exact).kthvalue(k + 1, dim=1).values
+    inside = torch.cdist(points, manifold, compute_mode=exact) <= radii
+    return inside.any(1).double().mean().item()
+
+
+def _check(features_1: Tensor, features_2: Tensor, *, at_least: int, what: str) -> None:
+    shapes = f"{tuple(features_1.shape)} and {tuple(features_2.shape)}"
+    if features_1.ndim != 2 or features_2.ndim != 2 or features_1.shape[1] != features_2.shape[1]:
+        raise ValueError(f"features must be (n, d) with one d, got {shapes}")
+    if min(len(features_1), len(features_2)) < at_least:
+        raise ValueError(f"{what} needs at least {at_least} samples, got {shapes}")
 
 
 def _square(a: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""Truth: SciPy's matrix square root, and the closed form for Gaussians with known moments."""
+"""Truth: SciPy's matrix square root, the closed form for Gaussians with known moments, points placed by hand."""
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
-from diffusers_ext.metrics import frechet_distance, jackknife
+from diffusers_ext.metrics import frechet_distance, jackknife, precision_recall
 
 
 @pytest.mark.parametrize(("n_1", "n_2", "d"), [(100, 80, 10), (40, 300, 64), (30, 20, 64)])
@@ -26,6 +26,36 @@ def test_frechet_distance_of_shifted_and_scaled_features_is_the_closed_form():
     truth = ((3 - 1) ** 2 * variances.sum() + (3 * x.mean(0) + shift - x.mean(0)).square().sum()).item()
     assert frechet_distance(x, 3 * x + shift) == pytest.approx(truth, rel=1e-9)
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_precision_and_recall_of_points_on_a_line():
+    """Real at 0, 1, 3, 7: with k = 1 the radii are 1, 1, 2, 4, and the balls cover [-1, 11]; with k = 2 they are 3, 2,
+    3, 6, and cover [-3, 13]. Generated at 2, 2.5, -2, 12: the radii with k = 1 are .5, .5, 4, 9.5, and the balls cover
+    [-6, 2] (around -2), [2, 3] and [2.5, 21.5]; so do those of k = 2, which are larger."""
+    real = torch.tensor([[0.0], [1], [3], [7]])
+    generated = torch.tensor([[2.0], [2.5], [-2], [12]])
+    assert precision_recall(generated, real, k=1) == (0.5, 1)
+    assert precision_recall(generated, real, k=2) == (1, 1)
+    assert precision_recall(real, generated, k=1) == (1, 0.5)
+
+
+def test_precision_falls_without_quality_and_recall_without_variety():
+    """In the plane, real samples on two squares far apart, one square in each corner."""
+    square = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]])
+    real = torch.cat([square, square + 100])
+    assert precision_recall(square, real) == (1, 0.5)  # one mode is missing
+    assert precision_recall(torch.cat([real, square + 50, square - 50]), real) == (0.5, 1)  # half is of no mode
+    assert precision_recall(real, real) == (1, 1)
+    assert precision_recall(real + 3, real) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "k", "message"),
+    [(((5, 3), (5, 4)), 3, "one d"), (((3, 2), (9, 2)), 3, "at least 4 samples"), (((9, 2), (9, 2)), 0, "k must be")],
+)
+def test_bad_input_of_precision_is_refused(shapes, k, message):
+    with pytest.raises(ValueError, match=message):
+        precision_recall(*(torch.zeros(s) for s in shapes), k=k)
 
 
 @pytest.mark.parametrize("shapes", [((5, 3), (5, 4)), ((1, 3), (5, 3)), ((5, 3, 2), (5, 3, 2))])

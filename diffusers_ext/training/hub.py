@@ -26,7 +26,7 @@ import shutil
 import tempfile
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,8 +69,12 @@ _PATIENCE = 3.0  # seconds that `finish` waits before it says what it waits for
 # --- what goes up -----------------------------------------------------------------------------------------------------
 
 
-def pushed_files(folder: Path) -> list[Path]:
+def pushed_files(folder: Path, also: Sequence[str] = ()) -> list[Path]:
     """What inference needs of a folder, relative to it, sorted: the allow list of every push.
+
+    Args:
+        folder: of a pipeline, a calibration or a bridge.
+        also: models in folders of their own beside it, which the pipeline does not name.
 
     Of a pipeline `model_index.json` and the configurations and safetensors of the components that it names; of a
     calibration its `config.json`, tables and scheduler; the model card, the newest sample grid, `pipeline.py`,
@@ -85,7 +89,7 @@ def pushed_files(folder: Path) -> list[Path]:
         index = json.loads((folder / "model_index.json").read_text())
         components = [name for name, value in index.items() if isinstance(value, list) and not name.startswith("_")]
     files = [folder / name for name in TOP_LEVEL_FILES]
-    for name in components:
+    for name in (*components, *also):
         files += [f for f in (folder / name).rglob("*") if f.suffix in COMPONENT_SUFFIXES]
     grids = sorted(folder.glob("samples/*.png"), key=lambda f: (f.stat().st_mtime_ns, f.name))
     relative = (f.relative_to(folder) for f in files + grids[-1:] if f.is_file())
@@ -156,16 +160,16 @@ class HubPusher:
         """The repository's name; a bare one is completed with the user's name by the first push."""
         return self._repo_id
 
-    def push(self, folder: Path, message: str) -> None:
+    def push(self, folder: Path, message: str, also: Sequence[str] = ()) -> None:
         """Take a snapshot of what inference needs, and push it in the background as one commit.
 
         Returns before anything is sent, and raises for no reason of the network or the disk: `finish` tells. A push
-        that still waits, for its turn or for its next attempt, is dropped for this one.
+        that still waits, for its turn or for its next attempt, is dropped for this one. `also`: see `pushed_files`.
 
         Raises:
             FileNotFoundError: there is no `model_index.json` in the folder.
         """
-        push = _Push(folder, message, pushed_files(folder), None)
+        push = _Push(folder, message, pushed_files(folder, also), None)
         try:
             push.snapshot = _snapshot(folder, push.files, self._output_dir)
         except OSError as error:

@@ -48,6 +48,7 @@ class RunLog:
         self._edges = edges.to(accelerator.device, torch.float32)
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
+        self._values: dict[str, list[Tensor]] = {}
         self._unreadable: set[str] = set()
 
     def start(self, project: str, step: int) -> None:
@@ -83,12 +84,20 @@ class RunLog:
             self._sums[name].index_add_(0, bins[: len(values)], values)
             self._counts[name].index_add_(0, bins[: len(values)], torch.ones_like(values))
 
-    def flush(self, step: int, lr: float) -> None:
-        """Average what was recorded over all devices, show and write it."""
+    def record_value(self, name: str, value: Tensor) -> None:
+        """Add a number of an optimiser step, ()."""
+        self._values.setdefault(name, []).append(value.detach().float())
+
+    def flush(self, step: int, lr: float) -> dict[str, float]:
+        """Average what was recorded over all devices, show and write it; the same on all."""
         names, now = sorted(self._sums), time.monotonic()
         both = torch.stack([torch.stack([self._sums[n], self._counts[n]]) for n in names])
         sums, counts = self.accelerator.reduce(both, "sum").cpu().unbind(1)
         means = {n: (s.sum() / c.sum()).item() for n, s, c in zip(names, sums, counts, strict=True)}
+        if self._values:
+            averaged = torch.stack([torch.stack(values).mean() for values in self._values.values()])
+            averaged = self.accelerator.reduce(averaged, "mean").tolist()
+            means |= dict(zip(self._values, averaged, strict=True))
         speed = (step - self._since_step) * self.images_per_step / max(now - self._since, 1e-9)
         values = means | {"lr": lr, "images_per_second": speed}
         self.bar.set_postfix({n: f"{v:.3g}" for n, v in means.items()} | {"lr": f"{lr:.2g}", "img/s": f"{speed:.0f}"})
@@ -100,7 +109,9 @@ class RunLog:
         self.write({"step": step, "images": step * self.images_per_step, **values, "by_sigma": by_sigma})
         self._sums.clear()
         self._counts.clear()
+        self._values.clear()
         self._since, self._since_step = now, step
+        return values
 
     def unreadable(self, step: int, names: list[str]) -> None:
         """Name images that could not be read, each once."""

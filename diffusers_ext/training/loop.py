@@ -19,12 +19,12 @@ the row that comes next).
 from __future__ import annotations
 
 import math
-import shlex
+import os
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +37,21 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from ..interop import noise_schedule, score_model_from, unwrap
-from ..losses import score_matching_loss
-from ..noise_levels import log_linear_sigmas, min_snr_weight
+from ..noise_levels import min_snr_weight
 from ..process import ReflectedProcess
 from ..score import Denoiser
 from . import checkpoint
 from .arguments import InputError, TrainingArguments
-from .card import write_model_card
-from .data import Images, Place, first_images, micro_batches, seed_for
+from .batch import Batch, make_batch
+from .best import NAME as BEST
+from .best import Best
+from .data import Images, Place, first_images, micro_batches
 from .hub import HubPusher
 from .images import HubStream, Transform, load_images, load_validation_images
-from .log import SIGMA_BINS, RunLog
+from .log import RunLog
 from .models import (
     build_pipeline,
     classes_of,
-    encode,
     image_format,
     image_grid,
     network_of,
@@ -60,30 +60,20 @@ from .models import (
     save_pipeline,
     with_weights,
 )
-from .resume import check_same_run, checkpoint_to_resume
-from .sharding import place_like, whole
+from .parts import Part
+from .results import describe, loss_by_sigma
+from .resume import check_same_run, checkpoint_to_resume, place_state
+from .sharding import whole, whole_tensor
 from .stops import FiniteGuard, StopSignals, TrainingStopped
 
-# Streams of `seed_for(seed, stream, ...)`; data.py uses 0 and 1.
-_NOISE, _DROPOUT, _VALIDATION = 2, 3, 4
+# Exit codes from here on are those of signals.
+SIGNALLED = 128
 
 # After a signal the process has little time: a push that takes longer than so many seconds is given up.
 STOP_TIMEOUT = 10.0
 
 # What keeps its own copy of the optimiser, in parts that only it can put together.
 _OPAQUE = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch, on the device."""
-
-    x0: Tensor
-    """Clean samples (B, C, H, W): images in [-1, 1], or latents where the pipeline has an autoencoder."""
-    cond: dict[str, Tensor]
-    """Conditions for every evaluation of the network: class labels, some replaced by the null class; or nothing."""
-    generator: torch.Generator
-    """The source of every random number of this micro-batch."""
 
 
 class TrainingLoop:
@@ -100,6 +90,9 @@ class TrainingLoop:
         pipeline: what is trained; its network is wrapped by accelerate as `model`.
         score_model, schedule: the network as a function of (x, sigma), and the noise levels that it is trained for.
         step, total_steps: optimiser steps done, and in all.
+        grad_norm: of the last optimiser step, before it was clipped.
+        parts: what `add` was given, by name.
+        best: decides which pipeline is the result, where there is such a part.
 
     Raises:
         InputError: the arguments, the data and the model do not fit; the message says what to do.
@@ -108,6 +101,9 @@ class TrainingLoop:
     def __init__(self, args: TrainingArguments, name: str, paper: tuple[str, str]) -> None:
         self.args, self.name, self.paper, self.step = args, name, paper, 0
         self.warnings: list[str] = []
+        self.parts: dict[str, Part] = {}
+        self.best: Best | None = None
+        self._resumed: dict[str, Any] = {}
         self.output_dir = Path(args.output_dir)
         try:
             self.accelerator = Accelerator(
@@ -218,6 +214,13 @@ class TrainingLoop:
         except ValueError as error:
             raise InputError(f"--hub_model_id: {error}") from error
 
+    def add(self, name: str, part: Part) -> None:
+        """Let a part train along, before the loop begins: the checkpoints hold it under this name, and the one that the
+        run goes on from is given back to it."""
+        self.parts[name] = part
+        if name in self._resumed:
+            part.load_state_dict(self._resumed.pop(name))
+
     # --- training -----------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Batch]:
@@ -229,13 +232,15 @@ class TrainingLoop:
         self.log.unreadable(self.step, self.validation.unreadable)
         try:
             with StopSignals(self.accelerator) as stop:
+                if self.best is not None and self.best.catch_up():
+                    return
                 for m, batch in self._micro_batches():
                     self.log.unreadable(self.step, batch.unreadable)
                     with self.accelerator.accumulate(self.model):
-                        yield self._batch(m, batch)
+                        yield make_batch(self.pipeline, self.args, m, batch, self.accelerator.device)
                     self.place = batch.place or self.place
-                    if self.accelerator.sync_gradients:
-                        self._after_step(stop)
+                    if self.accelerator.sync_gradients and self._after_step(stop):
+                        return
         except TrainingStopped as stopped:
             raise self._leave(stopped) from None
         finally:
@@ -255,22 +260,6 @@ class TrainingLoop:
                 yield first + i * world, batch
         except InputError as error:  # of a worker process, it comes with that one's traceback
             raise InputError(str(error).split("InputError: ")[-1].strip()) from error
-
-    def _batch(self, m: int, batch: Images) -> Batch:
-        device = self.accelerator.device
-        generator = torch.Generator(device).manual_seed(seed_for(self.args.seed, _NOISE, m))
-        torch.manual_seed(seed_for(self.args.seed, _DROPOUT, m))
-        images = batch.images.to(device, non_blocking=True)
-        if self.args.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        x0 = encode(self.pipeline, images, generator)
-        if not self.takes_labels:
-            return Batch(x0, {}, generator)
-        labels = batch.labels.to(device, non_blocking=True)
-        if self.null_class is not None:
-            dropped = torch.rand(labels.shape, generator=generator, device=device) < self.args.label_drop
-            labels = torch.where(dropped, self.null_class, labels)
-        return Batch(x0, {"class_labels": labels}, generator)
 
     @property
     def denoiser(self) -> Denoiser:
@@ -305,11 +294,13 @@ class TrainingLoop:
         self.accelerator.backward(self.guard.watch(loss, sigma, terms))
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
-            self.guard.before_step(self.optimizer, norm, self.step + 1)
+            self.grad_norm = whole_tensor(norm)
+            self.guard.before_step(self.optimizer, self.grad_norm, self.step + 1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _after_step(self, stop: StopSignals) -> None:
+    def _after_step(self, stop: StopSignals) -> bool:
+        """Everything that is due after an optimiser step; says whether training ends early."""
         if not self.accelerator.optimizer_step_was_skipped:
             self.lr_scheduler.step()
             if self.ema is not None:
@@ -318,16 +309,18 @@ class TrainingLoop:
         self.log.bar.update()
         done, args = self.step == self.total_steps, self.args
         if self.step % args.logging_steps == 0 or done:
-            self.log.flush(self.step, self.lr_scheduler.get_last_lr()[0])
+            means = self.log.flush(self.step, self.lr_scheduler.get_last_lr()[0])
             self.guard.check(args.max_skipped_steps)
+            for part in self.parts.values():
+                part.check(means)
         if not done and (number := stop.agreed()) is not None:
             written = self.checkpoint()
             raise TrainingStopped(
                 f"stopped at step {self.step} of {self.total_steps}{'' if written else ', without a checkpoint'}; "
                 f"to go on, repeat the command with --resume_from_checkpoint latest",
-                code=128 + number,
+                code=SIGNALLED + number,
             )
-        validate = args.validation_steps is not None and self.step % args.validation_steps == 0
+        validate = self.validation_is_due()
         if args.checkpointing_steps is not None and self.step % args.checkpointing_steps == 0:
             self.checkpoint()
             push = args.push_to_hub and args.hub_strategy == "every_save"
@@ -335,24 +328,39 @@ class TrainingLoop:
             push = False
         if (validate or push) and not done:
             if (pipeline := self.trained_pipeline()) is not None:
-                with self._goes_on_without("the sample grid or the pipeline"):
+                with self.goes_on_without("the sample grid or the pipeline"):
                     metrics = self.validate(pipeline)
                     if push:
-                        save_pipeline(pipeline, self.output_dir)
-                        self._push(metrics)
+                        self._push(*self._put_in_place(pipeline, metrics))
             self.accelerator.wait_for_everyone()
+        return validate and not done and self.best is not None and self.best.ends()
+
+    def validation_is_due(self) -> bool:
+        """Whether validation follows the step that is done."""
+        return self.args.validation_steps is not None and self.step % self.args.validation_steps == 0
+
+    def warn(self, message: str) -> None:
+        """Say and remember what goes on in spite of a failure."""
+        self.warnings.append(message)
+        print(f"\nwarning: {message}")
 
     @contextmanager
-    def _goes_on_without(self, what: str) -> Iterator[None]:
+    def goes_on_without(self, what: str) -> Iterator[None]:
         """Turn a failed write, on a full disk say, into a warning."""
         try:
             yield
         except OSError as error:
-            self.warnings.append(f"{what} of step {self.step} could not be written: {error}")
-            print(f"\nwarning: {self.warnings[-1]}")
+            self.warn(f"{what} of step {self.step} could not be written: {error}")
 
     def _leave(self, stopped: TrainingStopped) -> TrainingStopped:
-        """Close what an early end leaves open; what was not pushed is added to the message."""
+        """Close what an early end leaves open; what was not pushed is added to the message. A run that went wrong
+        leaves its best pipeline, if it has one, in the output folder."""
+        failed = self.accelerator.is_main_process and stopped.code < SIGNALLED
+        if failed and self.best is not None and self.best.step is not None:
+            with self.goes_on_without("the best pipeline"):
+                self.best.install(self.output_dir)
+                kept = f"the best pipeline, of step {self.best.step}, is in {self.output_dir}"
+                stopped = TrainingStopped(f"{stopped}\n{kept}", stopped.code)
         failure = None if self.pusher is None else self.pusher.finish(min(self.args.hub_timeout, STOP_TIMEOUT))
         self.accelerator.end_training()
         return stopped if failure is None else TrainingStopped(f"{stopped}\n{failure}", stopped.code)
@@ -363,7 +371,8 @@ class TrainingLoop:
         """What trains beside the network, by name."""
         parts = {"optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler}
         parts |= {} if self.ema is None else {"ema": self.ema}
-        return parts | ({} if self.accelerator.scaler is None else {"scaler": self.accelerator.scaler})
+        parts |= {} if self.accelerator.scaler is None else {"scaler": self.accelerator.scaler}
+        return parts | self.parts
 
     def checkpoint(self) -> bool:
         """Write a checkpoint; on a full disk say so and go on, with the last one in place. Says whether it was written,
@@ -381,7 +390,7 @@ class TrainingLoop:
             **{name: self._whole(part.state_dict()) for name, part in trained.items()},
         }
         if self.accelerator.is_main_process:
-            with self._goes_on_without("the checkpoint"):
+            with self.goes_on_without("the checkpoint"):
                 checkpoint.save_checkpoint(self.output_dir, self.step, state, self.args.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
         return len(self.warnings) == before
@@ -390,7 +399,7 @@ class TrainingLoop:
         """Delete the run that the folder holds."""
         if self.accelerator.is_main_process:
             found = checkpoint.list_checkpoints(self.output_dir)
-            for old in (*found, self.output_dir / "logs", self.output_dir / "samples"):
+            for old in (*found, *(self.output_dir / name for name in ("logs", "samples", BEST, *self.parts))):
                 shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
@@ -404,18 +413,11 @@ class TrainingLoop:
         self.step = state["step"]
         if isinstance(self.source, HubStream):
             self.place = Place(*state["places"][self.accelerator.process_index])
-        model = unwrap(self.model)
-        own, parameters = model.state_dict(), list(model.parameters())
-        model.load_state_dict({name: place_like(value, own[name]) for name, value in state["model"].items()})
-        for i, moments in state["optimizer"]["state"].items():
-            for name, value in moments.items():
-                if value.shape == parameters[i].shape:
-                    moments[name] = place_like(value, parameters[i])
-        if self.ema is not None:
-            average = state["ema"]["shadow_params"]
-            average[:] = [place_like(value, p) for value, p in zip(average, parameters, strict=True)]
-        for name, part in self._stateful().items():
+        place_state(state, unwrap(self.model), self.ema is not None)
+        own = self._stateful()
+        for name, part in own.items():
             part.load_state_dict(state[name])
+        self._resumed = {name: value for name, value in state.items() if name != "model" and name not in own}
         if self.accelerator.is_main_process:
             print(f"going on from {folder}, step {self.step} of {self.total_steps}")
 
@@ -436,59 +438,49 @@ class TrainingLoop:
         if self.args.num_validation_images > 0:
             self._draw_sample_grid(pipeline)
         metrics = self._loss_by_sigma(pipeline) | {"measured_on": self.validation_name}
+        if self.best is not None and self.best.measured != self.step:
+            metrics = self.best.offer(pipeline, self.step, metrics)
         self.log.write({"step": self.step, "validation": metrics})
         return metrics
 
     def _draw_sample_grid(self, pipeline: DiffusionPipeline) -> None:
-        n, steps, path = self.args.num_validation_images, self.args.num_inference_steps, self._sample_grid()
+        n, steps, path = self.args.num_validation_images, self.args.num_inference_steps, self._sample_grid(self.step)
         try:
             images = sample_images(pipeline, n, steps, self.args.seed)
         except (ValueError, RuntimeError, IndexError) as error:  # some samplers cannot take few steps
-            self.warnings.append(f"no sample grid at step {self.step}, {type(error).__name__} in the sampler: {error}")
-            print(f"\nwarning: {self.warnings[-1]}; try another --num_inference_steps")
+            failure = f"no sample grid at step {self.step}, {type(error).__name__} in the sampler: {error}"
+            self.warn(f"{failure}; try another --num_inference_steps")
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         image_grid(images).save(path)
 
-    def _sample_grid(self) -> Path:
-        return self.output_dir / "samples" / f"step-{self.step:08d}.png"
+    def _sample_grid(self, step: int) -> Path:
+        return self.output_dir / "samples" / f"step-{step:08d}.png"
 
-    @torch.no_grad()
     def _loss_by_sigma(self, pipeline: DiffusionPipeline) -> dict[str, list[float]]:
-        """Mean square error of eps on the validation images at log-spaced noise levels, always with the same noise."""
-        model = score_model_from(network_of(pipeline)[1], pipeline.scheduler)
-        device, batch_size = self.accelerator.device, self.args.train_batch_size
-        generator = torch.Generator().manual_seed(seed_for(self.args.seed, _VALIDATION))
-        sigmas = log_linear_sigmas(SIGMA_BINS, *self.log.sigma_range)
-        total = torch.zeros(len(sigmas))
-        images, labels = self.validation.images, self.validation.labels
-        for x0, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            x0 = encode(self.pipeline, x0.to(device), generator)
-            cond = {"class_labels": y.to(device)} if self.takes_labels else {}
-            before = generator.get_state()
-            for i, sigma in enumerate(sigmas.tolist()):
-                x = model.process.perturb(x0, sigma, generator.set_state(before))
-                total[i] += score_matching_loss(model, x, x0, sigma, **cond).sum().cpu()
-        return {"sigmas": sigmas.tolist(), "eps_mse": (total / len(images)).tolist()}
+        return loss_by_sigma(pipeline, self.validation, self.args, self.log.sigma_range)
 
-    def _push(self, metrics: dict[str, Any]) -> None:
+    def _put_in_place(self, pipeline: DiffusionPipeline, metrics: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """Put the result so far into the output folder: the best pipeline if one was measured, else that of now. Its
+        metrics and its step."""
+        if self.best is None or self.best.step is None:
+            save_pipeline(pipeline, self.output_dir)
+            for part in self.parts.values():
+                part.save(self.output_dir)
+            return metrics, self.step
+        self.best.install(self.output_dir)
+        if (sample := self._sample_grid(self.best.step)).is_file():
+            os.utime(sample)  # the newest grid is the one that is pushed
+        return self.best.metrics, self.best.step
+
+    def _push(self, metrics: dict[str, Any], step: int) -> None:
         """Write the model card of the saved pipeline and hand both over to the pusher."""
         if self.pusher is None:
             return
-        sample, folder = self._sample_grid(), self.args.train_data_dir
-        write_model_card(
-            self.output_dir,
-            name=self.pusher.repo_id,
-            arguments=asdict(self.args),
-            command=f"accelerate launch {shlex.join(sys.argv)}",
-            data=f"the images of {Path(folder).name}" if folder else f"{self.args.dataset_name}",
-            metrics={"step": self.step, "images": self.step * self.images_per_step, **metrics},
-            sample=sample if sample.is_file() else None,
-            pipeline_class=type(self.pipeline).__name__,
-            needs_package=type(self.pipeline).__module__.startswith("diffusers_ext"),
-            paper=self.paper,
-        )
-        self.pusher.push(self.output_dir, f"step {self.step}")
+        metrics = {"step": step, "images": step * self.images_per_step, **metrics}
+        sample = self._sample_grid(step)
+        describe(self.output_dir, self.pusher.repo_id, self.pipeline, self.args, self.paper, metrics, sample)
+        self.pusher.push(self.output_dir, f"step {step}", [name for name, part in self.parts.items() if part.saved])
 
     def finish(self) -> None:
         """The end of a run: the pipeline in the output folder, validation, and the Hub if that was asked for.
@@ -497,11 +489,16 @@ class TrainingLoop:
             TrainingStopped: the pipeline is in the output folder, but could not be pushed; says how to push it.
         """
         if (pipeline := self.trained_pipeline()) is not None:
-            save_pipeline(pipeline, self.output_dir)
+            unmeasured = self.best is not None and self.best.measured != self.step
+            metrics: dict[str, Any] = {}
+            with self.goes_on_without("the best pipeline"):
+                metrics = self.validate(pipeline) if unmeasured else metrics
+            metrics, step = self._put_in_place(pipeline, metrics)
             ours = type(self.pipeline).__module__.startswith("diffusers_ext")
             how = "; `import diffusers_ext` before you open it" if ours else ""
-            print(f"the trained pipeline is in {self.output_dir}{how}")
-            self._push(self.validate(pipeline))
+            which = "" if step == self.step else f", of step {step}, the best,"
+            print(f"the trained pipeline{which} is in {self.output_dir}{how}")
+            self._push(self.validate(pipeline) if self.best is None else metrics, step)
         failure = None if self.pusher is None else self.pusher.finish(self.args.hub_timeout)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -259,10 +261,22 @@ def with_weights(
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> None:
     """`save_pretrained`, written aside and moved into place entry by entry; other files in the folder stay."""
-    folder = Path(folder)
+    with _moved_into(Path(folder)) as aside:
+        pipeline.save_pretrained(aside)
+
+
+def copy_pipeline(source: Path, folder: Path, leave_out: Sequence[str] = ()) -> None:
+    """Copy what lies in a pipeline's folder into another, in the same way."""
+    with _moved_into(folder) as aside:
+        shutil.copytree(source, aside, ignore=shutil.ignore_patterns(*leave_out), dirs_exist_ok=True)
+
+
+@contextmanager
+def _moved_into(folder: Path) -> Iterator[Path]:
+    """A folder whose entries are moved to `folder` at the end."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
-        pipeline.save_pretrained(aside)
+        yield Path(aside)
         for entry in sorted(Path(aside).iterdir(), key=lambda e: e.name == "model_index.json"):
             target = folder / entry.name
             if target.is_dir():

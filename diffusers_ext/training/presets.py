@@ -49,6 +49,7 @@ PRESETS: dict[str, Preset] = {
             "lr_scheduler": "cosine",
             "lr_warmup_steps": 50,
             "ema_decay": 0.995,
+            "discriminator_channels": "32,64,64",
         },
     ),
     # The same family at 28 x 28; sizes by trying.
@@ -73,6 +74,7 @@ PRESETS: dict[str, Preset] = {
             "lr_scheduler": "cosine",
             "lr_warmup_steps": 200,
             "ema_decay": 0.999,
+            "discriminator_channels": "32,64,96",
         },
     ),
     # Network, dropout, learning rate, batch, warm-up and EMA: DDPM (Ho, Jain, Abbeel, 2020, arXiv 2006.11239),

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it is one of the same run."""
+"""Which checkpoint a run goes on from, whether it is one of the same run, and how its tensors come to their place."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .arguments import InputError, TrainingArguments
 from .checkpoint import list_checkpoints
+from .sharding import place_like
 
 # A run is continued with the values that it was started with; these may change. (Accumulation and devices only
 # together: the images of a step must stay.)
@@ -18,6 +21,7 @@ _MAY_CHANGE = (
     *("max_validation_samples", "validation_steps", "num_validation_images", "num_inference_steps"),
     *("dataloader_num_workers", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs"),
     *("max_skipped_steps", "allow_tf32", "channels_last", "torch_compile", "gradient_checkpointing"),
+    *("patience", "max_logit", "push_discriminator"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "hub_strategy", "hub_timeout"),
 )
 
@@ -82,6 +86,20 @@ def check_same_run(
             f"{folder.name} is of a run with other arguments: {listed}. Continue with the same values; to change them, "
             f"start a new run from the saved pipeline with --pretrained_model_name_or_path"
         )
+
+
+def place_state(state: Mapping[str, Any], model: torch.nn.Module, averaged: bool) -> None:
+    """Load the weights of a checkpoint into the model, and give the moments of its optimiser and its moving average, if
+    it has one, the place and the layout of its parameters, in the state itself."""
+    own, parameters = model.state_dict(), list(model.parameters())
+    model.load_state_dict({name: place_like(value, own[name]) for name, value in state["model"].items()})
+    for i, moments in state["optimizer"]["state"].items():
+        for name, value in moments.items():
+            if value.shape == parameters[i].shape:
+                moments[name] = place_like(value, parameters[i])
+    if averaged:
+        average = state["ema"]["shadow_params"]
+        average[:] = [place_like(value, p) for value, p in zip(average, parameters, strict=True)]
 
 
 def _names(checkpoints: list[Path]) -> str:

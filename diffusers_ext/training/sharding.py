@@ -32,3 +32,8 @@ def place_like(value: Tensor, like: Tensor) -> Tensor:
     if isinstance(like, DTensor):
         value = distribute_tensor(value.to(like.device_mesh.device_type), like.device_mesh, like.placements)
     return torch.empty_like(like, dtype=value.dtype).copy_(value)
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """The tensor, put together where it is spread. All processes must call it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 
 class TrainingStopped(Exception):
@@ -90,7 +89,6 @@ class FiniteGuard:
 
     def before_step(self, optimizer: Any, grad_norm: Tensor, step: int) -> None:
         """Decide on the step, once its gradient is complete."""
-        grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
         bad = ~grad_norm.isfinite()
         if self.accelerator.scaler is None:
             getattr(optimizer, "optimizer", optimizer).found_inf = bad.float()

@@ -1,0 +1,185 @@
+"""A second network that plays against the first one: its optimiser, its state, and when the game is lost.
+
+    adversary = Adversary(loop, discriminator, learning_rate=2e-4, betas=(0.0, 0.99), max_logit=100.0)
+    for batch in loop:
+        judged = discriminator_loss(denoiser, adversary.network, ...)
+        loss = ... + gamma * observation_loss(denoiser, adversary.network, ...).mean()
+        loop.update(loss, sigma=sigma, denoising=...)
+        adversary.update(judged, sigma=sigma)
+
+Both losses are of the weights that both networks have at the beginning of the optimiser step, whatever the number of
+accumulation steps and devices; so compute both before either update, and update the first network first, whose
+gradient passes through the second.
+
+The second network is whole on every device, however the first one is spread; the devices average its gradient once, at
+the end of an accumulation. (accelerate would have one plan of sharding and one gradient scaler for both networks.) It
+computes in bfloat16 where the run does, and in float32 otherwise: with float16 its gradient penalty, a gradient that is
+not scaled, would vanish.
+
+**Divergence.** Whenever the log is due, means over the steps since the last time are compared with bounds. A game in
+which a mean logit is beyond `max_logit`, or R1 beyond its square (the logit then changes by more than `max_logit` over
+one standard deviation of the discriminator's input), for `DIVERGED_RECORDS` records in a row is lost, and so is one in
+which a value is not finite. Gradient norms are logged; they are clipped, and only have to be finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import ModelMixin
+from diffusers.optimization import get_scheduler
+
+from ..discriminator import NoiseLevelDiscriminator
+from ..losses import DiscriminatorLoss
+from .data import seed_for
+from .models import classes_of, network_of
+from .stops import TrainingStopped
+
+if TYPE_CHECKING:
+    from .loop import TrainingLoop
+
+DIVERGED_RECORDS = 3
+NAME = "discriminator"
+"""Of the part of a checkpoint, and of the folder beside the pipeline."""
+
+
+IMAGE_STD, LATENT_STD = 0.5, 1.0
+"""Standard deviation of images in [-1, 1], the usual estimate, and of latents, which autoencoders scale so."""
+
+_WEIGHTS = 6  # the stream of `seed_for`; the loop and its other parts use 0 to 5
+
+
+def new_discriminator(loop: TrainingLoop, channels: str) -> NoiseLevelDiscriminator:
+    """Fitting what the loop trains, labels included; the same on all devices.
+
+    Args:
+        channels: features at each resolution, separated by commas.
+    """
+    pipeline = loop.pipeline
+    latent = "vae" in pipeline.components or "vqvae" in pipeline.components
+    classes = classes_of(pipeline)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(loop.args.seed, _WEIGHTS))
+        return NoiseLevelDiscriminator(
+            network_of(pipeline)[1].config.in_channels,
+            [int(width) for width in channels.split(",")],
+            sigma_data=loop.schedule.sigma_data or (LATENT_STD if latent else IMAGE_STD),
+            num_class_embeds=None if classes is None else classes + (loop.null_class is not None),
+        )
+
+
+class Adversary:
+    """See the module's docstring. Its learning rate follows the run's schedule, and its gradient is clipped alike.
+
+    Args:
+        loop: the run that this network joins: it goes into the checkpoints, and comes from the one that is resumed.
+        network: in float32, the same on all devices.
+        learning_rate: the peak.
+        betas: of AdamW.
+        max_logit: the bound of the mean logits.
+        saved: write the network beside the pipeline, and push it with that.
+    """
+
+    def __init__(
+        self,
+        loop: TrainingLoop,
+        network: ModelMixin,
+        *,
+        learning_rate: float,
+        betas: tuple[float, float],
+        max_logit: float,
+        saved: bool = False,
+    ) -> None:
+        self.loop, self.network, self.saved = loop, network.to(loop.accelerator.device).train(), saved
+        if loop.args.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        self.bounds = {"real_logits": max_logit, "fake_logits": max_logit, "r1": max_logit**2}
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=learning_rate, betas=betas, weight_decay=0.0, eps=loop.args.adam_epsilon, fused=True
+        )
+        self.lr_scheduler = get_scheduler(
+            loop.args.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=loop.args.lr_warmup_steps,
+            num_training_steps=loop.total_steps,
+        )
+        if loop.accelerator.mixed_precision == "bf16":
+            network.forward = torch.autocast(loop.accelerator.device.type, torch.bfloat16)(network.forward)
+        self.diverged_records = 0
+        loop.add(NAME, self)
+
+    def update(self, judged: DiscriminatorLoss, *, sigma: torch.Tensor) -> None:
+        """Backward pass and, at the end of an accumulation, optimiser step; call it after `loop.update`.
+
+        Args:
+            judged: the loss and its parts, each (B,).
+            sigma: noise level of each sample, (B,), for the log.
+        """
+        loop = self.loop
+        loop.log.record(sigma, {NAME: judged.loss, **{name: getattr(judged, name) for name in self.bounds}})
+        (judged.loss.mean() / loop.args.gradient_accumulation_steps).backward()
+        if not loop.accelerator.sync_gradients:
+            return
+        self._average_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, loop.args.max_grad_norm)
+        # In the way that gradient scalers take: a step whose gradient is not finite is left out, without a wait.
+        setattr(self.optimizer, "found_inf", (~norm.isfinite()).float())  # noqa: B010
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.lr_scheduler.step()
+        loop.log.record_value(f"{NAME}_norm", norm)
+        loop.log.record_value("generator_norm", loop.grad_norm)
+
+    def _average_gradients(self) -> None:
+        if self.loop.accelerator.num_processes == 1:
+            return
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        mean = self.loop.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def check(self, means: Mapping[str, float]) -> None:
+        """Stop if the game is lost.
+
+        Args:
+            means: what was logged, averaged over the steps since the last time, the same on all devices.
+
+        Raises:
+            TrainingStopped: says which value is beyond its bound.
+        """
+        watched = (*self.bounds, NAME, f"{NAME}_norm")
+        broken = [name for name in watched if not math.isfinite(means[name])]
+        beyond = [name for name, bound in self.bounds.items() if not abs(means[name]) <= bound]
+        self.diverged_records = self.diverged_records + 1 if beyond else 0
+        if not broken and self.diverged_records < DIVERGED_RECORDS:
+            return
+        values = ", ".join(f"{name} {means[name]:.4g}" for name in dict.fromkeys(broken + beyond))
+        how = "not finite" if broken else f"beyond its bound in {self.diverged_records} records of the log in a row"
+        raise TrainingStopped(
+            f"the adversarial game diverged before step {self.loop.step}: {values} ({how}). A lower "
+            f"--observation_weight or --discriminator_learning_rate, or a higher --r1_weight may help",
+            code=1,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Beside a pipeline, if that was asked for."""
+        if self.saved:
+            self.network.save_pretrained(folder / NAME)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "diverged_records": self.diverged_records,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in ("network", "optimizer", "lr_scheduler"):
+            getattr(self, name).load_state_dict(state[name])
+        self.diverged_records = state["diverged_records"]

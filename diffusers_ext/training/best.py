@@ -1,0 +1,157 @@
+"""Early stopping: the pipeline whose samples of few steps are nearest to held-out images becomes the result.
+
+    Best(loop, steps=10, samples=500, patience=5)
+
+At every validation `samples` images are drawn in `steps` steps by the pipeline's own sampler, always from the same
+noise, and the Frechet distance of their pixels (averaged over squares to at most `SIDE` on a side) to the run's
+validation images is measured. The nearest pipeline so far lies in `best/`, in the output folder; it is written aside
+and renamed, so that a run that is killed leaves the last one or the new one. The end of the run puts it, and not the
+last one, in the output folder itself.
+
+The distance is biased, the more so the fewer the images (see `diffusers_ext.metrics`): compare those of one run only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from ..metrics import frechet_distance
+from .data import seed_for
+from .models import classes_of, copy_pipeline, sample_images
+
+if TYPE_CHECKING:
+    from .loop import TrainingLoop
+
+NAME = "best"
+SIDE = 16
+_DRAWS = 5  # the stream of `seed_for`; the loop's own are 0 to 4
+
+
+def pixel_features(images: Tensor) -> Tensor:
+    """(n, C, H, W) -> (n, features), of at most SIDE x SIDE positions."""
+    side = min(SIDE, *images.shape[2:])
+    return torch.nn.functional.adaptive_avg_pool2d(images.double(), side).flatten(1)
+
+
+class Best:
+    """See the module's docstring.
+
+    Args:
+        loop: the run; it calls `offer` on the main process.
+        steps: of the sampler.
+        samples: images that are drawn.
+        patience: the run ends after so many validations in a row without a nearer pipeline; `None`: never.
+
+    Attributes:
+        step, distance, metrics: of the nearest pipeline so far; step is `None` while there is none.
+        measured: the step of the last measurement.
+        stale: measurements since the nearest.
+    """
+
+    saved = False
+
+    def __init__(self, loop: TrainingLoop, *, steps: int, samples: int, patience: int | None) -> None:
+        self.loop, self.steps, self.samples, self.patience = loop, steps, samples, patience
+        self.folder = loop.output_dir / NAME
+        self.step: int | None = None
+        self.distance, self.metrics = math.inf, dict[str, Any]()
+        self.measured, self.stale = 0, 0
+        self.real = pixel_features(loop.validation.images)
+        self._aside, self._old = (self.folder.with_name(f".partial-{kind}{NAME}") for kind in ("", "old-"))
+        if loop.accelerator.is_main_process and self._old.exists() and not self.folder.exists():
+            os.replace(self._old, self.folder)  # a run was killed between the two renames of `_write`
+        loop.best = self
+        loop.add(NAME, self)
+
+    def ends(self) -> bool:
+        """Whether the nearest pipeline is too long ago; all processes must call it together."""
+        (ends,) = broadcast_object_list([self.patience is not None and self.stale >= self.patience])
+        if ends and self.loop.accelerator.is_main_process:
+            print(f"\nno nearer samples in {self.stale} validations: training ends at step {self.loop.step}")
+        return ends
+
+    def catch_up(self) -> bool:
+        """A checkpoint is written before the validation of its step: make up for it, if the run goes on from there.
+        Says whether training ends; all processes must call it together."""
+        if self.loop.step in (0, self.loop.total_steps) or not self.loop.validation_is_due():
+            return False
+        pipeline = self.loop.trained_pipeline()
+        if pipeline is not None and self.measured != self.loop.step:
+            with self.loop.goes_on_without("the sample grid or the pipeline"):
+                self.loop.validate(pipeline)
+        return self.ends()
+
+    def measure(self, pipeline: DiffusionPipeline) -> float:
+        """The distance of the pipeline's samples; infinite if they are not finite."""
+        classes, size, drawn = classes_of(pipeline), self.loop.args.train_batch_size, []
+        for first in range(0, self.samples, size):
+            numbers = range(first, min(first + size, self.samples))
+            labels = None if classes is None else [i % classes for i in numbers]
+            seed = seed_for(self.loop.args.seed, _DRAWS, first)
+            drawn.append(torch.from_numpy(sample_images(pipeline, len(numbers), self.steps, seed, labels)))
+        images = torch.cat(drawn).movedim(3, 1) * 2 - 1
+        if not images.isfinite().all():
+            return math.inf
+        return frechet_distance(pixel_features(images), self.real)
+
+    def offer(self, pipeline: DiffusionPipeline, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Measure the pipeline of a step and keep it if it is the nearest; its metrics with the distance.
+
+        A sampler that cannot take so few steps is a warning, and no measurement.
+        """
+        try:
+            distance = self.measure(pipeline)
+        except (ValueError, RuntimeError, IndexError) as error:
+            self.loop.warn(f"no Frechet distance at step {step}, {type(error).__name__} in the sampler: {error}")
+            return dict(metrics)
+        metrics = {**metrics, "frechet_distance": distance}
+        self.measured, self.stale = step, self.stale + 1
+        if distance < self.distance:
+            self._write(pipeline, {"step": step, **metrics})
+            self.step, self.distance, self.metrics, self.stale = step, distance, metrics, 0
+        return metrics
+
+    def _write(self, pipeline: DiffusionPipeline, described: Mapping[str, Any]) -> None:
+        """Raises: OSError, with the last one in place."""
+        shutil.rmtree(self._aside, ignore_errors=True)
+        try:
+            pipeline.save_pretrained(self._aside)
+            for part in self.loop.parts.values():
+                part.save(self._aside)
+            (self._aside / "best.json").write_text(json.dumps(described))
+            if self.folder.exists():
+                os.replace(self.folder, self._old)
+            os.replace(self._aside, self.folder)
+        finally:
+            if self._old.exists() and not self.folder.exists():
+                os.rename(self._old, self.folder)
+            for left in (self._aside, self._old):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def install(self, folder: Path) -> None:
+        """Put the nearest pipeline into `folder`."""
+        copy_pipeline(self.folder, folder, leave_out=("best.json",))
+
+    def check(self, means: Mapping[str, float]) -> None:
+        """Nothing that is logged ends the run."""
+
+    def save(self, folder: Path) -> None:
+        """There is nothing to save beside a pipeline."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("step", "distance", "metrics", "measured", "stale")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)

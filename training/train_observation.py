@@ -1,0 +1,160 @@
+"""Train or fine-tune a diffusers model with observation guidance (Kang et al., CVPR 2024, arXiv 2310.04041).
+
+    accelerate launch training/train_observation.py --preset digits --output_dir digits-model
+    accelerate launch training/train_observation.py --pretrained_model_name_or_path google/ddpm-cifar10-32 \
+        --dataset_name uoft-cs/cifar10 --random_flip --train_batch_size 128 --max_train_steps 10000
+
+A discriminator of noise levels judges one sampler step of the model; it is gone when the model is sampled. The pipeline
+that is nearest to held-out images in `--frechet_steps` steps is the result. `--help` lists every argument;
+`--config run.yaml` reads them from a file.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from diffusers_ext import (
+    Denoiser,
+    consistency_loss,
+    discriminator_loss,
+    look_ahead_sigma,
+    lower_sigma,
+    observation_loss,
+    score_matching_loss,
+)
+from diffusers_ext.losses import PROJECTIONS
+from diffusers_ext.training import (
+    Adversary,
+    Batch,
+    Best,
+    InputError,
+    TrainingArguments,
+    TrainingLoop,
+    command,
+    parse_arguments,
+)
+from diffusers_ext.training.adversary import new_discriminator
+from diffusers_ext.training.arguments import arg
+from diffusers_ext.training.data import seed_for
+
+PAPER = ("Observation-Guided Diffusion Probabilistic Models", "2310.04041")
+
+# The paper's weights and look-ahead: from scratch, and for fine-tuning by projection (`random` has no value of theirs).
+SCRATCH_WEIGHT, TUNING_WEIGHTS = 0.01, {"euler": 0.025, "heun": 0.005, "random": 0.005}
+SCRATCH_LOOK_AHEAD, TUNING_LOOK_AHEAD = 0.1, 0.2
+PROJECTION_STREAM = 7  # of `seed_for`; the loop and its parts use 0 to 6
+
+
+@dataclass
+class ObservationArguments(TrainingArguments):
+    """The loss is that of denoising, a mean over pixels and samples with the weight of train_consistency.py (by default
+    the error of the network's output), plus gamma times the mean of -disc(fake) over samples, alike at all levels."""
+
+    observation_weight: float | None = arg(
+        None, "gamma; 0: plain denoising. By default 0.01 from scratch, 0.025 for fine-tuning with euler, else 0.005."
+    )
+    projection: Literal["euler", "heun", "random"] = arg("euler", "The step that is judged; random: one per step.")
+    look_ahead: float | None = arg(None, "Longest step, in the rho = 7 time from 0 to 1: 0.1 from scratch, else 0.2.")
+    r1_weight: float = arg(1.0, "Weight of the discriminator's gradient penalty.")
+    discriminator_learning_rate: float = arg(2e-4, "Peak learning rate of the discriminator, on the same schedule.")
+    discriminator_beta1: float = arg(0.0, "AdamW beta1 of the discriminator.")
+    discriminator_beta2: float = arg(0.99, "AdamW beta2 of the discriminator.")
+    discriminator_channels: str = arg("64,128,256,256", "Its features; the resolution halves between two of them.")
+    max_logit: float = arg(100.0, "Stop when mean logits are beyond this, or R1 beyond its square, for three records.")
+    push_discriminator: bool = arg(False, "Save it in the folder discriminator/, and push it with the pipeline.")
+    validation_steps: int | None = arg(500, "Optimiser steps between two sample grids and Frechet distances.")
+    frechet_steps: int = arg(10, "Sampler steps of the images whose Frechet distance chooses the best pipeline.")
+    frechet_samples: int = arg(500, "Images for it; 0 measures none, and the last pipeline is the result.")
+    patience: int | None = arg(None, "Stop after so many validations without a better pipeline; by default never.")
+    consistency_weight: float = arg(0.0, "Weight of the consistency loss (train_consistency.py) in the same run.")
+    consistency_fraction: float = arg(0.25, "Share of the batch that it is applied to.")
+    sigma_width: float = arg(0.05, "Its lower noise level is at most this far below sigma.")
+    sigma_width_relative: bool = arg(False, "sigma_width is a fraction of sigma.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scratch = self.pretrained_model_name_or_path is None
+        if self.observation_weight is None:
+            self.observation_weight = SCRATCH_WEIGHT if scratch else TUNING_WEIGHTS[self.projection]
+        if self.look_ahead is None:
+            self.look_ahead = SCRATCH_LOOK_AHEAD if scratch else TUNING_LOOK_AHEAD
+        for name in ("observation_weight", "r1_weight", "discriminator_learning_rate", "consistency_weight"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"--{name} must be at least 0, got {getattr(self, name)}")
+        for name, most in (("look_ahead", 1.0), ("consistency_fraction", 1.0), ("max_logit", math.inf)):
+            if not 0 < getattr(self, name) <= most:
+                raise InputError(f"--{name} must be above 0 and at most {most}, got {getattr(self, name)}")
+        for name, least in (("frechet_steps", 1), ("frechet_samples", 0), ("patience", 1), ("sigma_width", 0)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise InputError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        if self.sigma_width_relative and self.sigma_width >= 1:
+            raise InputError(f"--sigma_width must be below 1 where it is relative, got {self.sigma_width}")
+        if self.frechet_samples == 1:
+            raise InputError("--frechet_samples 1: a covariance needs 2 at least; 0 measures none")
+        if not all(width.isdecimal() and int(width) > 0 for width in self.discriminator_channels.split(",")):
+            raise InputError(f"--discriminator_channels must be like 64,128, got {self.discriminator_channels!r}")
+
+
+def step(
+    args: ObservationArguments, loop: TrainingLoop, denoiser: Denoiser, adversary: Adversary | None, batch: Batch
+) -> None:
+    """One micro-batch. Denoising and consistency draw first: they are what train_consistency.py does."""
+    schedule, x0, generator = loop.schedule, batch.x0, batch.generator
+    sigma = schedule.draw_sigmas(len(x0), generator, x0.device)
+    x = denoiser.process.perturb(x0, sigma, generator)
+    denoised = denoiser(x, sigma, **batch.cond)
+    matching = {"prediction": denoised, "weight": loop.weight(sigma), **batch.cond}
+    terms = {"denoising": score_matching_loss(denoiser, x, x0, sigma, **matching)}
+    loss = terms["denoising"].mean()
+
+    if args.consistency_weight > 0:
+        part = slice(math.ceil(args.consistency_fraction * len(x0)))
+        lower = lower_sigma(sigma[part], args.sigma_width, relative=args.sigma_width_relative, generator=generator)
+        cond = {name: value[part] for name, value in batch.cond.items()}
+        options = {"denoised": denoised[part], "generator": generator, **cond}
+        terms["consistency"] = consistency_loss(denoiser, x[part], sigma[part], lower, **options)
+        loss = loss + args.consistency_weight * terms["consistency"].mean()
+
+    if adversary is None:
+        loop.update(loss, sigma=sigma, **terms)
+        return
+
+    bounds = schedule.sigma_min, schedule.sigma_max
+    sigma_next = look_ahead_sigma(sigma, args.look_ahead, *bounds, generator=generator)
+    projection = args.projection
+    if projection == "random":  # of an optimiser step, the same on all devices
+        projection = list(PROJECTIONS)[seed_for(args.seed, PROJECTION_STREAM, loop.step) % len(PROJECTIONS)]
+    # Both play against each other's weights of now; the step is made of the prediction of the denoising loss.
+    game = {"denoised": denoised, "projection": projection, "discriminator_cond": batch.cond, **batch.cond}
+    penalty = {"sigma_data": adversary.network.config.sigma_data, "r1_weight": args.r1_weight}
+    judged = discriminator_loss(denoiser, adversary.network, x, x0, sigma, sigma_next, **penalty, **game)
+    terms["observation"] = observation_loss(denoiser, adversary.network, x, sigma, sigma_next, **game)
+    loop.update(loss + args.observation_weight * terms["observation"].mean(), sigma=sigma, **terms)
+    adversary.update(judged, sigma=sigma)
+
+
+@command
+def main() -> None:
+    args = parse_arguments(ObservationArguments)
+    loop = TrainingLoop(args, "train_observation", PAPER)
+    denoiser, adversary = loop.denoiser, None
+    if args.observation_weight > 0:
+        adversary = Adversary(
+            loop,
+            new_discriminator(loop, args.discriminator_channels),
+            learning_rate=args.discriminator_learning_rate,
+            betas=(args.discriminator_beta1, args.discriminator_beta2),
+            max_logit=args.max_logit,
+            saved=args.push_discriminator,
+        )
+    if args.frechet_samples > 0:
+        Best(loop, steps=args.frechet_steps, samples=args.frechet_samples, patience=args.patience)
+
+    for batch in loop:
+        step(args, loop, denoiser, adversary, batch)
+
+    loop.finish()
+
+
+if __name__ == "__main__":
+    main()
