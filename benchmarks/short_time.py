@@ -69,8 +69,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(solvers), figsize=(5.5 * len(solvers), 4.5), sharey=True, layout="constrained")
     for axis, solver in zip(axes, solvers, strict=True):
         chosen = [r for r in rows if r["solver"] == solver and r["model"] == "full"]
-        times = sorted({r["T"] for r in chosen}, reverse=True)
-        for i, T in enumerate(times):
+        for i, T in enumerate(sorted({r["T"] for r in rows}, reverse=True)):
             for start in dict.fromkeys(r["start"] for r in chosen if r["T"] == T):
                 line = sorted((r["nfe"], r["distance"]) for r in chosen if (r["T"], r["start"]) == (T, start))
                 style = {NORMAL: ":", "Gaussian": "--", "mixture": "-.", "flow": "-"}[start]
@@ -79,10 +78,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                     *zip(*line, strict=True), style, color=f"C{i}", lw=width, marker="o", ms=3, label=f"{T}, {start}"
                 )
         axis.set(title=solver, xlabel="evaluations of the network", xscale="log", yscale="log")
-        axis.set_xticks(sorted({r["nfe"] for r in chosen}), [str(n) for n in sorted({r["nfe"] for r in chosen})])
+        axis.set_xticks(levels := sorted({r["nfe"] for r in chosen}), [str(n) for n in levels])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("Frechet distance of a classifier's features")
-    axes[-1].legend(title="T, start", fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")
+    figure.legend(*axes[0].get_legend_handles_labels(), title="T, start", fontsize=7, loc="outside right upper")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
