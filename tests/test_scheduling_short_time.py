@@ -249,3 +249,12 @@ def test_a_saved_pipeline_keeps_its_time(tmp_path) -> None:
     loaded = DiffusionPipeline.from_pretrained(tmp_path, text_encoder=None, tokenizer=None)
     assert type(loaded.scheduler) is type(pipe.scheduler)
     assert loaded.scheduler.config.max_diffusion_time == 0.6
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistep", "UniPCMultistep"])
+def test_clipping_the_end_of_the_whole_schedule_does_not_clip_the_short_one(name) -> None:
+    """`lambda_min_clipped` leaves out the last timesteps of a cosine schedule, which lie beyond T."""
+    clipped = {"beta_schedule": "squaredcos_cap_v2"} | ({"lambda_min_clipped": -5.1} if name.startswith("DPM") else {})
+    ours = short(name, 0.6, timestep_spacing="trailing", **clipped)
+    ours.set_timesteps(10)
+    assert ours.timesteps.tolist() == list(range(599, 0, -60))
