@@ -20,8 +20,6 @@ Writes results.jsonl and table.md.
 import argparse
 import copy
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from math import log
 from pathlib import Path
@@ -30,24 +28,12 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from features import train_classifier
 from torch import Tensor
+from trained import Judge, draw, train
 
 from diffusers_ext import Calibration, ClassConditionalPipeline, estimate_calibration
-from diffusers_ext.metrics import frechet_distance
 from diffusers_ext.schedulers import calibrated_class
 from diffusers_ext.training import TrainingArguments, parse_arguments
-from diffusers_ext.training.data import first_images
-from diffusers_ext.training.images import Transform, load_images, load_validation_images
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def train(folder: Path, steps: int, arguments: list[str]) -> None:
-    if not (folder / "model_index.json").exists():
-        options = ["--consistency_weight", "0", "--max_train_steps", str(steps), "--resume_from_checkpoint", "latest"]
-        script = str(ROOT / "training" / "train_consistency.py")
-        subprocess.run([sys.executable, script, *arguments, *options, "--output_dir", str(folder)], check=True)
 
 
 def batches(x0: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
@@ -74,16 +60,6 @@ def bound_gain(calibration: Calibration, truth: Calibration) -> float:
     gain = (2 * used * truth.offsets.flatten(2) - used.square()).sum(2)[:, 0].double()
     sigmas = torch.tensor(calibration.config.sigmas, dtype=torch.float64)
     return torch.trapezoid(gain, sigmas.log()).item() / (used.shape[2] * log(2))
-
-
-@torch.no_grad()
-def draw(pipeline: ClassConditionalPipeline, n: int, steps: int) -> Tensor:
-    images = []
-    for i in range(0, n, 100):
-        generator = torch.Generator().manual_seed(i)
-        options = {"num_inference_steps": steps, "generator": generator, "output_type": "pt"}
-        images.append(pipeline(batch_size=min(100, n - i), **options).images)
-    return torch.cat(images) * 2 - 1
 
 
 def table(rows: list[dict], nfe: list[int]) -> str:
@@ -114,18 +90,13 @@ def main() -> None:
 
     for steps in args.training_steps:
         folder = args.output_dir / f"steps-{steps}"
-        train(folder, steps, for_training)
+        options = ["--consistency_weight", "0", "--max_train_steps", str(steps)]
+        train("train_consistency.py", folder, [*for_training, *options])
         loaded = DiffusionPipeline.from_pretrained(folder)
         pipeline = ClassConditionalPipeline(loaded.unet.eval(), loaded.scheduler).to(device)
         pipeline.set_progress_bar_config(disable=True)
-        source, held_out = load_images(data, "train"), load_validation_images(data)
-        transform = Transform(pipeline.unet.config.sample_size, pipeline.unet.config.in_channels)
-        seen, real = first_images(source, len(source), transform), first_images(held_out, 5000, transform)
-        classifier = train_classifier(seen.images.to(device), seen.labels.to(device), len(source.class_names))
-        features = classifier.features(real.images.to(device))
-        order = torch.randperm(len(seen.images), generator=torch.Generator().manual_seed(0))
-        x0 = seen.images[order].to(device)
-        truth = measure(pipeline, real.images[:1000].to(device), seed=1)
+        judge = Judge(data, pipeline.unet.config.sample_size, pipeline.unet.config.in_channels, device)
+        x0, truth = judge.seen, measure(pipeline, judge.held_out[:1000], seed=1)
         for passes in (0, *args.passes):
             variants: dict[str, Calibration | None] = {"baseline": None}
             if passes:
@@ -144,10 +115,7 @@ def main() -> None:
                     stock = getattr(diffusers, scheduler).from_config(loaded.scheduler.config)
                     pipeline.scheduler = calibrated_class(scheduler).from_scheduler(stock, calibration)
                     bound = 0.0 if calibration is None else bound_gain(calibration, truth)
-                    distance = {
-                        str(n): frechet_distance(classifier.features(draw(pipeline, args.num_samples, n)), features)
-                        for n in args.nfe
-                    }
+                    distance = {str(n): judge.distance(draw(pipeline, args.num_samples, n)) for n in args.nfe}
                     rows.append(key | {"bound": bound, "distance": distance})
                     with file.open("a") as out:
                         out.write(json.dumps(rows[-1]) + "\n")

@@ -10,12 +10,11 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
 from ..bridge import Bridge, FlowBridge, GaussianBridge, MixtureBridge
 from .arguments import DataArguments, InputError, arg
-from .card import hub_name, shown, shown_command, table
+from .card import save_card, shown, shown_command, table
 from .data import Place, micro_batches, seed_for
 from .images import HubStream, ImageSource, Transform
 from .models import classes_of, encode
@@ -142,11 +141,4 @@ def write_bridge_card(
         table(["fitted on", "value"], [[str(k), str(v)] for k, v in (bridge.config.measured_on or {}).items()]),
         *(["## Which T", "![The likelihood bound by T](diffusion_time.png)", report] if report else []),
     ]
-    base, data = hub_name(arguments.get("pretrained_model_name_or_path")), hub_name(arguments.get("dataset_name"))
-    header = ModelCardData(
-        library_name="diffusers",
-        base_model=base,
-        datasets=[data] if data else None,
-        tags=["diffusers_ext", "short-diffusion-times", "arxiv:2206.05173"],
-    )
-    ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n").save(folder / "README.md")
+    save_card(folder, parts, arguments, ["short-diffusion-times", "arxiv:2206.05173"])

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-
 from ..calibration import ALL, CONDITIONAL, UNCONDITIONAL, Calibration
 from ..schedulers.scheduling_calibrated import CALIBRATED_SCHEDULERS
-from .card import hub_name, shown_command, table
+from .card import save_card, shown_command, table
 
 # Below this a likelihood gain is no news to anyone, in bits per dimension; below that an offset is lost in a step.
 _SMALL_GAIN, _SMALL_OFFSET = 1e-3, 3e-3
@@ -149,11 +147,4 @@ def write_calibration_card(
         f"```bash\n{shown_command(command)}\n```",
         table(columns, lines),
     ]
-    base, data = hub_name(arguments.get("pretrained_model_name_or_path")), hub_name(arguments.get("dataset_name"))
-    header = ModelCardData(
-        library_name="diffusers",
-        base_model=base,
-        datasets=[data] if data else None,
-        tags=["diffusers_ext", "calibration", "arxiv:2302.10688"],
-    )
-    ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n").save(folder / "README.md")
+    save_card(folder, parts, arguments, ["calibration", "arxiv:2302.10688"])

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -74,6 +74,18 @@ def write_model_card(
         card.save(Path(aside, "README.md"))
         os.replace(Path(aside, "README.md"), folder / "README.md")
     return folder / "README.md"
+
+
+def save_card(folder: Path, parts: Sequence[str], arguments: Mapping[str, object], tags: Sequence[str]) -> None:
+    """Write `README.md` from its paragraphs; what the arguments name on the Hub becomes metadata."""
+    data_set = hub_name(arguments.get("dataset_name"))
+    header = ModelCardData(
+        library_name="diffusers",
+        base_model=hub_name(arguments.get("pretrained_model_name_or_path")),
+        datasets=[data_set] if data_set else None,
+        tags=["diffusers_ext", *tags],
+    )
+    ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n").save(folder / "README.md")
 
 
 def _load_line(name: str) -> str:
