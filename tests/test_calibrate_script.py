@@ -451,6 +451,13 @@ def test_latents_are_drawn_from_the_seed_alone(calibrate, captioned, tmp_path):
     assert torch.equal(*tables)
 
 
+def test_a_name_that_the_hub_does_not_take_ends_with_a_message(calibrate, tmp_path):
+    with pytest.raises(SystemExit, match="--hub_model_id"):
+        calibrate.run(
+            *arguments(save_model(tmp_path / "model"), tmp_path / "out", "--push_to_hub", "--hub_model_id", "a/b/c")
+        )
+
+
 def test_the_verdict_says_what_is_not_worth_using_and_what_was_not_tested():
     calibration = Calibration([1, 2, 2], [0.1, 1.0, 10.0], measured_on={"shrink": True})
     calibration.offsets.fill_(0.1)

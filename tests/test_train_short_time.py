@@ -111,6 +111,11 @@ def test_bad_arguments_end_with_a_message(short_time, fit, small, tmp_path, caps
         (short_time.run, [*small, "--scheduler", "EDMEulerScheduler"], "no short-time EDMEulerScheduler"),
         (fit.run, ["--dataset_name", "digits"], "name the model"),
         (fit.run, ["--report_times", "0.2,x"], "numbers with commas"),
+        (
+            fit.run,
+            ["--pretrained_model_name_or_path", "x", "--push_to_hub", "--hub_model_id", "a/b/c"],
+            "--hub_model_id",
+        ),
         (fit.run, ["--report_times", "0.2,1.2"], "at most 1"),
         (fit.run, ["--pretrained_model_name_or_path", "x", "--bridge", "none"], "gaussian, mixture or flow"),
     ):

@@ -31,7 +31,7 @@ from diffusers_ext.training.arguments import DataArguments, HubArguments, arg
 from diffusers_ext.training.calibration_report import plot, summary, verdict, write_calibration_card
 from diffusers_ext.training.card import shown
 from diffusers_ext.training.data import Place, micro_batches, seed_for
-from diffusers_ext.training.hub import HubPusher
+from diffusers_ext.training.hub import make_pusher
 from diffusers_ext.training.images import HubStream, Numbered, Transform, load_images
 from diffusers_ext.training.models import classes_of, encode, image_format, load_pipeline, null_class_of
 from diffusers_ext.training.text import is_text_pipeline, text_conditions, text_image_format
@@ -126,10 +126,7 @@ def main() -> None:
         null_class, classes = null_class_of(pipeline), classes_of(pipeline)
     if args.per_class and classes is None:
         raise InputError("--per_class: the model takes no class labels")
-    pusher = None
-    if args.push_to_hub and accelerator.is_main_process:
-        private = args.hub_private_repo or None
-        pusher = HubPusher(args.hub_model_id, out, private=private, token=args.hub_token)
+    pusher = make_pusher(args, out, accelerator.is_main_process)
 
     try:
         (out / "state").mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ from diffusers_ext.schedulers.scheduling_short_time import short_time_class
 from diffusers_ext.training import InputError, TrainingStopped, command, parse_arguments
 from diffusers_ext.training.arguments import DataArguments, HubArguments, arg
 from diffusers_ext.training.bridges import BridgeArguments, EncodedImages, fit_bridge, write_bridge_card
-from diffusers_ext.training.hub import HubPusher
+from diffusers_ext.training.hub import make_pusher
 from diffusers_ext.training.images import Transform, load_images, load_validation_images
 from diffusers_ext.training.models import image_format, image_grid, load_pipeline, sample_images, save_pipeline
 from diffusers_ext.training.text import is_text_pipeline, text_image_format
@@ -98,11 +98,8 @@ def main() -> None:
     if args.bridge == "none":
         raise InputError("--bridge must be gaussian, mixture or flow")
     accelerator = Accelerator()
-    pusher = None
+    pusher = make_pusher(args, out, accelerator.is_main_process)
     if accelerator.is_main_process:  # alone: it is one pass over some thousand images
-        if args.push_to_hub:
-            private = args.hub_private_repo or None
-            pusher = HubPusher(args.hub_model_id, out, private=private, token=args.hub_token)
         pipeline = load_pipeline(name, args.revision, args.variant, args.cache_dir).to(accelerator.device)
         of_text = is_text_pipeline(pipeline)
         if of_text and args.report:

@@ -50,6 +50,7 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 
+from .arguments import HubArguments, InputError
 from .card import complete_card
 
 _logger = logging.getLogger(__name__)
@@ -319,6 +320,20 @@ class HubPusher:
         if self._private and self._is_private is False:
             return f"{shlex.join(['hf', 'repos', 'settings', self._repo_id, '--private'])} && {upload}"
         return upload
+
+
+def make_pusher(args: HubArguments, folder: Path, is_main_process: bool) -> HubPusher | None:
+    """The pusher that the arguments ask for, on the main process alone.
+
+    Raises:
+        InputError: the repository's name is none.
+    """
+    if not (args.push_to_hub and is_main_process):
+        return None
+    try:
+        return HubPusher(args.hub_model_id, folder, private=args.hub_private_repo or None, token=args.hub_token)
+    except ValueError as error:
+        raise InputError(f"--hub_model_id: {error}") from error
 
 
 def _repository_name(folder: Path) -> str:

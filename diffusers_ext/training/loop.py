@@ -46,7 +46,7 @@ from .batch import Batch, make_batch
 from .best import NAME as BEST
 from .best import Best
 from .data import Images, Place, first_images, micro_batches
-from .hub import HubPusher
+from .hub import make_pusher
 from .images import HubStream, Transform, load_images, load_validation_images
 from .log import RunLog
 from .models import (
@@ -141,7 +141,7 @@ class TrainingLoop:
             self.total_steps,
         )
         self.guard = FiniteGuard(self.accelerator)
-        self.pusher = self._make_pusher()
+        self.pusher = make_pusher(args, self.output_dir, self.accelerator.is_main_process)
         if resume_from is not None:
             self._resume(resume_from)
 
@@ -203,16 +203,6 @@ class TrainingLoop:
         self.ema = EMAModel(self.model.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
         self.schedule = noise_schedule(self.pipeline.scheduler)
         self.score_model = score_model_from(self.model, self.pipeline.scheduler)
-
-    def _make_pusher(self) -> HubPusher | None:
-        args = self.args
-        if not (args.push_to_hub and self.accelerator.is_main_process):
-            return None
-        try:
-            private = args.hub_private_repo or None
-            return HubPusher(args.hub_model_id, self.output_dir, private=private, token=args.hub_token)
-        except ValueError as error:
-            raise InputError(f"--hub_model_id: {error}") from error
 
     def add(self, name: str, part: Part) -> None:
         """Let a part train along, before the loop begins: the checkpoints hold it under this name, and the one that the
