@@ -30,10 +30,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
-from features import Classifier, train_classifier
 from torch import Tensor
 
 from diffusers_ext import ReflectedPipeline, ReflectedScheduler
+from diffusers_ext.extractors import Classifier, train_classifier
 from diffusers_ext.metrics import frechet_distance
 from diffusers_ext.training import TrainingArguments, parse_arguments
 from diffusers_ext.training.data import first_images

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from features import train_classifier
 from torch import Tensor
 
+from diffusers_ext.extractors import train_classifier
 from diffusers_ext.metrics import frechet_distance, precision_recall
 from diffusers_ext.training import TrainingArguments
 from diffusers_ext.training.data import first_images

@@ -12,6 +12,7 @@ from .bridge import Bridge, FlowBridge, GaussianBridge, MixtureBridge
 from .calibration import Calibration, calibrate_denoiser
 from .diffusion_time import DiffusionTimeReport, diffusion_time_report
 from .discriminator import NoiseLevelDiscriminator
+from .extractors import Extractor, make_extractor
 from .hypercube import heat_kernel_log_prob, heat_kernel_score, reflect
 from .interop import NoiseSchedule, denoiser_from, noise_schedule, score_model_from
 from .likelihood import Elbo, bits_per_dim, boundary_flux, dequantize, elbo, log_likelihood
@@ -99,6 +100,7 @@ __all__ = [
     "DiffusionTimeReport",
     "DiscriminatorLoss",
     "Elbo",
+    "Extractor",
     "FlowBridge",
     "GaussianBridge",
     "GaussianProcess",
@@ -140,6 +142,7 @@ __all__ = [
     "log_normal_sigmas",
     "look_ahead_sigma",
     "lower_sigma",
+    "make_extractor",
     "min_snr_weight",
     "noise_schedule",
     "observation_loss",

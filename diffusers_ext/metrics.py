@@ -1,4 +1,4 @@
-r"""Distances between sets of images, and what one covers of the other.
+r"""Distances between sets of images, what one covers of the other, and what is copied from it.
 
 The Frechet distance of two sets of features is that of the Gaussians with their moments,
 
@@ -10,26 +10,43 @@ sets of real images. The jackknife removes that bias: with d^2_(j) from all samp
     pseudo-values  v_j = g d^2 - (g - 1) d^2_(j),        d^2 ~ mean v_j,        standard error std(v_j) / g^1/2,
 
 with an interval by Student's t of g - 1 degrees of freedom. It may include values below 0. (A bootstrap of the biased
-estimate does not cover the truth: resampling adds to the bias.)
+estimate does not cover the truth: resampling adds to the bias.) Below n = d other terms than c/n remain, and the
+interval of the Frechet distance does not cover it.
 
-It is called FID only with the features of one particular Inception network.
+It is called FID only with the features of one particular Inception network (`Extractor.is_fid`).
+
+The kernel distance is the squared maximum mean discrepancy under the kernel k(x, y) = (x.y / d + 1)^3, which is 0 where
+the moments of orders 1 to 3 agree. From samples x_1..x_n and y_1..y_m,
+
+    1/(n(n-1)) sum_{i != j} k(x_i, x_j) + 1/(m(m-1)) sum_{i != j} k(y_i, y_j) - 2/(nm) sum_ij k(x_i, y_j)
+
+has no bias at any n and m, and may be below 0. The jackknife gives its interval.
 
 Precision is the share of generated samples that lie in the manifold of the real ones, recall the share of the real ones
 in that of the generated; the manifold of a set is the union of balls around its samples, each with the distance to the
 k-th nearest other sample of the set as its radius. Both depend on the sizes of the sets: compare at equal ones.
 
+A sample counts as a copy if it is as near to a training sample as only a given share of held-out samples are, the
+level: what was never seen passes for a copy with that probability.
+
+All that compares each sample with each runs in blocks of rows, so that memory grows with n and not with n^2.
+
 References: GANs Trained by a Two Time-Scale Update Rule (Heusel et al., 2017, arXiv 1706.08500); Bias and Confidence in
-Not Quite Large Samples (Tukey, 1958); Improved Precision and Recall Metric for Assessing Generative Models
-(Kynkaanniemi et al., 2019, arXiv 1904.06991), equations 1 and 2.
+Not Quite Large Samples (Tukey, 1958); Demystifying MMD GANs (Binkowski et al., 2018, arXiv 1801.01401), equation 4 and
+section 4; Improved Precision and Recall Metric for Assessing Generative Models (Kynkaanniemi et al., 2019, arXiv
+1904.06991), equations 1 and 2.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_ENTRIES = 2**23  # of a block of a matrix of all pairs: 64 MB in float64
 
 
 def frechet_distance(features_1: Tensor, features_2: Tensor) -> float:
@@ -46,6 +63,29 @@ def frechet_distance(features_1: Tensor, features_2: Tensor) -> float:
     a_2 = (features_2 - mean_2) / (len(features_2) - 1) ** 0.5
     cross = torch.linalg.svdvals(_square(a_1) @ _square(a_2).T).sum()
     return ((mean_1 - mean_2).square().sum() + a_1.square().sum() + a_2.square().sum() - 2 * cross).item()
+
+
+def kernel_distance(features_1: Tensor, features_2: Tensor) -> float:
+    """Squared maximum mean discrepancy of two sets of features, (n, d) and (m, d), without bias; computed in float64.
+
+    Raises:
+        ValueError: the sets are not two-dimensional, of different d, or of fewer than 2 samples.
+    """
+    _check(features_1, features_2, at_least=2, what="an average over pairs")
+    x, y = features_1.double(), features_2.double()
+    return (_mean_over_pairs(x) + _mean_over_pairs(y) - 2 * _kernel_sum(x, y) / (len(x) * len(y))).item()
+
+
+def _kernel_sum(x: Tensor, y: Tensor) -> Tensor:
+    """Sum of k(x_i, y_j) over all i and j."""
+    blocks = ((part @ y.T).div_(x.shape[1]).add_(1).pow_(3).sum() for part in _blocks(x, y))
+    return torch.stack(list(blocks)).sum()
+
+
+def _mean_over_pairs(x: Tensor) -> Tensor:
+    """Mean of k(x_i, x_j) over i != j."""
+    diagonal = (x.square().sum(1) / x.shape[1] + 1).pow(3).sum()
+    return (_kernel_sum(x, x) - diagonal) / (len(x) * (len(x) - 1))
 
 
 class Interval(NamedTuple):
@@ -66,6 +106,8 @@ def jackknife(
 ) -> Interval:
     """A function of two sets of samples, such as `frechet_distance`, with its bias of order 1/n taken off.
 
+    Of `kernel_distance`, which has none, it gives the interval; too wide a one where the two laws are the same.
+
     Args:
         features_1, features_2: (n_1, d) and (n_2, d), independent samples; each set is dealt out to the groups in turn.
         groups: g of the module's docstring; the function is called g + 1 times.
@@ -80,8 +122,20 @@ def jackknife(
     whole, member = function(features_1, features_2), [torch.arange(len(f)) % groups for f in (features_1, features_2)]
     left_out = [function(features_1[member[0] != j], features_2[member[1] != j]) for j in range(groups)]
     values = groups * whole - (groups - 1) * torch.tensor(left_out, dtype=torch.float64)
-    half = _student_quantile(level, groups - 1) * values.std().item() / groups**0.5
-    return Interval(values.mean().item(), values.mean().item() - half, values.mean().item() + half)
+    return student_interval(values, level)
+
+
+def student_interval(values: Tensor, level: float = 0.95) -> Interval:
+    """The mean of independent values (n,), and an interval by Student's t of n - 1 degrees of freedom.
+
+    Raises:
+        ValueError: fewer than 2 values.
+    """
+    if len(values) < 2:
+        raise ValueError(f"an interval needs 2 values at least, got {len(values)}")
+    mean, n = values.mean().item(), len(values)
+    half = _student_quantile(level, n - 1) * values.std().item() / n**0.5
+    return Interval(mean, mean - half, mean + half)
 
 
 def _student_quantile(level: float, degrees: int) -> float:
@@ -107,10 +161,76 @@ def precision_recall(features: Tensor, real: Tensor, k: int = 3) -> tuple[float,
 
 def _covered(points: Tensor, manifold: Tensor, k: int) -> float:
     """The share of the points that lie in the manifold of a set."""
-    exact = "donot_use_mm_for_euclid_dist"  # a sample is at distance 0 of itself, and its nearest neighbour
-    radii = torch.cdist(manifold, manifold, compute_mode=exact).kthvalue(k + 1, dim=1).values
-    inside = torch.cdist(points, manifold, compute_mode=exact) <= radii
-    return inside.any(1).double().mean().item()
+    to_itself = (_distances(part, manifold) for part in _blocks(manifold, manifold))
+    radii = torch.cat([distances.kthvalue(k + 1, dim=1).values for distances in to_itself])
+    inside = [(_distances(part, manifold) <= radii).any(1) for part in _blocks(points, manifold)]
+    return torch.cat(inside).double().mean().item()
+
+
+class Nearest(NamedTuple):
+    """The nearest reference sample of each sample: Euclidean distances (n,) in float64 and indices (n,)."""
+
+    distances: Tensor
+    indices: Tensor
+
+
+def nearest(features: Tensor, reference: Tensor) -> Nearest:
+    """The nearest of the reference samples (m, d) to each of the features (n, d), by comparison with all; in float64.
+
+    Raises:
+        ValueError: the sets are not two-dimensional, of different d, or empty.
+    """
+    _check(features, reference, at_least=1, what="the nearest sample")
+    features, reference = features.double(), reference.double()
+    squares = reference.square().sum(1)
+    found = ((squares - 2 * part @ reference.T).argmin(1) for part in _blocks(features, reference))
+    indices = torch.cat(list(found))
+    return Nearest((features - reference[indices]).norm(dim=1), indices)  # 0, and not nearly so, for copies
+
+
+def copies(features: Tensor, training: Tensor, held_out: Tensor, level: float = 0.01) -> float:
+    """The share of samples that are nearer to a training sample than all but `level` of the held-out samples are.
+
+    It is about `level` for samples of the law that the training and the held-out ones are from, and 1 for copies. More
+    than `level` tells of memorised images only if the samples are as various as the held-out ones: a model that draws
+    the most common images alone is near to training samples, too.
+
+    Args:
+        features: (n, d), of generated samples.
+        training: (m, d).
+        held_out: (l, d), of samples of the law of the training ones that the model has not seen; 1 / level at least.
+        level: above 0 and below 1.
+
+    Raises:
+        ValueError: a set is not two-dimensional, of another d, or too small; or `level` is out of range.
+    """
+    threshold = copy_threshold(training, held_out, level)
+    return (nearest(features, training).distances <= threshold).double().mean().item()
+
+
+def copy_threshold(training: Tensor, held_out: Tensor, level: float = 0.01) -> float:
+    """The distance to a training sample below which `copies` counts a sample.
+
+    Raises:
+        ValueError: as `copies`.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level must be above 0 and below 1, got {level}")
+    if len(held_out) * level < 1:
+        raise ValueError(f"level {level} needs at least {math.ceil(1 / level)} held-out samples, got {len(held_out)}")
+    # A new sample of the same law is as near as the k-th nearest of l with probability k / (l + 1).
+    k = round(level * (len(held_out) + 1))
+    return nearest(held_out, training).distances.kthvalue(k).values.item()
+
+
+def _blocks(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """x in parts of so many rows that a part's pairs with all rows of y are at most _ENTRIES."""
+    return x.split(max(1, _ENTRIES // len(y)))
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    """Euclidean, (n, m); not by a matrix product, so that a sample is at distance 0 of itself."""
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _check(features_1: Tensor, features_2: Tensor, *, at_least: int, what: str) -> None:

@@ -18,11 +18,12 @@ ORDER = [
     {"noise_levels"},
     {"solvers"},
     {"interop", "moments"},
-    {"losses", "discriminator", "metrics", "likelihood", "calibration", "bridge"},
+    {"losses", "discriminator", "extractors", "metrics", "likelihood", "calibration", "bridge"},
     {"mean_error", "diffusion_time"},
     {"schedulers"},
     {"pipelines"},
     {"training"},
+    {"evaluation"},
 ]
 LAYER = {name: i for i, names in enumerate(ORDER) for name in names}
 TORCH_ONLY = ("shapes", "hypercube", "process", "score", "noise_levels", "solvers", "losses")
@@ -72,7 +73,15 @@ def test_public_names_are_sorted_and_documented():
 
 
 def test_importing_the_package_leaves_heavy_and_optional_libraries_alone():
-    optional = ("datasets", "matplotlib", "sklearn", "zuko")
+    optional = (
+        "datasets",
+        "efficientnet_lite_pytorch",
+        "matplotlib",
+        "sklearn",
+        "torch_fidelity",
+        "torchmetrics",
+        "zuko",
+    )
     code = f"import sys, diffusers_ext; print([m for m in {optional} if m in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"

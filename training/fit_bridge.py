@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from diffusers_ext import diffusion_time_report, short_time_pipeline
 from diffusers_ext.schedulers.scheduling_short_time import short_time_class
 from diffusers_ext.training import InputError, TrainingStopped, command, parse_arguments
-from diffusers_ext.training.arguments import DataArguments, HubArguments, arg
+from diffusers_ext.training.arguments import HeldOutArguments, HubArguments, arg
 from diffusers_ext.training.bridges import BridgeArguments, EncodedImages, fit_bridge, write_bridge_card
 from diffusers_ext.training.hub import make_pusher
 from diffusers_ext.training.images import Transform, load_images, load_validation_images
@@ -36,7 +36,7 @@ from diffusers_ext.training.text import is_text_pipeline, text_image_format
 
 
 @dataclass
-class FitArguments(BridgeArguments, HubArguments, DataArguments):
+class FitArguments(BridgeArguments, HubArguments, HeldOutArguments):
     """Whose data, which auxiliary model, and where the result goes."""
 
     pretrained_model_name_or_path: str | None = arg(None, "Pipeline to sample on [0, T] (Hub name or folder).")
@@ -45,7 +45,6 @@ class FitArguments(BridgeArguments, HubArguments, DataArguments):
     output_dir: str = arg("bridge", "Folder of the result.")
     report: bool = arg(False, "Measure the likelihood bound by T, with such a bridge at each, on held-out images.")
     report_times: str = arg("0.2,0.4,0.6,0.8,1.0", "The times of the report.")
-    validation_split: str | None = arg(None, "Held-out split; by default `validation` or `test` where there is one.")
     max_validation_samples: int = arg(256, "Held-out images of the report.")
     num_validation_images: int = arg(16, "Images of the sample grid; 0 makes none.")
     num_inference_steps: int = arg(20, "Sampler steps of the sample grid.")
@@ -66,7 +65,7 @@ def times_of_report(args: FitArguments) -> list[float]:
 
 
 def write_report(args: FitArguments, pipeline: Any, data: EncodedImages, out: Path) -> Any:
-    held_out = load_validation_images(args)  # type: ignore[arg-type]
+    held_out = load_validation_images(args)
     if held_out is None:
         raise InputError("--report needs held-out images: name their split with --validation_split")
     least = min(args.train_batch_size, args.max_validation_samples)

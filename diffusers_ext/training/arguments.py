@@ -77,6 +77,13 @@ def _at_least(args: Any, name: str, least: float, optional: bool = False) -> Non
 
 
 @dataclass
+class HeldOutArguments(DataArguments):
+    """Which images are not trained on."""
+
+    validation_split: str | None = arg(None, "Held-out split; by default `validation` or `test` where there is one.")
+
+
+@dataclass
 class HubArguments:
     """Where on the Hub the result goes."""
 
@@ -88,7 +95,7 @@ class HubArguments:
 
 
 @dataclass
-class TrainingArguments(HubArguments, DataArguments):
+class TrainingArguments(HubArguments, HeldOutArguments):
     """What to train, on what, how long, and where the result goes."""
 
     # model
@@ -105,7 +112,6 @@ class TrainingArguments(HubArguments, DataArguments):
     label_drop: float = arg(0.1, "Share of labels replaced by the null class, where the model has one.")
 
     # data
-    validation_split: str | None = arg(None, "Held-out split; by default `validation` or `test` where there is one.")
     max_validation_samples: int = arg(512, "Use only the first so many held-out images.")
 
     # optimisation

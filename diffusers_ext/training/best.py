@@ -3,8 +3,8 @@
     Best(loop, steps=10, samples=500, patience=5)
 
 At every validation `samples` images are drawn in `steps` steps by the pipeline's own sampler, always from the same
-noise, and the Frechet distance of their pixels (averaged over squares to at most `SIDE` on a side) to the run's
-validation images is measured. The nearest pipeline so far lies in `best/`, in the output folder; it is written aside
+noise, and the Frechet distance of their pixels (`diffusers_ext.extractors.pixel_features`) to the run's validation
+images is measured. The nearest pipeline so far lies in `best/`, in the output folder; it is written aside
 and renamed, so that a run that is killed leaves the last one or the new one. The end of the run puts it, and not the
 last one, in the output folder itself.
 
@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
-from torch import Tensor
 
+from ..extractors import pixel_features
 from ..metrics import frechet_distance
 from .data import seed_for
 from .models import classes_of, copy_pipeline, sample_images
@@ -34,14 +34,7 @@ if TYPE_CHECKING:
     from .loop import TrainingLoop
 
 NAME = "best"
-SIDE = 16
 _DRAWS = 5  # the stream of `seed_for`; the loop's own are 0 to 4
-
-
-def pixel_features(images: Tensor) -> Tensor:
-    """(n, C, H, W) -> (n, features), of at most SIDE x SIDE positions."""
-    side = min(SIDE, *images.shape[2:])
-    return torch.nn.functional.adaptive_avg_pool2d(images.double(), side).flatten(1)
 
 
 class Best:

@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .arguments import DataArguments, InputError, TrainingArguments
+from .arguments import DataArguments, HeldOutArguments, InputError
 
 IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -298,7 +298,7 @@ def load_images(args: DataArguments, split: str) -> ImageSource | HubStream:
     return HubImages(dataset, split, args.image_column, args.label_column)
 
 
-def load_validation_images(args: TrainingArguments) -> ImageSource | HubStream | None:
+def load_validation_images(args: HeldOutArguments) -> ImageSource | HubStream | None:
     """The held-out split, if the data have one: the one asked for, else `validation` or `test`."""
     if args.train_data_dir is not None or (args.dataset_name or "").endswith(".parquet"):
         return None

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from ..interop import score_model_from
 from ..losses import score_matching_loss
 from ..noise_levels import log_linear_sigmas
-from .arguments import TrainingArguments
+from .arguments import DataArguments, TrainingArguments
 from .card import write_model_card
 from .data import Images, seed_for
 from .log import SIGMA_BINS
@@ -26,7 +26,7 @@ _VALIDATION = 4  # the stream of `seed_for`; those of the loop are 2 and 3
 
 @torch.no_grad()
 def loss_by_sigma(
-    pipeline: DiffusionPipeline, validation: Images, args: TrainingArguments, sigma_range: tuple[float, float]
+    pipeline: DiffusionPipeline, validation: Images, args: DataArguments, sigma_range: tuple[float, float]
 ) -> dict[str, list[float]]:
     """Mean square error of eps on the validation images at log-spaced noise levels, always with the same noise."""
     network = network_of(pipeline)[1]

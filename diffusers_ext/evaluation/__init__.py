@@ -1,0 +1,34 @@
+"""Compare pipelines: what they draw, how likely held-out images are to them, and what it costs.
+
+The script is `training/evaluate.py`.
+"""
+
+from .measures import Manifold, MeasureArguments, RealImages, likelihood, load_real_images, quality
+from .model_index import push_model_index, write_model_index
+from .report import markdown_table, write_report
+from .results import Cell, Evaluation, Likelihood, Quality
+from .samples import OWN, Drawing, fingerprint, network_and_autoencoder, sampler_for, steps_for, swap_scheduler
+
+__all__ = [
+    "OWN",
+    "Cell",
+    "Drawing",
+    "Evaluation",
+    "Likelihood",
+    "Manifold",
+    "MeasureArguments",
+    "Quality",
+    "RealImages",
+    "fingerprint",
+    "likelihood",
+    "load_real_images",
+    "markdown_table",
+    "network_and_autoencoder",
+    "push_model_index",
+    "quality",
+    "sampler_for",
+    "steps_for",
+    "swap_scheduler",
+    "write_model_index",
+    "write_report",
+]

