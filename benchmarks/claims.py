@@ -143,7 +143,7 @@ class Lab:
         except KeyboardInterrupt:
             run.wait()
             raise
-        shown = [script, *command[4:]]
+        shown = [script, *(word if not Path(word).is_absolute() else Path(word).name for word in command[4:])]
         record = {"command": shown, "seed": self.args.seed, "steps": steps, "passes": steps * cost}
         before.write_text(json.dumps(record | {"seconds": spent + time.monotonic() - start}, indent=1) + "\n")
         if code is None:
@@ -509,7 +509,9 @@ def main() -> None:
             )
             file.parent.mkdir(parents=True, exist_ok=True)
             aside = file.with_name(f".partial-{file.name}")
-            aside.write_text(json.dumps({"described": described, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
+            runs = {path.stem: json.loads(path.read_text()) for path in sorted(lab.out.glob("*.json"))}
+            record = {"described": described, "rows": rows, "runs": runs}
+            aside.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
             aside.replace(file)
             write_table(args.docs)
     except OutOfTime:

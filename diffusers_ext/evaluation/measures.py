@@ -56,6 +56,8 @@ class MeasureArguments(HeldOutArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.streaming:
+            raise InputError("--streaming: an evaluation compares with the same images each time; leave it away")
         for name in ("likelihood_evaluations", "max_validation_samples"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
@@ -92,8 +94,7 @@ def load_real_images(args: MeasureArguments, channels: int, resolution: int) -> 
     everything = replace(args, max_train_samples=None)
     transform, n = Transform(resolution, channels), args.max_train_samples
     source, unseen = load_images(everything, args.train_split), load_validation_images(everything)
-    if isinstance(source, HubStream):
-        raise InputError("--streaming: an evaluation compares with the same images each time; leave it away")
+    assert not isinstance(source, HubStream)
     held_out = None if unseen is None else first_images(unseen, args.max_validation_samples, transform)
     training = _shuffled(first_images(source, len(source), transform), args.seed)
     training = training if n is None else _part(training, 0, n)

@@ -181,7 +181,7 @@ Arguments = TypeVar("Arguments", bound=DataArguments)
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Make a script's `main` end with the message of an `InputError` or `TrainingStopped`, and no traceback."""
+    """Make a script's `main` end with the message of an `InputError` or `TrainingStopped`; Ctrl-C without a traceback."""
 
     @functools.wraps(main)
     def run() -> None:
@@ -192,6 +192,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except TrainingStopped as stopped:
             print(stopped, file=sys.stderr)
             sys.exit(stopped.code)
+        except KeyboardInterrupt:
+            sys.exit("interrupted")
 
     return run
 

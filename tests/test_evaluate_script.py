@@ -1,0 +1,281 @@
+"""`training/evaluate.py` as a user runs it. Truth: samples whose numbers are known, and runs against runs."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image
+from diffusers import DDIMPipeline, DDIMScheduler, EDMEulerScheduler
+from hub_server import TOKEN, HubServer
+from huggingface_hub import ModelCard
+from PIL import Image as Picture
+from test_calibrate_script import captioned, tiny_stable_diffusion  # noqa: F401
+from test_models import tiny_unet
+
+from diffusers_ext import ClassConditionalPipeline
+from diffusers_ext.evaluation import Drawing, Evaluation
+from diffusers_ext.evaluation.samples import Counted
+
+SCRIPT = Path(__file__).parents[1] / "training" / "evaluate.py"
+
+
+@pytest.fixture
+def evaluate(load_script):
+    return load_script("evaluate")
+
+
+def save(folder, seed=0, **config):
+    torch.manual_seed(seed)
+    scheduler = DDIMScheduler(timestep_spacing="trailing")
+    DDIMPipeline(tiny_unet(**config), scheduler).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def models(tmp_path):
+    return [save(tmp_path / name, i) for i, name in enumerate(("first", "second"))]
+
+
+def arguments(models, out, *more):
+    data = ("--dataset_name", "digits", "--max_train_samples", 150, "--max_validation_samples", 200)
+    cheap = ("--extractor", "pixels", "--num_samples", 70, "--train_batch_size", 32, "--nfe", "1,2")
+    likely = ("--likelihood_images", 4, "--ode_images", 0, "--likelihood_evaluations", 2)
+    return ["--pretrained_model_name_or_path", *models, *data, *cheap, *likely, "--output_dir", out, *more]
+
+
+def load(out):
+    return Evaluation.load(out / "results.json")
+
+
+def without_time(evaluation):
+    return [replace(cell, seconds=0.0) for cell in evaluation.cells], evaluation.floor, evaluation.likelihoods
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The batches that are drawn."""
+    calls, inner = [], Drawing._draw
+    monkeypatch.setattr(Drawing, "_draw", lambda self, b: calls.append((self.model, self.steps, b)) or inner(self, b))
+    return calls
+
+
+def test_everything_is_written_and_nothing_is_drawn_twice(evaluate, models, tmp_path, drawn, capsys):
+    out = tmp_path / "out"
+    evaluate.run(*arguments(models, out))
+    assert len(drawn) == 2 * 2 * 3  # models, steps, batches
+    first = load(out)
+    assert [(c.model, c.scheduler, c.steps, c.nfe, c.num_samples) for c in first.cells] == [
+        (model, "DDIM", steps, steps, 70) for model in ("first", "second") for steps in (1, 2)
+    ]
+    assert set(first.likelihoods) == {"first", "second"}
+    assert first.reference == "100 held-out images"
+    assert first.num_floor == 100
+    assert not first.is_fid
+    with (out / "results.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 5
+    for name in ("table.md", "index.html", "quality_nfe.png", "quality_seconds.png", "loss_by_sigma.png"):
+        assert (out / name).stat().st_size > 500
+    grid = Picture.open(out / "samples" / "DDIM-2.png")
+    assert grid.size == (10 * 64, 2 * 64)  # a row for each model
+    said = capsys.readouterr().out
+    assert "| first | DDIM |" in said
+    assert "FID" not in said
+
+    drawn.clear()
+    evaluate.run(*arguments(models, out))
+    assert drawn == []
+    assert without_time(load(out)) == without_time(first)
+    evaluate.run(*arguments(models, out, "--nfe", "2,3", "--num_samples", 100))
+    missing = [(2, 3), (3, 0), (3, 1), (3, 2), (3, 3)]  # (steps, batch)
+    assert sorted(drawn) == [(model, *which) for model in ("first", "second") for which in missing]
+
+    drawn.clear()
+    save(models[1], seed=7)  # trained on, in the same folder
+    evaluate.run(*arguments(models, out))
+    assert {model for model, _, _ in drawn} == {"second"}
+    changed = load(out)
+    assert changed.cells[0] == first.cells[0]
+    assert changed.cells[2] != first.cells[2]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(evaluate, models, tmp_path, monkeypatch):
+    evaluate.run(*arguments(models, tmp_path / "whole"))
+    calls, inner = [], Drawing._draw
+
+    def interrupted(self, batch):
+        calls.append(batch)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return inner(self, batch)
+
+    monkeypatch.setattr(Drawing, "_draw", interrupted)
+    with pytest.raises(SystemExit, match="interrupted"):
+        evaluate.run(*arguments(models, tmp_path / "halves"))
+    assert not (tmp_path / "halves" / "results.json").exists()
+    evaluate.run(*arguments(models, tmp_path / "halves"))
+    assert len(calls) == 8 + 12 - 7
+    assert without_time(load(tmp_path / "halves")) == without_time(load(tmp_path / "whole"))
+
+
+def test_two_processes_get_what_one_gets(evaluate, models, tmp_path):
+    evaluate.run(*arguments(models, tmp_path / "one"))
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    command = [*launch, *map(str, arguments(models, tmp_path / "two"))]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert without_time(load(tmp_path / "two")) == without_time(load(tmp_path / "one"))
+    files = {p.relative_to(tmp_path / "two") for p in (tmp_path / "two").rglob("*") if p.is_file()}
+    assert files == {p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file()}
+
+
+def test_a_model_that_copies_is_found_out(evaluate, models, tmp_path, monkeypatch):
+    """Its samples are training images: all are copies, and precision is that of the training images."""
+    real = evaluate.load_real_images
+    training = []
+
+    def remember(*args):
+        training.append(real(*args).training.images)
+        return real(*args)
+
+    def steal(self, batch):
+        images = ((training[0][batch * 32 :][:32] + 1) * 127.5).round().to(torch.uint8)
+        return images, Counted(nfe=1.0, seconds=0.1, out_of_range=0.0)
+
+    monkeypatch.setattr(evaluate, "load_real_images", remember)
+    monkeypatch.setattr(Drawing, "_draw", steal)
+    evaluate.run(*arguments(models[:1], tmp_path / "out", "--nfe", "1", "--reference", "train"))
+    (cell,) = load(tmp_path / "out").cells
+    assert cell.quality.copies == 1.0
+    assert cell.quality.precision == 1.0
+    assert cell.quality.frechet.low <= 0 or cell.quality.frechet.estimate < 0.05
+    assert load(tmp_path / "out").floor.copies < 0.2
+    grid = np.asarray(Picture.open(next((tmp_path / "out" / "samples").glob("nearest-*"))), dtype=int)
+    assert np.abs(grid[:64] - grid[64:]).max() <= 1  # the images below are those above
+
+
+def test_short_of_images_there_is_no_frechet_distance(evaluate, models, tmp_path, capsys):
+    """64 pixels; 30 reference images."""
+    evaluate.run(*arguments(models[:1], tmp_path / "out", "--max_validation_samples", 60))
+    assert "30 images are fewer than 64 features" in capsys.readouterr().out
+    cell = load(tmp_path / "out").cells[0]
+    assert np.isnan(cell.quality.frechet.estimate)
+    assert np.isfinite(cell.quality.kernel.estimate)
+    assert cell.quality.copies is None  # 60 held-out images do not tell 1%
+    assert "kernel distance" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--schedulers", "DDIM,EDMEuler"), "cannot take EDMEulerScheduler"),
+        (("--schedulers", "Foo"), "there is no FooScheduler"),
+        (("--nfe", "5,x"), "whole numbers"),
+        (("--nfe", "0"), "at least 1"),
+        (("--num_samples", 10), "at least 20"),
+        (("--names", "a"), "2 different names"),
+        (("--names", "a", "a"), "2 different names"),
+        (("--extractor", "nope"), "unknown extractor"),
+        (("--extractor", "no.such:Thing"), "no.such"),
+        (("--max_validation_samples", 30), "15 images, and an interval needs 20"),
+        (("--ode_images", 1), "at least 2"),
+        (("--resolution", 9), "does not fit the model"),
+        (("--caption_column", "text"), "no column|takes no prompts"),
+        (("--streaming",), "leave it away"),
+        (("--guidance_scale", "nan"), "finite"),
+    ],
+)
+def test_bad_arguments_end_with_a_message(evaluate, models, tmp_path, more, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        evaluate.run(*arguments(models, tmp_path / "out", *more))
+    assert re.search(message, f"{ended.value} {capsys.readouterr().err}")
+
+
+def test_models_that_do_not_fit_each_other_or_are_broken_are_refused(evaluate, models, tmp_path, capsys):
+    larger = save(tmp_path / "larger", sample_size=16)
+    with pytest.raises(SystemExit, match="first: 1 x 8 x 8, larger: 1 x 16 x 16"):
+        evaluate.run(*arguments([models[0], larger], tmp_path / "out"))
+    with pytest.raises(SystemExit):
+        evaluate.run("--dataset_name", "digits")
+    assert "name the models: --pretrained_model_name_or_path" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="could not be loaded"):
+        evaluate.run(*arguments([tmp_path / "nowhere"], tmp_path / "out"))
+    next((models[0] / "unet").glob("*.safetensors")).unlink()
+    with pytest.raises(SystemExit, match="could not be loaded"):
+        evaluate.run(*arguments(models, tmp_path / "out"))
+
+
+def test_edm_models_and_guidance(evaluate, tmp_path):
+    torch.manual_seed(0)
+    pipeline = ClassConditionalPipeline(tiny_unet(num_class_embeds=11), EDMEulerScheduler(), null_class=10)
+    pipeline.save_pretrained(tmp_path / "model")
+    more = ("--schedulers", "own,EDMDPMSolverMultistep", "--nfe", "3", "--guidance_scale", 2)
+    evaluate.run(*arguments([tmp_path / "model"], tmp_path / "out", *more))
+    cells = load(tmp_path / "out").cells
+    assert [(c.scheduler, c.steps, c.nfe) for c in cells] == [("EDMEuler", 3, 6), ("EDMDPMSolverMultistep", 3, 6)]
+
+
+def test_text_to_image_pipelines_draw_from_captions(evaluate, captioned, tmp_path):  # noqa: F811
+    tiny_stable_diffusion(tmp_path / "parts").save_pretrained(tmp_path / "model")
+    data = ("--dataset_name", captioned, "--reference", "train", "--caption_column", "text")
+    options = ("--extractor", "pixels", "--num_samples", 20, "--train_batch_size", 10, "--nfe", "2")
+    evaluate.run("--pretrained_model_name_or_path", tmp_path / "model", *data, *options, "--output_dir", tmp_path / "o")
+    (cell,) = load(tmp_path / "o").cells
+    assert (cell.nfe, cell.num_samples) == (2, 20)
+    assert load(tmp_path / "o").likelihoods == {}
+
+
+def test_the_card_of_a_local_model_gets_the_results(evaluate, models, tmp_path, capsys):
+    (models[0] / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n")
+    evaluate.run(*arguments(models[:1], tmp_path / "out", "--push_to_hub"))
+    card = ModelCard.load(models[0] / "README.md", ignore_metadata_errors=False)
+    assert card.data.license == "mit"
+    found = {r.metric_type: r for r in card.data.eval_results if (r.metric_args or {}).get("nfe") == 2}
+    measured = load(tmp_path / "out").cells[1].quality
+    assert found["frechet_distance"].metric_value == pytest.approx(measured.frechet.estimate)
+    assert "fid" not in found
+    assert "hf upload" in capsys.readouterr().out
+
+
+def test_results_reach_the_hub_and_a_failure_keeps_them(models, tmp_path):
+    """In a process of its own: the client reads the Hub's address when it is imported."""
+    with HubServer() as hub:
+        push = (
+            "import sys; from huggingface_hub import HfApi; api = HfApi(); api.create_repo('tester/first'); "
+            "api.upload_folder(repo_id='tester/first', folder_path=sys.argv[1])"
+        )
+        env = hub.environment(tmp_path)
+        subprocess.run([sys.executable, "-c", push, str(models[0])], env=env, check=True, capture_output=True)
+        options = arguments(["tester/first"], tmp_path / "out", "--nfe", "1", "--push_to_hub")
+        command = [sys.executable, str(SCRIPT), *map(str, options)]
+        hub.fail("POST .*/commit/", status=403, times=99)
+        failed = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert failed.returncode == 3, failed.stderr
+        assert "were not pushed to tester/first" in failed.stderr
+        assert TOKEN not in failed.stderr + failed.stdout
+        assert (tmp_path / "out" / "results.json").exists()
+    shutil.rmtree(tmp_path / "out" / "drawn")
+
+
+def test_a_data_set_without_held_out_images(evaluate, models, tmp_path):
+    with tempfile.TemporaryDirectory() as folder:
+        images = [np.random.default_rng(i).integers(0, 255, (8, 8), dtype=np.uint8) for i in range(80)]
+        data = Dataset.from_dict({"image": images}, features=Features({"image": Image()}))
+        data.to_parquet(f"{folder}/train.parquet")
+        more = ("--dataset_name", f"{folder}/train.parquet", "--nfe", "1", "--likelihood_images", 0)
+        with pytest.raises(SystemExit, match="no held-out split"):
+            evaluate.run(*arguments(models[:1], tmp_path / "out", *more))
+        evaluate.run(*arguments(models[:1], tmp_path / "out", *more, "--reference", "train"))
+    found = load(tmp_path / "out")
+    assert (found.num_reference, found.num_floor) == (40, 40)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["likelihoods"] == {}
