@@ -181,7 +181,7 @@ Arguments = TypeVar("Arguments", bound=DataArguments)
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Make a script's `main` end with the message of an `InputError` or `TrainingStopped`; Ctrl-C without a traceback."""
+    """Make a script's `main` end with the message of an `InputError` or `TrainingStopped`; no traceback on Ctrl-C."""
 
     @functools.wraps(main)
     def run() -> None:
