@@ -77,7 +77,7 @@ class Budget:
 
 BUDGETS = {
     "digits": Budget(800, 200, 1000, "train"),
-    "mnist": Budget(1500, 200, 1000, "held_out", ("--train_batch_size", "64")),
+    "mnist": Budget(1500, 200, 500, "held_out", ("--train_batch_size", "64")),
     "cifar10": Budget(20_000, 2000, 5000, "held_out", ("--mixed_precision", "bf16", "--allow_tf32")),
 }
 
@@ -190,8 +190,10 @@ class Lab:
         return self.train("reflected", "train_reflected.py", self.budget.steps, 3, *self.CLASSES, *law)
 
     def _tuning(self, name: str, script: str, steps: int, cost: float, *options: str) -> Path:
-        tuned = ("--pretrained_model_name_or_path", str(self.baseline), "--lr_scheduler", "constant_with_warmup")
-        return self.train(name, script, steps, cost, *tuned, "--learning_rate", "2e-4", *options)
+        """To a learning rate of 0: at a constant one the last steps are noise that hides what is compared."""
+        tuned = ("--pretrained_model_name_or_path", str(self.baseline), "--lr_scheduler", "cosine")
+        rate = ("--learning_rate", "2e-4", "--lr_warmup_steps", "10")
+        return self.train(name, script, steps, cost, *tuned, *rate, *options)
 
     @cached_property
     def trained_on(self) -> Path:

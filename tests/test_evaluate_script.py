@@ -108,6 +108,13 @@ def test_everything_is_written_and_nothing_is_drawn_twice(evaluate, models, tmp_
     assert changed.cells[2] != first.cells[2]
 
 
+def test_lists_are_read_from_a_file_too(evaluate, models, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"pretrained_model_name_or_path: [{models[0]}, {models[1]}]\nnames: [a, b]\n")
+    found = evaluate.parse_arguments(evaluate.EvaluationArguments, ["--config", str(tmp_path / "run.yaml")])
+    assert found.names == ["a", "b"]
+    assert found.pretrained_model_name_or_path == list(map(str, models))
+
+
 def test_an_interrupted_run_goes_on_to_the_same_result(evaluate, models, tmp_path, monkeypatch):
     evaluate.run(*arguments(models, tmp_path / "whole"))
     calls, inner = [], Drawing._draw

@@ -217,13 +217,18 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
         of_preset = PRESETS[preset].arguments if preset else {}
         values = {name: value for name, value in of_preset.items() if name in known} | file
         # Put in front of the command line, they are checked and converted alike, and what comes later wins.
-        argv = [f"--{name}={value}" for name, value in values.items() if value is not None] + argv
+        words = [_words(name, value) for name, value in values.items() if value is not None]
+        argv = [word for part in words for word in part] + argv
         args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
         for name in (word.split("=")[0] for word in unknown):
             raise InputError(f"unknown argument {name!r}{_hint(name.lstrip('-'), kind)}")
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def _words(name: str, value: Any) -> list[str]:
+    return [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
 
 
 @dataclass
