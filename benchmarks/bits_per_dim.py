@@ -77,7 +77,7 @@ def main() -> None:
     report(f"bound at sigma_min = {sigma_min:.4g}", torch.cat([bound.total for bound in bounds]))
     if args.ode:
         some = {name: value[: args.ode] for name, value in told.items()}
-        options = {"divergence": "hutchinson", "generator": generator, "rtol": 1e-3, "atol": 1e-3}
+        options = {"divergence": "hutchinson", "generator": generator, "rtol": 1e-4, "atol": 1e-4}
         report("ODE, Hutchinson", log_likelihood(model, x[: args.ode], sigma_min, sigma_max, **options, **some))
     if isinstance(model, ReflectedModel):
         for sigma in (0.05, 0.2, 1.0):

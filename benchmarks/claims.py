@@ -445,9 +445,11 @@ METHODS: dict[str, Callable[[Lab], Iterator[Row]]] = {
 }
 
 
-def verdict(difference: Interval, better: bool) -> str:
+def verdict(difference: Interval, better: bool, claimed: bool = True) -> str:
+    """By the side of 0 that the interval lies on; `claimed`: a paper says so, or we have only asked."""
     low, high = (difference.low, difference.high) if better else (-difference.high, -difference.low)
-    return REPRODUCED if high < 0 else NOT_REPRODUCED if low > 0 else TOO_SMALL
+    words = (REPRODUCED, NOT_REPRODUCED) if claimed else ("better", "worse")
+    return words[0] if high < 0 else words[1] if low > 0 else TOO_SMALL
 
 
 # the table
@@ -497,7 +499,7 @@ def main() -> None:
             command = f"python benchmarks/claims.py --preset {args.preset} {data}--methods {method}"
             found = []
             for paper, claim, theirs, (ours, difference), better in METHODS[method](lab):
-                said = verdict(difference, better)
+                said = verdict(difference, better, bool(paper))
                 found.append(asdict(Result(method, paper, claim, theirs, ours, difference, said, command)))
                 print(f"{method}: {claim}: {ours}, {said}", flush=True)
             rows = [row for row in rows if row["method"] != method] + found

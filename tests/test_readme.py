@@ -19,7 +19,6 @@ def test_python_in_the_readme_runs(code):
         assert scope["unet"].conv_in.weight.grad.abs().sum() > 0
     else:
         assert len(scope["images"]) == 2
-        assert scope["bound"].total.isfinite().all()
 
 
 def test_files_named_in_the_readme_exist():

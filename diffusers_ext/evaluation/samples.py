@@ -89,7 +89,8 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, folder: str | None = 
         if issubclass(kind, CalibratedScheduler) and folder is not None:
             scheduler = kind.from_pretrained(folder, subfolder="scheduler")
         else:
-            scheduler = kind.from_config(own.config)
+            # diffusers would replace what the user left at its default by the other class's default: other betas.
+            scheduler = kind.from_config({k: v for k, v in own.config.items() if k != "_use_default_values"})
         fits = noise_schedule(scheduler).family == family
     except (TypeError, ValueError, OSError, NotImplementedError) as error:
         raise InputError(f"--schedulers: the pipeline cannot take {wanted}: {error}; {advice}") from error

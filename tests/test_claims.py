@@ -1,0 +1,80 @@
+"""`benchmarks/claims.py`: the verdicts, the table and the paired intervals. Truth: samples of laws that are known."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from diffusers_ext.metrics import Interval
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def claims(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.delitem(sys.modules, "trained", raising=False)
+    spec = importlib.util.spec_from_file_location("claims", BENCHMARKS / "claims.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "claims", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_verdict_is_the_side_of_zero_that_the_interval_lies_on(claims):
+    less, more, both = Interval(-2, -3, -1), Interval(2, 1, 3), Interval(-1, -3, 1)
+    assert claims.verdict(less, better=True) == "reproduced"
+    assert claims.verdict(more, better=True) == "not reproduced"
+    assert claims.verdict(both, better=True) == "too small to tell"
+    assert claims.verdict(more, better=False) == "reproduced"  # the claim is harm
+    assert claims.verdict(less, better=False) == "not reproduced"
+    assert claims.verdict(less, better=True, claimed=False) == "better"
+    assert claims.verdict(more, better=True, claimed=False) == "worse"
+
+
+def test_a_difference_is_paired(claims):
+    """x and x + c against N(0, I): the distances are 0 and |c|^2, and what x has by chance is in both."""
+    generator = torch.Generator().manual_seed(1)
+    x, reference = (torch.randn(2000, 8, generator=generator) for _ in range(2))
+    lab = SimpleNamespace(reference=reference)
+    words, difference = claims.Lab.compare(lab, x + 0.3, x)
+    assert difference.low < 8 * 0.3**2 < difference.high
+    assert words.startswith("Frechet distance ")
+    before, after = (float(word) for word in words.removeprefix("Frechet distance ").split(" → "))
+    assert after - before == pytest.approx(0.72, abs=0.2)  # from the baseline to the method
+    _, paired = claims.Lab.compare(lab, 1.01 * x, x)
+    _, unpaired = claims.Lab.compare(lab, 1.01 * x, torch.randn(2000, 8, generator=generator))
+    assert paired.high - paired.low < 0.5 * (unpaired.high - unpaired.low)
+
+
+def test_the_page_shows_all_rows_and_what_is_missing(claims, tmp_path):
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "claims" / "HEAD.md").write_text("# Claims\n")
+    row = {
+        "method": "calibrated", "paper": "2302.10688", "claim": "It helps", "theirs": "FID 2 → 1", "ours": "3 → 2.5",
+        "difference": [-0.5, -0.75, -0.25], "verdict": "reproduced", "command": "python benchmarks/claims.py",
+    }  # fmt: skip
+    (tmp_path / "claims" / "digits.json").write_text(json.dumps({"rows": [row], "described": "500 samples"}))
+    claims.write_table(tmp_path)
+    text = (tmp_path / "claims.md").read_text()
+    assert text.startswith("# Claims\n")
+    line = next(line for line in text.splitlines() if "It helps" in line)
+    assert "https://arxiv.org/abs/2302.10688" in line
+    assert "-0.5 (-0.75 to -0.25) | reproduced" in line
+    assert "Not measured yet: consistency, reflected, short_time, observation, combinations, control." in text
+    assert text.count("## ") == 3
+    assert "500 samples" in text
+
+
+def test_no_page_is_older_than_its_numbers(claims, tmp_path):
+    """docs/claims.md is what the committed results make of it."""
+    docs = BENCHMARKS.parent / "docs"
+    (tmp_path / "claims").mkdir()
+    for file in (docs / "claims").iterdir():
+        (tmp_path / "claims" / file.name).write_text(file.read_text())
+    claims.write_table(tmp_path)
+    assert (tmp_path / "claims.md").read_text() == (docs / "claims.md").read_text()
