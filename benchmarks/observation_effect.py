@@ -9,8 +9,8 @@
     <projection>  train_observation.py from the baseline for as many steps, with each of `--projections`; the last
                   pipeline (`--frechet_samples 0`), or with `--choose_best` the best on the run's own held-out images
 
-Fine-tuning has a constant learning rate, `--tuning_learning_rate`. Frechet distance, precision and recall (k = 3) of a
-small classifier's features to held-out images, the same noise for all; "real" is that of as many training images. NFE
+The learning rate of fine-tuning goes from `--tuning_learning_rate` to 0. Frechet distance, precision and recall (k = 3)
+of a small classifier's features to held-out images, the same noise for all; "real" is that of as many training images. NFE
 counts evaluations of the network. Writes results.jsonl (what is there is not measured again), table.md and quality.png.
 """
 
@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--preset", default="digits")
     parser.add_argument("--tuning_steps", type=int, default=400)
     parser.add_argument("--tuning_learning_rate", type=float, default=2e-4)
+    parser.add_argument("--tuning_lr_scheduler", default="cosine", help="constant_with_warmup: the end is noisy")
     parser.add_argument("--time_ratio", type=float, default=1.6, help="of a step; observation_cost.py measures it")
     parser.add_argument("--projections", nargs="+", default=["euler", "random"], choices=["euler", "heun", "random"])
     parser.add_argument("--choose_best", action="store_true")
@@ -127,7 +128,7 @@ def main() -> None:
 
     train("train_consistency.py", out / "baseline", [*for_training, "--consistency_weight", "0"])
     tuning = [*for_training, "--pretrained_model_name_or_path", str(out / "baseline")]
-    tuning += ["--lr_scheduler", "constant_with_warmup", "--learning_rate", str(args.tuning_learning_rate)]
+    tuning += ["--lr_scheduler", args.tuning_lr_scheduler, "--learning_rate", str(args.tuning_learning_rate)]
     as_long = ["--consistency_weight", "0", "--max_train_steps", str(round(args.tuning_steps * args.time_ratio))]
     train("train_consistency.py", out / "trained-on", [*tuning, *as_long])
     tuning += ["--max_train_steps", str(args.tuning_steps)]
