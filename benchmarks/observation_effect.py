@@ -10,8 +10,9 @@
                   pipeline (`--frechet_samples 0`), or with `--choose_best` the best on the run's own held-out images
 
 The learning rate of fine-tuning goes from `--tuning_learning_rate` to 0. Frechet distance, precision and recall (k = 3)
-of a small classifier's features to held-out images, the same noise for all; "real" is that of as many training images. NFE
-counts evaluations of the network. Writes results.jsonl (what is there is not measured again), table.md and quality.png.
+of a small classifier's features to held-out images, the same noise for all; "real" is that of as many training images.
+NFE counts evaluations of the network. Writes results.jsonl (what is there is not measured again), table.md and
+quality.png.
 """
 
 import argparse
