@@ -109,7 +109,8 @@ def jackknife(
     Of `kernel_distance`, which has none, it gives the interval; too wide a one where the two laws are the same.
 
     Args:
-        features_1, features_2: (n_1, d) and (n_2, d), independent samples; each set is dealt out to the groups in turn.
+        features_1, features_2: (n_1, d) and (n_2, d), independent samples; each set is dealt out to the groups at random
+            (always alike).
         groups: g of the module's docstring; the function is called g + 1 times.
         level: of the interval.
 
@@ -119,7 +120,10 @@ def jackknife(
     n = min(len(features_1), len(features_2))
     if groups < 2 or n < 2 * groups:
         raise ValueError(f"the jackknife needs 2 groups of 2 samples at least: {groups} groups of {n} samples")
-    whole, member = function(features_1, features_2), [torch.arange(len(f)) % groups for f in (features_1, features_2)]
+    # At random: in turn, samples whose classes come in turn would leave out a class at a time.
+    generator = torch.Generator().manual_seed(0)
+    member = [torch.randperm(len(f), generator=generator) % groups for f in (features_1, features_2)]
+    whole = function(features_1, features_2)
     left_out = [function(features_1[member[0] != j], features_2[member[1] != j]) for j in range(groups)]
     values = groups * whole - (groups - 1) * torch.tensor(left_out, dtype=torch.float64)
     return student_interval(values, level)

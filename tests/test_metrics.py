@@ -296,3 +296,13 @@ def test_no_matrix_of_all_pairs_is_in_memory(monkeypatch, function):
     with Largest() as largest:
         function(a, b)
     assert 1600 < largest.entries <= 5000
+
+
+def test_the_jackknife_takes_samples_whose_classes_come_in_turn():
+    """Ten classes far apart, the same law on both sides: leaving a class out at a time would give a distance below 0."""
+    generator = torch.Generator().manual_seed(0)
+    centres = 10 * torch.randn(10, 8, generator=generator)
+    a, b = (centres.repeat(60, 1) + torch.randn(600, 8, generator=generator) for _ in range(2))
+    found = jackknife(frechet_distance, a, b)
+    assert found.low < 0 < found.high
+    assert abs(found.estimate) < 1  # of a trace of 800
