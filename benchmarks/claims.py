@@ -21,8 +21,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ from diffusers_ext import (
 from diffusers_ext.evaluation import (
     Drawing,
     MeasureArguments,
-    fingerprint,
     load_real_images,
+    pipeline_fingerprint,
     sampler_for,
     steps_for,
     swap_scheduler,
@@ -114,8 +115,9 @@ class Lab:
         self.for_training = ["--preset", args.preset, *self.budget.options, *for_training]
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
-        known = {"--preset", "--dataset_name", "--cache_dir", "--resolution"}
-        pairs = zip(self.for_training, self.for_training[1:], strict=False)
+        words = [word for argument in self.for_training for word in argument.split("=", 1)]
+        known = {f"--{f.name}" for f in fields(MeasureArguments)} - {"--train_batch_size", "--seed"}
+        pairs = pairwise(words)
         data = [word for name, value in pairs if name in known for word in (name, value)]
         self.measured = parse_arguments(MeasureArguments, [*data, "--reference", self.budget.reference])
         self.pipelines: dict[str, Any] = {}
@@ -234,14 +236,12 @@ class Lab:
         return torch.cat([self.extractor(part).cpu() for part in images.split(500)])
 
     def draw(self, pipeline: Any, scheduler: Any, nfe: int, guidance: float = 1.0) -> Drawing:
-        steps, n, old = steps_for(scheduler, nfe), self.budget.samples, pipeline.scheduler
-        weights = fingerprint(pipeline.unet)
-        drawing = Drawing("model", pipeline, weights, scheduler, steps, n, min(250, n), self.args.seed, guidance)
+        steps, n, identity = steps_for(scheduler, nfe), self.budget.samples, pipeline_fingerprint(pipeline)
+        drawing = Drawing("model", pipeline, identity, scheduler, steps, n, min(250, n), self.args.seed, guidance)
         folder = self.out / "drawn"
         with tqdm(total=n, desc=drawing.name, unit="image", leave=False) as bar:
             drawing.draw(folder, bar=bar)
         drawing.extract(folder, self.extractor)
-        pipeline.scheduler = old
         if time.monotonic() > self.deadline:
             raise OutOfTime
         return drawing

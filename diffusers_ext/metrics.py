@@ -109,8 +109,8 @@ def jackknife(
     Of `kernel_distance`, which has none, it gives the interval; too wide a one where the two laws are the same.
 
     Args:
-        features_1, features_2: (n_1, d) and (n_2, d), independent samples; each set is dealt out to the groups at random
-            (always alike).
+        features_1, features_2: (n_1, d) and (n_2, d), independent samples; each set is dealt out to the groups at
+            random, always alike.
         groups: g of the module's docstring; the function is called g + 1 times.
         level: of the interval.
 

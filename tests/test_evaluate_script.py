@@ -200,6 +200,7 @@ def test_short_of_images_there_is_no_frechet_distance(evaluate, models, tmp_path
         (("--caption_column", "text"), "no column|takes no prompts"),
         (("--streaming",), "leave it away"),
         (("--guidance_scale", "nan"), "finite"),
+        (("--guidance_scale", 2), "no null class"),
     ],
 )
 def test_bad_arguments_end_with_a_message(evaluate, models, tmp_path, more, message, capsys):

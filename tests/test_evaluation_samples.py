@@ -1,5 +1,8 @@
 """What is drawn, counted and kept. Truth: the exact network of Gaussian pixels: DDIM is linear in the noise."""
 
+import os
+import subprocess
+import sys
 from itertools import pairwise
 from math import erf, exp, log, log2, pi, sqrt
 
@@ -24,8 +27,8 @@ from diffusers_ext.evaluation import (
     Drawing,
     Manifold,
     MeasureArguments,
-    fingerprint,
     likelihood,
+    pipeline_fingerprint,
     quality,
     sampler_for,
     steps_for,
@@ -63,7 +66,7 @@ def exact_pipeline(scheduler=SCHEDULER, **config):
 
 
 def drawing(pipeline, steps=5, n=2000, batch_size=500, **options):
-    weights = fingerprint(pipeline.unet)
+    weights = pipeline_fingerprint(pipeline)
     return Drawing("exact", pipeline, weights, pipeline.scheduler, steps, n, batch_size, **options)
 
 
@@ -133,7 +136,7 @@ def test_likelihood_of_the_exact_model_is_that_of_its_law(max_diffusion_time):
     assert len(found.sigmas) == len(found.eps_mse) > 3
 
 
-def test_guidance_evaluates_twice_and_classes_come_in_turn(tmp_path):
+def test_guidance_evaluates_twice_and_classes_are_drawn_at_random(tmp_path):
     seen = []
 
     class Labelled(ExactUNet):
@@ -144,10 +147,13 @@ def test_guidance_evaluates_twice_and_classes_come_in_turn(tmp_path):
     unet = Labelled.from_config(tiny_unet(sample_size=4, num_class_embeds=4).config)
     pipeline = ClassConditionalPipeline(unet, SCHEDULER, null_class=3)
     pipeline.set_progress_bar_config(disable=True)
-    one = drawing(pipeline, 2, n=5, batch_size=5, guidance_scale=2.0)
+    one = drawing(pipeline, 2, n=300, batch_size=300, guidance_scale=2.0)
     one.draw(tmp_path)
     assert one.counted(tmp_path).nfe == 4
-    assert seen[0] == [0, 1, 2, 0, 1, 3, 3, 3, 3, 3]
+    classes = torch.tensor(seen[0][:300])
+    assert seen[0][300:] == [3] * 300
+    assert (classes.bincount() / 300 - 1 / 3).abs().max() < 0.1
+    assert classes[:-1].eq(classes[1:]).float().mean() > 0.2  # not in turn
 
 
 def test_nothing_is_drawn_twice_and_no_batch_depends_on_the_others(tmp_path, monkeypatch):
@@ -213,6 +219,58 @@ def test_images_are_rounded_to_8_bits(tmp_path):
     assert next(one.images(tmp_path))[0, 0, 0].tolist() == [0, 0, 1, 255]
 
 
+def test_values_that_are_not_finite_are_out_of_range(tmp_path):
+    pipeline = exact_pipeline()
+    pipeline.unet.forward = lambda x, t, **_: UNet2DOutput(sample=x * float("nan"))
+    one = drawing(pipeline, 2, n=2, batch_size=2)
+    one.draw(tmp_path)
+    assert one.counted(tmp_path).out_of_range == 1.0
+
+
+def test_a_pipeline_is_known_alike_in_every_process_and_otherwise_by_all_its_parts(tmp_path):
+    """diffusers keeps the names of defaults in a set, whose order changes from process to process."""
+    ClassConditionalPipeline(tiny_unet(), DDIMScheduler()).save_pretrained(tmp_path)
+    code = (
+        "import sys, diffusers_ext; from diffusers import DiffusionPipeline; from diffusers_ext.evaluation import *;"
+        "p = DiffusionPipeline.from_pretrained(sys.argv[1]);"
+        "print(Drawing('a', p, pipeline_fingerprint(p), swap_scheduler(p, 'DPMSolverMultistep'), 3, 10, 10).name)"
+    )
+    names = set()
+    for seed in ("1", "2", "3"):
+        env = os.environ | {"PYTHONHASHSEED": seed}
+        names.add(subprocess.check_output([sys.executable, "-c", code, str(tmp_path)], env=env, text=True))
+    assert len(names) == 1
+
+    pipeline = exact_pipeline()
+    known = {pipeline_fingerprint(pipeline)}
+    pipeline.unet.register_to_config(sample_size=8)
+    known.add(pipeline_fingerprint(pipeline))
+    known.add(pipeline_fingerprint(ClassConditionalPipeline(tiny_unet(num_class_embeds=4), SCHEDULER, null_class=3)))
+    known.add(pipeline_fingerprint(ClassConditionalPipeline(tiny_unet(num_class_embeds=4), SCHEDULER)))
+    assert len(known) == 4
+
+
+def test_samplers_that_draw_without_the_generator_are_reproducible(tmp_path):
+    """diffusers' LDM passes none to its scheduler; the global state is left alone."""
+
+    class Careless(ClassConditionalPipeline):
+        def __call__(self, **options):
+            output = super().__call__(**options)
+            output.images[:] = torch.rand(output.images.shape).numpy()
+            return output
+
+    pipeline = Careless(exact_pipeline().unet, SCHEDULER)
+    pipeline.set_progress_bar_config(disable=True)
+    one = drawing(pipeline, 1, n=4, batch_size=2)
+    one.draw(tmp_path / "a")
+    before = torch.random.get_rng_state()
+    torch.rand(1)
+    one.draw(tmp_path / "b", 1, 2)
+    one.draw(tmp_path / "b", 0, 2)
+    assert torch.equal(torch.cat(list(one.images(tmp_path / "a"))), torch.cat(list(one.images(tmp_path / "b"))))
+    torch.random.set_rng_state(before)
+
+
 # schedulers
 
 
@@ -261,9 +319,8 @@ def test_a_short_time_pipeline_keeps_its_time():
     swapped = swap_scheduler(pipeline, "DPMSolverMultistep")
     assert type(swapped).__name__ == "ShortTimeDPMSolverMultistepScheduler"
     assert swapped.config.max_diffusion_time == 0.6
-    weights = fingerprint(pipeline.unet)
     without = short_time_pipeline(ClassConditionalPipeline(pipeline.unet, SCHEDULER), 0.6)
-    names = {Drawing("a", p, weights, swapped, 3, 10, 10).name for p in (pipeline, without)}
+    names = {Drawing("a", p, pipeline_fingerprint(p), swapped, 3, 10, 10).name for p in (pipeline, without)}
     assert len(names) == 2
 
 

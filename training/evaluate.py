@@ -9,17 +9,21 @@ file, index.html. An evaluation that was stopped, or is repeated with more model
 only what is missing. `--help` lists every argument.
 """
 
+import hashlib
+import importlib.util
 import math
 import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -34,11 +38,11 @@ from diffusers_ext.evaluation import (
     Manifold,
     MeasureArguments,
     RealImages,
-    fingerprint,
     likelihood,
     load_real_images,
     markdown_table,
     network_and_autoencoder,
+    pipeline_fingerprint,
     push_model_index,
     quality,
     sampler_for,
@@ -48,12 +52,13 @@ from diffusers_ext.evaluation import (
     write_report,
 )
 from diffusers_ext.extractors import Extractor, default_extractor, make_extractor
+from diffusers_ext.interop import stored_scheduler
 from diffusers_ext.metrics import nearest
 from diffusers_ext.training import InputError, TrainingStopped, command, parse_arguments
 from diffusers_ext.training.arguments import arg
 from diffusers_ext.training.card import shown, shown_command
 from diffusers_ext.training.images import Numbered, load_images
-from diffusers_ext.training.models import image_format, image_grid, load_pipeline
+from diffusers_ext.training.models import classes_of, image_format, image_grid, load_pipeline, null_class_of
 from diffusers_ext.training.text import is_text_pipeline, text_image_format
 
 GRID_IMAGES = 10
@@ -98,6 +103,8 @@ class EvaluationArguments(MeasureArguments):
             raise InputError(f"--names must be {len(models)} different names, one for each model, got {names}")
         if self.num_samples < 20:
             raise InputError(f"--num_samples must be at least 20, got {self.num_samples}")
+        if self.ode_images > 0 and importlib.util.find_spec("torchdiffeq") is None:
+            raise InputError('--ode_images needs torchdiffeq: pip install "diffusers_ext[evaluate]", or --ode_images 0')
         if not math.isfinite(self.guidance_scale):
             raise InputError(f"--guidance_scale must be finite, got {self.guidance_scale}")
         levels(self)
@@ -120,11 +127,14 @@ def load(args: EvaluationArguments, device: torch.device) -> tuple[dict[str, Any
     for name, path in zip(args.names, args.pretrained_model_name_or_path, strict=True):
         dtype = getattr(torch, args.torch_dtype)
         pipeline = load_pipeline(path, args.revision, args.variant, args.cache_dir, dtype)
-        pipeline = sampler_for(pipeline).to(device)
+        pipeline = sampler_for(pipeline)
         pipeline.set_progress_bar_config(disable=True)
         network_and_autoencoder(pipeline)[0].eval().requires_grad_(False)
-        formats[name] = (text_image_format if is_text_pipeline(pipeline) else image_format)(pipeline, args.resolution)
-        pipelines[name] = pipeline
+        of_text = is_text_pipeline(pipeline)
+        formats[name] = (text_image_format if of_text else image_format)(pipeline, args.resolution)
+        if not of_text and args.guidance_scale != 1 and null_class_of(pipeline) is None:
+            raise InputError(f"--guidance_scale {args.guidance_scale}: {name} has no null class to guide away from")
+        pipelines[name] = pipeline.to(device)
     if len(set(formats.values())) > 1:
         listed = ", ".join(f"{name}: {channels} x {size} x {size}" for name, (channels, size) in formats.items())
         raise InputError(f"the models make different images, which cannot be compared: {listed}")
@@ -138,14 +148,15 @@ def drawings(args: EvaluationArguments, pipelines: dict[str, Any]) -> Iterator[D
     for (name, pipeline), path in zip(pipelines.items(), args.pretrained_model_name_or_path, strict=True):
         if prompts is not None and not is_text_pipeline(pipeline):
             raise InputError(f"--caption_column: {name} takes no prompts")
-        weights = fingerprint(network_and_autoencoder(pipeline)[0])
+        identity = pipeline_fingerprint(pipeline)
+        size = args.resolution if is_text_pipeline(pipeline) else None
         for wanted in dict.fromkeys(args.schedulers.split(",")):
             scheduler = swap_scheduler(pipeline, wanted.strip(), path)
             for steps in dict.fromkeys(steps_for(scheduler, nfe) for nfe in levels(args)):
                 yield Drawing(
                     name,
                     pipeline,
-                    weights,
+                    identity,
                     scheduler,
                     steps,
                     args.num_samples,
@@ -153,6 +164,7 @@ def drawings(args: EvaluationArguments, pipelines: dict[str, Any]) -> Iterator[D
                     args.seed,
                     args.guidance_scale,
                     prompts,
+                    size,
                 )
 
 
@@ -269,10 +281,20 @@ def likelihood_of(args: EvaluationArguments, drawing: Drawing, real: RealImages,
         return None
     if args.likelihood_images == args.ode_images == 0:
         return None
-    counts = args.likelihood_images, args.likelihood_evaluations, args.ode_images, args.seed
-    file = folder / f"likelihood-{'-'.join(map(str, counts))}-{drawing.model_id}.json"
+    images = real.floor if real.held_out is None else real.held_out
+    classes, null = classes_of(pipeline), null_class_of(pipeline)
+    if (
+        classes is not None
+        and not -(null is not None) <= int(images.labels.min()) <= int(images.labels.max()) < classes
+    ):
+        print(f"no likelihood of {drawing.model}: the labels of the data are not those of its {classes} classes")
+        return None
+    counts = args.likelihood_images, args.likelihood_evaluations, args.ode_images, args.seed, args.train_batch_size
+    key = hashlib.sha256(f"{counts}{drawing.identity}{sorted(stored_scheduler(pipeline.scheduler).items())}".encode())
+    for tensor in (images.images, images.labels):
+        key.update(tensor.numpy().tobytes())
+    file = folder / f"likelihood-{key.hexdigest()[:12]}.json"
     if not file.exists():
-        images = real.floor if real.held_out is None else real.held_out
         likelihood(pipeline, images, args).save(file)
     return Likelihood.load(file)
 
@@ -281,13 +303,13 @@ def publish(args: EvaluationArguments, evaluation: Evaluation) -> list[str]:
     """Write the results into the cards; what failed, in words."""
     failures = []
     for name, path in zip(args.names, args.pretrained_model_name_or_path, strict=True):
-        if Path(path).is_dir():
-            write_model_index(evaluation, name, Path(path) / "README.md")
-            print(f"the card in {path} has the results; it is not on the Hub: hf upload USER/NAME {path}")
-            continue
         try:
+            if Path(path).is_dir():
+                write_model_index(evaluation, name, Path(path) / "README.md")
+                print(f"the card in {path} has the results; it is not on the Hub: hf upload USER/NAME {path}")
+                continue
             push_model_index(evaluation, name, path, args.hub_token, args.output_dir)
-        except RuntimeError as error:
+        except (OSError, RuntimeError, ValueError) as error:
             failures.append(str(error))
     return failures
 
@@ -295,12 +317,13 @@ def publish(args: EvaluationArguments, evaluation: Evaluation) -> list[str]:
 @command
 def main() -> None:
     args = parse_arguments(EvaluationArguments)
-    accelerator, out = Accelerator(), Path(args.output_dir)
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))])
+    out = Path(args.output_dir)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     pipelines, channels, resolution = load(args, device)
-    drawn = list(drawings(args, pipelines))
+    drawn = list({drawing.name: drawing for drawing in drawings(args, pipelines)}.values())
     real = load_real_images(args, channels, resolution)
-    extractor = extractor_for(args, real, channels, resolution, device)
+    extractor = extractor_for(args, real, channels, resolution, device) if rank == 0 else None
 
     folder = out / "drawn"
     folder.mkdir(parents=True, exist_ok=True)
@@ -310,7 +333,6 @@ def main() -> None:
         for drawing in drawn:
             bar.set_postfix_str(f"{drawing.model}, {drawing.scheduler_name}, {drawing.steps} steps")
             drawing.draw(folder, rank, world, bar)
-            drawing.extract(folder, extractor, rank, world)
     first = {drawing.model: drawing for drawing in reversed(drawn)}
     for i, name in enumerate(pipelines):
         if i % world == rank:
@@ -318,7 +340,9 @@ def main() -> None:
     accelerator.wait_for_everyone()
 
     failures: list[str] = []
-    if accelerator.is_main_process:
+    if extractor is not None:  # on the main process
+        for drawing in tqdm(drawn, desc="features"):
+            drawing.extract(folder, extractor)
         likelihoods = {name: likelihood_of(args, first[name], real, folder) for name in pipelines}
         evaluation, pictures = measure(args, drawn, real, extractor, folder, device)
         evaluation.likelihoods = {name: one for name, one in likelihoods.items() if one is not None}

@@ -7,7 +7,7 @@ from .measures import Manifold, MeasureArguments, RealImages, likelihood, load_r
 from .model_index import push_model_index, write_model_index
 from .report import markdown_table, write_report
 from .results import Cell, Evaluation, Likelihood, Quality
-from .samples import OWN, Drawing, fingerprint, network_and_autoencoder, sampler_for, steps_for, swap_scheduler
+from .samples import OWN, Drawing, network_and_autoencoder, pipeline_fingerprint, sampler_for, steps_for, swap_scheduler
 
 __all__ = [
     "OWN",
@@ -19,11 +19,11 @@ __all__ = [
     "MeasureArguments",
     "Quality",
     "RealImages",
-    "fingerprint",
     "likelihood",
     "load_real_images",
     "markdown_table",
     "network_and_autoencoder",
+    "pipeline_fingerprint",
     "push_model_index",
     "quality",
     "sampler_for",

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,7 +31,7 @@ from ..metrics import (
 )
 from ..training.arguments import HeldOutArguments, InputError, arg
 from ..training.data import Images, first_images, seed_for
-from ..training.images import HubStream, Transform, load_images, load_validation_images
+from ..training.images import HubStream, ImageSource, Transform, load_images, load_validation_images
 from ..training.models import classes_of, null_class_of
 from ..training.results import loss_by_sigma
 from .results import Likelihood, Quality
@@ -68,10 +69,10 @@ class MeasureArguments(HeldOutArguments):
 
 @dataclass(frozen=True)
 class RealImages:
-    """Images in [-1, 1], (n, C, H, W), and their labels.
+    """Images in [-1, 1], (n, C, H, W), and their labels, in random order.
 
     Attributes:
-        training: all of them; the manifold that copies are looked for in.
+        training: what copies are looked for in; without held-out images half of it, the reference.
         reference: what samples are compared with.
         floor: what they can hope for.
         held_out: `None` where there are none.
@@ -95,13 +96,12 @@ def load_real_images(args: MeasureArguments, channels: int, resolution: int) -> 
     transform, n = Transform(resolution, channels), args.max_train_samples
     source, unseen = load_images(everything, args.train_split), load_validation_images(everything)
     assert not isinstance(source, HubStream)
-    held_out = None if unseen is None else first_images(unseen, args.max_validation_samples, transform)
-    training = _shuffled(first_images(source, len(source), transform), args.seed)
-    training = training if n is None else _part(training, 0, n)
+    held_out = None if unseen is None else _drawn(unseen, args.max_validation_samples, transform, args.seed)
+    training = _drawn(source, len(source) if n is None else n, transform, args.seed)
     if args.reference == "held_out":
         if held_out is None:
             raise InputError("the data have no held-out split: name it with --validation_split, or --reference train")
-        reference, floor = _halves(_shuffled(held_out, args.seed))
+        reference, floor = _halves(held_out)
     elif held_out is not None:
         reference, floor = training, held_out
     else:
@@ -117,9 +117,28 @@ def load_real_images(args: MeasureArguments, channels: int, resolution: int) -> 
     return RealImages(training, reference, floor, held_out, f"{len(reference.images)} {kind} images")
 
 
-def _shuffled(images: Images, seed: int) -> Images:
-    order = torch.randperm(len(images.images), generator=torch.Generator().manual_seed(seed_for(seed, _SPLIT)))
-    return Images(images.images[order], images.labels[order], images.unreadable)
+class _Chosen:
+    """Some images of a source, in random order: stored ones are often sorted by class."""
+
+    def __init__(self, source: ImageSource, n: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed_for(seed, _SPLIT))
+        self.source, self.order = source, torch.randperm(len(source), generator=generator)[:n].tolist()
+        self.labels = None if source.labels is None else [source.labels[i] for i in self.order]
+        self.class_names = source.class_names
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def open(self, index: int) -> Image.Image:
+        return self.source.open(self.order[index])
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.order[index])
+
+
+def _drawn(source: ImageSource | HubStream, n: int, transform: Transform, seed: int) -> Images:
+    assert not isinstance(source, HubStream)
+    return first_images(_Chosen(source, n, seed), n, transform)
 
 
 def _halves(images: Images) -> tuple[Images, Images]:
@@ -195,13 +214,14 @@ def likelihood(
     x = dequantize(images.images, generator)
     told, null = {}, null_class_of(pipeline)
     if classes_of(pipeline) is not None:
-        if null is not None and int(images.labels.min()) < 0:
-            images = replace(images, labels=torch.full_like(images.labels, null))
+        if null is not None:
+            images = replace(images, labels=images.labels.where(images.labels >= 0, null))
         told = {"class_labels": images.labels}
     bridge = getattr(pipeline, "bridge", None)
 
-    def bits(count: int, what: str, method: Any, **options: Any) -> Interval | None:
-        if count == 0:
+    def bits(asked: int, what: str, method: Any, **options: Any) -> Interval | None:
+        count = min(asked, len(x))
+        if count < 2:
             return None
         parts = []
         for first in tqdm(range(0, count, args.train_batch_size), desc=what, disable=not progress, unit="batch"):

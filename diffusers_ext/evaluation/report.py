@@ -61,7 +61,7 @@ def distance_name(evaluation: Evaluation) -> str:
 
 def _by_kernel(evaluation: Evaluation) -> bool:
     """Whether there is no Frechet distance, the images being fewer than the features."""
-    counts = [evaluation.num_reference, *(cell.num_samples for cell in evaluation.cells)]
+    counts = [evaluation.num_reference, evaluation.num_floor, *(cell.num_samples for cell in evaluation.cells)]
     return min(counts) < evaluation.num_features
 
 

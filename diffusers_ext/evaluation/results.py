@@ -145,7 +145,7 @@ class Evaluation:
 
 def write_aside(path: Path, content: bytes) -> None:
     """Write a file that is complete or absent at any time."""
-    aside = path.with_name(f".partial-{path.name}")
+    aside = path.with_name(f".partial-{os.getpid()}-{path.name}")
     aside.write_bytes(content)
     os.replace(aside, path)
 

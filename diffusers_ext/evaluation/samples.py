@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
+from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, DiTPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -81,7 +81,11 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, folder: str | None = 
         calibrated = "Calibrated" if wanted.startswith("Calibrated") else ""
         wanted = f"{calibrated}ShortTime{wanted.removeprefix('Calibrated')}"
     kind = getattr(diffusers_ext, wanted, None) or getattr(diffusers, wanted, None)
-    family, others = noise_schedule(own).family, sorted({k.__name__ for k in own.compatibles} - {type(own).__name__})
+    try:
+        family = noise_schedule(own).family
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--schedulers {name}: only {OWN!r} can be drawn with this pipeline: {error}") from error
+    others = sorted({k.__name__ for k in own.compatibles} - {type(own).__name__})
     advice = f"it is a {family} model, whose scheduler is {type(own).__name__}; others for it: {', '.join(others)}"
     if kind is None:
         raise InputError(f"--schedulers: there is no {wanted}; {advice}")
@@ -96,6 +100,8 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, folder: str | None = 
         raise InputError(f"--schedulers: the pipeline cannot take {wanted}: {error}; {advice}") from error
     if not fits:
         raise InputError(f"--schedulers: the pipeline cannot take {wanted}; {advice}")
+    if isinstance(pipeline, DiTPipeline) and getattr(scheduler, "init_noise_sigma", 1.0) != 1.0:
+        raise InputError(f"--schedulers: DiTPipeline samples wrongly with {wanted}, which scales its samples; {advice}")
     if isinstance(scheduler, CalibratedScheduler) and scheduler.calibration is None:
         raise InputError(f"--schedulers: {wanted} finds no tables of a calibration in {folder}: run calibrate.py first")
     return scheduler
@@ -138,9 +144,28 @@ def extractor_id(extractor: Extractor, shape: tuple[int, ...]) -> str:
 
 def save_aside(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
     """As safetensors, written aside and renamed."""
-    aside = file.with_name(f".partial-{file.name}")
+    aside = file.with_name(f".partial-{os.getpid()}-{file.name}")
     save_file(tensors, aside, metadata=metadata)
     os.replace(aside, file)
+
+
+def pipeline_fingerprint(pipeline: DiffusionPipeline) -> str:
+    """Of all networks and settings of a pipeline, but for its scheduler."""
+    digest = hashlib.sha256(_settings([type(pipeline).__name__, _public(pipeline.config)]))
+    for name, part in sorted(pipeline.components.items()):
+        if isinstance(part, nn.Module):
+            digest.update(_settings([name, _public(getattr(part, "config", {})), fingerprint(part)]))
+    return digest.hexdigest()
+
+
+def _public(config: Any) -> dict[str, str]:
+    """Without what diffusers adds, which may differ from process to process."""
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)  # transformers', diffusers'
+    return {key: repr(value) for key, value in sorted(values.items()) if not key.startswith("_")}
+
+
+def _settings(values: Any) -> bytes:
+    return json.dumps(values).encode()
 
 
 class Counted(NamedTuple):
@@ -158,18 +183,19 @@ class Drawing:
     Args:
         model: name, for people.
         pipeline: as `sampler_for` returns it; its scheduler is replaced while it draws.
-        weights: `fingerprint` of its network.
+        identity: its `pipeline_fingerprint`.
         scheduler, steps: see `swap_scheduler`, `steps_for`.
         num_samples: images; whole batches are drawn.
         batch_size: of a forward pass.
         seed: of the noise and the classes.
         guidance_scale: 1 is the conditional model.
         prompts: of a text-to-image pipeline, repeated in turn.
+        resolution: height and width that a text-to-image pipeline is asked for.
     """
 
     model: str
     pipeline: DiffusionPipeline
-    weights: str
+    identity: str
     scheduler: Any
     steps: int
     num_samples: int
@@ -177,33 +203,22 @@ class Drawing:
     seed: int = 0
     guidance_scale: float = 1.0
     prompts: Sequence[str] | None = None
+    resolution: int | None = None
 
     @functools.cached_property
     def name(self) -> str:
         """Of the drawing's folder."""
-        config = {key: repr(value) for key, value in sorted(self.scheduler.config.items())}
-        settings = (self.model_id, type(self.scheduler).__name__, config, self.steps, self.batch_size, self.seed)
-        told = (self.guidance_scale, self.prompts)
         calibration = getattr(self.scheduler, "calibration", None)
         tables = None if calibration is None else (fingerprint(calibration), self.scheduler.guidance_scale)
-        digest = hashlib.sha256(json.dumps([settings, told, tables]).encode()).hexdigest()[:12]
+        drawn = (self.identity, type(self.scheduler).__name__, _public(self.scheduler.config), tables, self.steps)
+        told = (self.batch_size, self.seed, self.guidance_scale, self.prompts, self.resolution)
         readable = "".join(c if c.isalnum() else "-" for c in self.model)
+        digest = hashlib.sha256(_settings([drawn, told])).hexdigest()[:12]
         return f"{readable}-{self.scheduler_name}-{self.steps}-{digest}"
-
-    @functools.cached_property
-    def model_id(self) -> str:
-        """Of all networks that decide the images."""
-        return hashlib.sha256(json.dumps([self.weights, sorted(self._others.items())]).encode()).hexdigest()[:12]
 
     @property
     def scheduler_name(self) -> str:
         return type(self.scheduler).__name__.removesuffix("Scheduler")
-
-    @property
-    def _others(self) -> Mapping[str, str]:
-        """The other networks that decide the images."""
-        parts = {"bridge": getattr(self.pipeline, "bridge", None), "vae": network_and_autoencoder(self.pipeline)[1]}
-        return {name: fingerprint(part) for name, part in parts.items() if part is not None}
 
     @property
     def num_batches(self) -> int:
@@ -268,32 +283,44 @@ class Drawing:
     def _draw(self, batch: int) -> tuple[Tensor, Counted]:
         pipeline, n = self.pipeline, self.batch_size
         network, autoencoder = network_and_autoencoder(pipeline)
-        generator = torch.Generator().manual_seed(seed_for(self.seed, _DRAW, batch))
-        numbers = range(batch * n, (batch + 1) * n)
+        seed = seed_for(self.seed, _DRAW, batch)
+        generator, own = torch.Generator().manual_seed(seed), pipeline.scheduler
+        told = self._told(range(batch * n, (batch + 1) * n))
         pipeline.scheduler = copy.deepcopy(self.scheduler)
-        with _watched(network, autoencoder, pipeline.scheduler) as watched:
-            _synchronize(network)
-            start = time.perf_counter()
-            images = pipeline(**self._told(numbers), num_inference_steps=self.steps, generator=generator).images
-            _synchronize(network)
-            seconds = time.perf_counter() - start
-        images = torch.from_numpy(images).movedim(3, 1)
-        unit = getattr(pipeline, "_in_unit_range", lambda x: x / 2 + 0.5)(watched.last.float())
-        off = ((unit < -_LEVEL / 2) | (unit > 1 + _LEVEL / 2)).double().mean().item()
-        return (images * 255).round().to(torch.uint8), Counted(watched.rows / n, seconds / n, off)
+        device = next(network.parameters()).device
+        try:
+            with (
+                torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+                _watched(network, autoencoder, pipeline.scheduler) as watched,
+            ):
+                torch.manual_seed(seed)  # some pipelines do not pass the generator on to their scheduler
+                _synchronize(network)
+                start = time.perf_counter()
+                images = pipeline(**told, num_inference_steps=self.steps, generator=generator).images
+                _synchronize(network)
+                seconds = time.perf_counter() - start
+            unit = getattr(pipeline, "_in_unit_range", lambda x: x / 2 + 0.5)(watched.last.float())
+        finally:
+            pipeline.scheduler = own
+        inside = (unit >= -_LEVEL / 2) & (unit <= 1 + _LEVEL / 2)  # NaN is not
+        counted = Counted(watched.rows / n, seconds / n, (~inside).double().mean().item())
+        images = torch.from_numpy(images).nan_to_num().movedim(3, 1)
+        return (images * 255).round().to(torch.uint8), counted
 
     def _told(self, numbers: range) -> dict[str, Any]:
         given: dict[str, Any] = {"output_type": "np"}
         if is_text_pipeline(self.pipeline):
             prompts = self.prompts or [""]
-            return given | {
-                "prompt": [prompts[i % len(prompts)] for i in numbers],
-                "guidance_scale": self.guidance_scale,
-            }
+            size = {} if self.resolution is None else {"height": self.resolution, "width": self.resolution}
+            told = [prompts[i % len(prompts)] for i in numbers]
+            return given | size | {"prompt": told, "guidance_scale": self.guidance_scale}
         classes = classes_of(self.pipeline)
         if classes is None:
             return given | {"batch_size": len(numbers)}
-        return given | {"class_labels": [i % classes for i in numbers], "guidance_scale": self.guidance_scale}
+        # Independent, as intervals take them to be, from a generator of their own: the noise stays that of all models.
+        generator = torch.Generator().manual_seed(seed_for(self.seed, _DRAW, numbers.start, 1))
+        labels = torch.randint(classes, (len(numbers),), generator=generator).tolist()
+        return given | {"class_labels": labels, "guidance_scale": self.guidance_scale}
 
 
 @dataclass
