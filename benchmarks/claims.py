@@ -126,13 +126,16 @@ class Lab:
 
     def train(self, name: str, script: str, steps: int, cost: float, *options: str) -> Path:
         """`cost` is that of a step, in passes."""
-        folder = self.out / name
-        if (folder / "model_index.json").exists():
-            return folder
+        folder, before = self.out / name, self.out / f"{name}.json"
         seed = ["--seed", str(self.args.seed), "--max_train_steps", str(steps), "--output_dir", str(folder)]
         command = [sys.executable, str(ROOT / "training" / script), "--resume_from_checkpoint", "latest"]
         command += [*self.for_training, *seed, *options]
-        start, before = time.monotonic(), self.out / f"{name}.json"
+        shown = [script, *(word if not Path(word).is_absolute() else Path(word).name for word in command[4:])]
+        if (folder / "model_index.json").exists():
+            if before.exists() and json.loads(before.read_text())["command"] != shown:
+                sys.exit(f"error: {folder} is of another run, with other arguments: use another --output_dir")
+            return folder
+        start = time.monotonic()
         self.out.mkdir(parents=True, exist_ok=True)
         spent = json.loads(before.read_text())["seconds"] if before.exists() else 0.0
         run = subprocess.Popen(command)
@@ -145,7 +148,6 @@ class Lab:
         except KeyboardInterrupt:
             run.wait()
             raise
-        shown = [script, *(word if not Path(word).is_absolute() else Path(word).name for word in command[4:])]
         record = {"command": shown, "seed": self.args.seed, "steps": steps, "passes": steps * cost}
         before.write_text(json.dumps(record | {"seconds": spent + time.monotonic() - start}, indent=1) + "\n")
         if code is None:

@@ -326,8 +326,11 @@ def main() -> None:
     extractor = extractor_for(args, real, channels, resolution, device) if rank == 0 else None
 
     folder = out / "drawn"
-    folder.mkdir(parents=True, exist_ok=True)
-    (out / "samples").mkdir(exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (out / "samples").mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output_dir {out} cannot be made: {error}") from error
     own = sum(len(drawing.numbers(batch)) for drawing in drawn for batch in range(rank, drawing.num_batches, world))
     with tqdm(total=own, desc="images", unit="image", disable=rank > 0) as bar:
         for drawing in drawn:

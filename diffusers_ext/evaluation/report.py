@@ -170,8 +170,8 @@ def _measures(evaluation: Evaluation) -> _Table:
         "Kernel distance: as above, without bias, may be below 0; bold: its interval lies below all others of the same "
         "NFE. Precision: share of the samples in the manifold of the reference; recall: share of the reference in that "
         "of the samples. Near copies: share of the images nearer to a training image than all but 1% of held-out "
-        "images are, so 1% if nothing was memorised. Out of range: share of the values outside [-1, 1] before they are "
-        "clamped. n: images. Seconds depend on the machine.",
+        "images are, so 1% if nothing was memorised. Out of range: share of the values outside [-1, 1], by more than "
+        "half a grey level, before they are clamped. n: images. Seconds depend on the machine.",
         [
             *("model", "scheduler", "NFE", "n", "kernel distance", "precision", "recall", "near copies"),
             *("out of range", "seconds per image"),

@@ -50,7 +50,8 @@ class Cell:
         steps: `num_inference_steps`.
         nfe: evaluations of the network for one image (twice the steps with classifier-free guidance).
         seconds: per image.
-        out_of_range: share of the values of the pipeline's last state (decoded, of a latent model) outside [-1, 1].
+        out_of_range: share of the values of the pipeline's last state (decoded, of a latent model) that are outside
+            [-1, 1] by more than half a grey level, or not finite.
         num_samples: images.
         quality: of them.
     """
