@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import pairwise
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -360,7 +361,8 @@ def short_time(lab: Lab) -> Iterator[Row]:
     report = diffusion_time_report(base.unet, base.scheduler, batches, {"flow": [bridge]}, [T, 1.0], levels=256)
     cell, other = (T, "flow"), next(c for c in report.cells if c[0] == 1.0)
     gain, bits = report.difference(cell, other), [report.terms(*c).bits_per_dim.mean for c in (other, cell)]
-    half = 1.96 * gain.std_error
+    nats = images[0].numel() * log(2)  # of an image, for each bit per dimension
+    mean, half = gain.mean / nats, 1.96 * gain.std_error / nats
     words = f"bits per dimension {bits[0]:.4f} → {bits[1]:.4f} (bound)"
     theirs = "3.09 → 3.07 (CIFAR-10; not verified by us)"
     yield (
@@ -369,7 +371,7 @@ def short_time(lab: Lab) -> Iterator[Row]:
         theirs,
         (
             words,
-            Interval(gain.mean, gain.mean - half, gain.mean + half),
+            Interval(mean, mean - half, mean + half),
         ),
         True,
     )
@@ -495,7 +497,7 @@ def main() -> None:
     parse_arguments(TrainingArguments, ["--preset", args.preset, *for_training])  # errors before anything is trained
     lab, file = Lab(args, for_training), args.docs / "claims" / f"{args.preset}.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
-    data = "--dataset_name $DATA " if "--dataset_name" in for_training else ""
+    data = f"--dataset_name ${args.preset.upper()} " if "--dataset_name" in for_training else ""
     try:
         for method in args.methods:
             command = f"python benchmarks/claims.py --preset {args.preset} {data}--methods {method}"
