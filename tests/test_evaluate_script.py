@@ -78,6 +78,7 @@ def test_everything_is_written_and_nothing_is_drawn_twice(evaluate, models, tmp_
         (model, "DDIM", steps, steps, 70) for model in ("first", "second") for steps in (1, 2)
     ]
     assert set(first.likelihoods) == {"first", "second"}
+    assert first.likelihoods["first"] != first.likelihoods["second"]
     assert first.reference == "100 held-out images"
     assert first.num_floor == 100
     assert not first.is_fid
@@ -106,6 +107,8 @@ def test_everything_is_written_and_nothing_is_drawn_twice(evaluate, models, tmp_
     changed = load(out)
     assert changed.cells[0] == first.cells[0]
     assert changed.cells[2] != first.cells[2]
+    assert changed.likelihoods["first"] == first.likelihoods["first"]
+    assert changed.likelihoods["second"] != first.likelihoods["second"]
 
 
 def test_lists_are_read_from_a_file_too(evaluate, models, tmp_path):
