@@ -290,3 +290,16 @@ def test_a_data_set_without_held_out_images(evaluate, models, tmp_path):
     found = load(tmp_path / "out")
     assert (found.num_reference, found.num_floor) == (40, 40)
     assert json.loads((tmp_path / "out" / "results.json").read_text())["likelihoods"] == {}
+
+
+def test_the_halves_of_the_held_out_images_have_none_in_common(evaluate, models, tmp_path):
+    argv = list(map(str, arguments(models, tmp_path / "out")))
+    real = evaluate.load_real_images(evaluate.parse_arguments(evaluate.EvaluationArguments, argv), 1, 8)
+    sets = {
+        name: {x.numpy().tobytes() for x in getattr(real, name).images} for name in ("reference", "floor", "held_out")
+    }
+    assert len(sets["reference"]) == len(sets["floor"]) == 100
+    assert not sets["reference"] & sets["floor"]
+    assert sets["reference"] | sets["floor"] == sets["held_out"]
+    assert len(real.training.images) == 150
+    assert len(real.held_out.labels.unique()) == 10  # stored by class, and drawn at random
