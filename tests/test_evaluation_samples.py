@@ -271,6 +271,15 @@ def test_samplers_that_draw_without_the_generator_are_reproducible(tmp_path):
     torch.random.set_rng_state(before)
 
 
+def test_copies_are_as_near_to_training_images_as_held_out_ones_are():
+    """Held-out images are 0.001 from the nearest training image, few training images are near a held-out one."""
+    training = torch.cat([torch.zeros(399, 1), torch.tensor([[5.001]])]).double()
+    held_out = torch.full((100, 1), 5.0).double()
+    real = Manifold.of(training, training, held_out, 20)
+    assert real.copy_distance == pytest.approx(0.001, rel=1e-3)
+    assert Manifold.of(training, training, held_out[:99], 20).copy_distance is None  # too few to tell
+
+
 # schedulers
 
 
