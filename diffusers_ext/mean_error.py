@@ -151,6 +151,8 @@ def estimate_calibration(
     require_gaussian(schedule)
     if num_levels < 2 or not MIN_P <= significance <= 1:
         raise ValueError(f"{num_levels=} must be at least 2, and {significance=} from {MIN_P:.1g} to 1")
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"{tolerance=} must be above 0")
     if null_class is not None:
         unconditional = {"class_labels": torch.tensor([null_class])}
     sigmas, rows = _levels(schedule, num_levels), _rows(num_classes, unconditional is not None)

@@ -377,6 +377,9 @@ def test_arguments_out_of_range_and_reflected_models_are_refused_before_anything
     for options in ({"num_levels": 1}, {"significance": 1e-6}, {"significance": 1.5}):
         with pytest.raises(ValueError, match="significance"):
             estimate(network(), never(), **options)
+    for tolerance in (0.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"tolerance=.* must be above 0"):
+            estimate(network(), never(), tolerance=tolerance)
     with pytest.raises(ValueError, match="reflected process"):
         estimate(network(), never(), ReflectedScheduler())
 
