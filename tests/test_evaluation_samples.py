@@ -9,7 +9,14 @@ from math import erf, exp, log, log2, pi, sqrt
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, EDMEulerScheduler, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from oracles import Gaussian
 from test_models import tiny_unet
@@ -294,6 +301,11 @@ def test_steps_make_at_most_so_many_evaluations(tmp_path, name, nfe, steps):
     one = drawing(pipeline, steps, n=2, batch_size=2)
     one.draw(tmp_path)
     assert one.counted(tmp_path).nfe <= nfe
+
+
+def test_why_there_is_no_number_of_steps_is_said():
+    with pytest.raises(InputError, match=r"no image with 5 evaluations .*`mu` must be passed.*another of --schedulers"):
+        steps_for(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), 5)
 
 
 def test_a_scheduler_that_the_pipeline_cannot_take_is_refused_with_a_list():

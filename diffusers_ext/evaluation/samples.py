@@ -113,15 +113,19 @@ def steps_for(scheduler: Any, nfe: int) -> int:
     Raises:
         InputError: there is no such number.
     """
-    trial = copy.deepcopy(scheduler)
+    trial, why = copy.deepcopy(scheduler), ""
     for steps in range(nfe, 0, -1):
         try:
             trial.set_timesteps(steps)
-        except (ValueError, IndexError, ZeroDivisionError):
+        except (ValueError, IndexError, ZeroDivisionError) as error:
+            why = f" ({error})"
             continue
         if len(trial.timesteps) <= nfe:
             return steps
-    raise InputError(f"{type(scheduler).__name__} makes no image with {nfe} evaluations of the network: see --nfe")
+    raise InputError(
+        f"{type(scheduler).__name__} makes no image with {nfe} evaluations of the network{why}: try more with --nfe, "
+        f"or another of --schedulers"
+    )
 
 
 def fingerprint(module: nn.Module) -> str:
