@@ -109,10 +109,24 @@ def jackknife(
     Of `kernel_distance`, which has none, it gives the interval; too wide a one where the two laws are the same.
 
     Args:
+        features_1, features_2, groups: of `pseudo_values`, which says what is raised.
+        level: of the interval.
+    """
+    return student_interval(pseudo_values(function, features_1, features_2, groups=groups), level)
+
+
+def pseudo_values(
+    function: Callable[[Tensor, Tensor], float], features_1: Tensor, features_2: Tensor, *, groups: int = 10
+) -> Tensor:
+    """The v_j of the module's docstring, (groups,), in float64.
+
+    Two sets of n samples are dealt alike. So for features whose row i comes from the same noise as row i of others, the
+    differences of the two sets of values make a paired comparison: `student_interval(values - others)`.
+
+    Args:
         features_1, features_2: (n_1, d) and (n_2, d), independent samples; each set is dealt out to the groups at
             random, always alike.
         groups: g of the module's docstring; the function is called g + 1 times.
-        level: of the interval.
 
     Raises:
         ValueError: fewer than 2 groups, or fewer than 2 samples in a group.
@@ -125,8 +139,7 @@ def jackknife(
     member = [torch.randperm(len(f), generator=generator) % groups for f in (features_1, features_2)]
     whole = function(features_1, features_2)
     left_out = [function(features_1[member[0] != j], features_2[member[1] != j]) for j in range(groups)]
-    values = groups * whole - (groups - 1) * torch.tensor(left_out, dtype=torch.float64)
-    return student_interval(values, level)
+    return groups * whole - (groups - 1) * torch.tensor(left_out, dtype=torch.float64)
 
 
 def student_interval(values: Tensor, level: float = 0.95) -> Interval:

@@ -111,6 +111,20 @@ def test_everything_is_written_and_nothing_is_drawn_twice(evaluate, models, tmp_
     assert changed.likelihoods["second"] != first.likelihoods["second"]
 
 
+def test_a_copy_of_a_model_changes_nothing_and_another_what_the_distances_say(evaluate, models, tmp_path):
+    shutil.copytree(models[0], tmp_path / "copy")
+    evaluate.run(*arguments([*models, tmp_path / "copy"], tmp_path / "out"))
+    found = load(tmp_path / "out")
+    for i, baseline in enumerate(found.cells[:2]):
+        other, copy = found.cells[2 + i], found.cells[4 + i]
+        assert found.change(baseline) is None
+        assert found.change(copy) == (baseline, (0.0, 0.0, 0.0))
+        change = found.change(other)[1]
+        assert change.estimate == pytest.approx(other.quality.frechet.estimate - baseline.quality.frechet.estimate)
+        assert change.low < change.estimate < change.high
+    assert "Change of the Frechet distance" in (tmp_path / "out" / "table.md").read_text()
+
+
 def test_lists_are_read_from_a_file_too(evaluate, models, tmp_path):
     (tmp_path / "run.yaml").write_text(f"pretrained_model_name_or_path: [{models[0]}, {models[1]}]\nnames: [a, b]\n")
     found = evaluate.parse_arguments(evaluate.EvaluationArguments, ["--config", str(tmp_path / "run.yaml")])

@@ -13,22 +13,17 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import scipy.stats
 import yaml
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
 from PIL import Image
 
 from diffusers_ext.evaluation.model_index import merged_card, model_index, write_model_index
-from diffusers_ext.evaluation.report import (
-    clear_winner,
-    interval_text,
-    loss_figure,
-    markdown_table,
-    plots,
-    quality_figure,
-    write_report,
-)
+from diffusers_ext.evaluation.plots import loss_figure, plots, quality_figure
+from diffusers_ext.evaluation.report import write_report
 from diffusers_ext.evaluation.results import Cell, Evaluation, Likelihood, Quality
+from diffusers_ext.evaluation.tables import clear_winner, interval_text, markdown_table
 from diffusers_ext.metrics import Interval
 
 NAN, INF = math.nan, math.inf
@@ -290,6 +285,7 @@ def test_text_of_an_interval():
     assert interval_text(Interval(2.0, NAN, INF)) == "2 ± –"
     assert interval_text(Interval(NAN, 0, 1)) == interval_text(Interval(-INF, 0, 1)) == "not finite"
     assert interval_text(None) == "–"
+    assert [interval_text(Interval(v, v - 1, v + 1), signed=True) for v in (3.0, -3.0)] == ["+3.0 ± 1.0", "-3.0 ± 1.0"]
 
 
 def test_a_winner_needs_an_interval_of_its_own():
@@ -317,6 +313,73 @@ def test_bold_is_who_wins_outside_the_noise(tmp_path):
     page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
     rows = [row for row in page.rows if len(row) == 6][1:7]
     assert {(j, n): row[2 + m][2] for j, row in enumerate(rows) for m, n in enumerate(STEPS)} == bold
+
+
+def compared(cells, **changes):
+    """An evaluation of (model, scheduler, NFE, the values of its groups), each of 100 images but for WILD."""
+    made = [
+        Cell(model, scheduler, n, n, 0.1, 0.0, 50 if model == WILD else 100, Quality(interval(np.mean(values), 9.0),
+            interval(np.mean(values), 9.0), 0.5, 0.5, None, list(values), [10 * v for v in values]))
+        for model, scheduler, n, values in cells
+    ]  # fmt: skip
+    return evaluation(**{"models": {"a": "a", "b": "b"}, "cells": made, "likelihoods": {}} | changes)
+
+
+def test_changes_are_paired(tmp_path):
+    """Groups that vary much more than their differences do: SciPy's paired interval. At 10 evaluations the second is
+    worse, and at 20 there is no telling."""
+    base = np.array([5.0, 9.0, 1.0, 7.0])
+    moved = {5: [-0.2, -0.1, -0.3, -0.2], 10: [0.2, 0.1, 0.3, 0.2], 20: [-2.0, 2.0, -1.0, 1.0]}
+    cells = [("a", "DDIM", n, base) for n in moved] + [("b", "DDIM", n, base + d) for n, d in moved.items()]
+    what = compared(cells)
+    for cell in what.cells[3:]:
+        baseline, found = what.change(cell)
+        truth = scipy.stats.ttest_1samp(moved[cell.nfe], 0).confidence_interval(0.95)
+        assert baseline is what.cells[[5, 10, 20].index(cell.nfe)]
+        assert found == pytest.approx((np.mean(moved[cell.nfe]), *truth), rel=1e-4, abs=1e-12)
+    assert [what.change(cell) for cell in what.cells[:3]] == [None] * 3
+    (row,) = [row for row in markdown_rows(markdown_table(what)) if row[2:3] == ["a, DDIM"]]
+    assert row == ["b", "DDIM", "a, DDIM", "**-0.20 ± 0.13**", "+0.20 ± 0.13", "+0.0 ± 2.9"]
+    write_report(what, tmp_path)
+    assert "Change of the Frechet distance" in Page((tmp_path / "index.html").read_text(encoding="utf-8")).text
+    with open(tmp_path / "results.csv", newline="") as file:
+        read = [row["change"] for row in csv.DictReader(file)]
+    assert read[:3] == ["", "", ""]
+    assert [float(text) for text in read[3:6]] == pytest.approx([-0.2, 0.2, 0.0])
+    of_kernel = compared(cells, num_features=101)
+    assert of_kernel.change(of_kernel.cells[3])[1].estimate == pytest.approx(-2.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "scheduler", "nfe", "baseline"),
+    [
+        ("a", "DDIM", 5, None),
+        ("a", "PNDM", 5, None),
+        ("a", "CalibratedPNDM", 5, "PNDM"),
+        ("b", "PNDM", 5, "PNDM"),
+        ("b", "CalibratedPNDM", 5, "CalibratedPNDM"),
+        ("b", "CalibratedDDIM", 5, "DDIM"),
+        ("b", "ShortTimePNDM", 5, "PNDM"),
+        ("b", "CalibratedShortTimePNDM", 5, "PNDM"),
+        ("b", "Reflected", 5, "DDIM"),  # the first, for want of a kin
+        ("b", "PNDM", 10, "DDIM"),  # PNDM has no 10
+        ("b", "PNDM", 20, None),
+        (WILD, "DDIM", 5, None),  # other images
+    ],
+)
+def test_the_baseline_is_the_first_model_with_the_same_scheduler_or_its_kin(model, scheduler, nfe, baseline):
+    values = [1.0, 2.0]
+    cells = [("a", name, 5, values) for name in ("DDIM", "PNDM", "CalibratedPNDM")] + [("a", "DDIM", 10, values)]
+    what = compared(list(dict.fromkeys((*c[:3], tuple(c[3])) for c in [*cells, (model, scheduler, nfe, values)])))
+    cell = next(c for c in what.cells if (c.model, c.scheduler, c.nfe) == (model, scheduler, nfe))
+    found = what.change(cell)
+    assert (found and (found[0].model, found[0].scheduler, found[0].nfe)) == (baseline and ("a", baseline, nfe))
+
+
+def test_a_calibrated_scheduler_of_short_times_is_compared_with_the_stock_one_of_short_times():
+    what = compared([("a", name, 5, [1.0, 2.0]) for name in ("CalibratedShortTimeDDIM", "ShortTimeDDIM")])
+    assert what.change(what.cells[0])[0] is what.cells[1]
+    assert what.change(what.cells[1]) is None
 
 
 @cases

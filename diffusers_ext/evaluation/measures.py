@@ -23,10 +23,10 @@ from ..metrics import (
     Interval,
     copy_threshold,
     frechet_distance,
-    jackknife,
     kernel_distance,
     nearest,
     precision_recall,
+    pseudo_values,
     student_interval,
 )
 from ..training.arguments import HeldOutArguments, InputError, arg
@@ -188,15 +188,17 @@ def quality(features: Tensor, real: Manifold) -> Quality:
     near = None
     if real.copy_distance is not None:
         near = (nearest(features, real.training).distances <= real.copy_distance).double().mean().item()
-    missing = Interval(nan, nan, nan)
+    enough = min(len(features), len(reference)) >= real.least
+    frechet = pseudo_values(frechet_distance, features, reference, groups=GROUPS) if enough else None
+    kernel = pseudo_values(kernel_distance, features, reference, groups=GROUPS)
     return Quality(
-        frechet=jackknife(frechet_distance, features, reference, groups=GROUPS)
-        if min(len(features), len(reference)) >= real.least
-        else missing,
-        kernel=jackknife(kernel_distance, features, reference, groups=GROUPS),
+        frechet=Interval(nan, nan, nan) if frechet is None else student_interval(frechet),
+        kernel=student_interval(kernel),
         precision=precision,
         recall=recall,
         copies=near,
+        frechet_values=[] if frechet is None else frechet.tolist(),
+        kernel_values=kernel.tolist(),
     )
 
 

@@ -17,7 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..metrics import Interval
+import torch
+
+from ..metrics import Interval, student_interval
 
 FORMAT_VERSION = 1
 
@@ -31,6 +33,8 @@ class Quality:
         precision, recall: see `diffusers_ext.metrics`.
         copies: share of the images that are nearer to a training image than all but 1% of held-out images are: 0.01 if
             nothing was memorised. `None` without held-out images.
+        frechet_values, kernel_values: the jackknife's pseudo-values of the distances, one for each group of images:
+            with those of other images from the same noise they make a paired comparison.
     """
 
     frechet: Interval
@@ -38,6 +42,8 @@ class Quality:
     precision: float
     recall: float
     copies: float | None
+    frechet_values: list[float] = field(default_factory=list)
+    kernel_values: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,56 @@ class Evaluation:
     cells: list[Cell] = field(default_factory=list)
     likelihoods: dict[str, Likelihood] = field(default_factory=dict)
 
+    @property
+    def by_kernel(self) -> bool:
+        """Whether there is no Frechet distance, the images being fewer than the features."""
+        counts = [self.num_reference, self.num_floor, *(cell.num_samples for cell in self.cells)]
+        return min(counts) < self.num_features
+
+    @property
+    def distance_name(self) -> str:
+        """What the distance may be called, with the extractor."""
+        kind = "kernel distance" if self.by_kernel else "FID" if self.is_fid else "Frechet distance"
+        return f"{kind} ({self.extractor})"
+
+    def distance(self, quality: Quality) -> Interval:
+        """The one that there is."""
+        return quality.kernel if self.by_kernel else quality.frechet
+
+    @property
+    def model_names(self) -> list[str]:
+        """The first is the baseline."""
+        return list(dict.fromkeys([*self.models, *(cell.model for cell in self.cells)]))
+
+    @property
+    def schedulers(self) -> list[str]:
+        return list(dict.fromkeys(cell.scheduler for cell in self.cells))
+
+    def ordered(self) -> list[Cell]:
+        """Cells by model, scheduler and NFE; the first two in the order of the evaluation."""
+        models, schedulers = self.model_names, self.schedulers
+        return sorted(self.cells, key=lambda c: (models.index(c.model), schedulers.index(c.scheduler), c.nfe))
+
+    def change(self, cell: Cell) -> tuple[Cell, Interval] | None:
+        """The baseline of a cell, and the distance less the baseline's. The interval is of the pairs: both sides are
+        drawn from the same noise, so that it is narrower, as a rule, than those of the two distances.
+
+        The baseline is of the first model and the same NFE, with the same scheduler, or with what that one is derived
+        from (DDIM for CalibratedDDIM), or else with the first. `None` for a baseline itself, and where the values of
+        the groups are missing or not of as many images.
+        """
+        derived = cell.scheduler.removeprefix("Calibrated")
+        kin = [cell.scheduler, derived, derived.removeprefix("ShortTime")]
+        first = self.model_names[0]
+        candidates = {c.scheduler: c for c in self.ordered() if c.model == first and c.nfe == cell.nfe}
+        names = [*(kin if cell.model != first else kin[::-1]), *candidates]
+        baseline = next((candidates[name] for name in names if name in candidates), None)
+        if baseline is None or baseline is cell or baseline.num_samples != cell.num_samples:
+            return None
+        values = [c.quality.kernel_values if self.by_kernel else c.quality.frechet_values for c in (cell, baseline)]
+        ours, theirs = (torch.tensor(one, dtype=torch.float64) for one in values)
+        return (baseline, student_interval(ours - theirs)) if len(ours) == len(theirs) > 1 else None
+
     def save(self, path: str | os.PathLike) -> None:
         """As JSON, written aside and renamed."""
         values = _stored({"format_version": FORMAT_VERSION} | asdict(self))
@@ -165,6 +221,10 @@ def _number(stored: Any) -> Any:
     return float(stored) if isinstance(stored, str) else stored
 
 
+def _numbers(stored: list[Any]) -> list[float]:
+    return [_number(one) for one in stored]
+
+
 def _interval(values: Any) -> Interval | None:
     return None if values is None else Interval(*map(_number, values))
 
@@ -172,8 +232,8 @@ def _interval(values: Any) -> Interval | None:
 def _quality(values: Any) -> Quality | None:
     if values is None:
         return None
-    read: Any = {k: _interval(v) if k in ("frechet", "kernel") else _number(v) for k, v in values.items()}
-    return Quality(**read)
+    read = {"frechet": _interval, "kernel": _interval, "frechet_values": _numbers, "kernel_values": _numbers}
+    return Quality(**{key: read.get(key, _number)(value) for key, value in values.items()})
 
 
 def _cell(values: Any) -> Cell:
@@ -182,5 +242,5 @@ def _cell(values: Any) -> Cell:
 
 
 def _likelihood(values: Any) -> Likelihood:
-    lists = {key: [_number(v) for v in values[key]] for key in ("sigmas", "eps_mse")}
+    lists = {key: _numbers(values[key]) for key in ("sigmas", "eps_mse")}
     return Likelihood(_interval(values["ode"]), _interval(values["bound"]), **lists)
