@@ -16,14 +16,11 @@ the training: `control` trains the baseline once more, from another seed, to sho
 
 import argparse
 import json
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import pairwise
 from math import log
 from pathlib import Path
 from typing import Any
@@ -32,7 +29,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
-from trained import ROOT
+from trained import ROOT, OutOfTime, of_the_data, train
 
 from diffusers_ext import (
     FlowBridge,
@@ -56,7 +53,7 @@ from diffusers_ext.evaluation import (
     swap_scheduler,
 )
 from diffusers_ext.extractors import default_extractor, make_extractor
-from diffusers_ext.metrics import Interval, frechet_distance, jackknife, student_interval
+from diffusers_ext.metrics import Interval, frechet_distance, jackknife, pseudo_values, student_interval
 from diffusers_ext.schedulers import calibrated_class
 from diffusers_ext.training import TrainingArguments, parse_arguments
 from diffusers_ext.training.models import classes_of
@@ -67,20 +64,21 @@ REPRODUCED, NOT_REPRODUCED, TOO_SMALL = "reproduced", "not reproduced", "too sma
 
 @dataclass(frozen=True)
 class Budget:
-    """Of a preset: steps of a training from scratch, of a fine-tuning, images that are drawn, the reference, and more
-    arguments of the training scripts."""
+    """Of a preset: steps of a training from scratch, of a fine-tuning, of a flow; images that are drawn, the reference,
+    and more arguments of the training scripts."""
 
     steps: int
     tuning: int
+    flow: int
     samples: int
     reference: str
     options: tuple[str, ...] = ()
 
 
 BUDGETS = {
-    "digits": Budget(800, 200, 1000, "train"),
-    "mnist": Budget(1500, 200, 500, "held_out", ("--train_batch_size", "64")),
-    "cifar10": Budget(20_000, 2000, 5000, "held_out", ("--mixed_precision", "bf16", "--allow_tf32")),
+    "digits": Budget(800, 200, 2500, 1000, "train"),
+    "mnist": Budget(1500, 200, 5000, 500, "held_out", ("--train_batch_size", "64")),
+    "cifar10": Budget(20_000, 2000, 5000, 5000, "held_out", ("--mixed_precision", "bf16", "--allow_tf32")),
 }
 
 
@@ -104,10 +102,6 @@ class Result:
     command: str
 
 
-class OutOfTime(Exception):
-    """The piece's minutes are over."""
-
-
 class Lab:
     """Models, samples and distances, each made when it is first asked for."""
 
@@ -116,10 +110,7 @@ class Lab:
         self.for_training = ["--preset", args.preset, *self.budget.options, *for_training]
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
-        words = [word for argument in self.for_training for word in argument.split("=", 1)]
-        known = {f"--{f.name}" for f in fields(MeasureArguments)} - {"--train_batch_size", "--seed"}
-        pairs = pairwise(words)
-        data = [word for name, value in pairs if name in known for word in (name, value)]
+        data = of_the_data(self.for_training)
         self.measured = parse_arguments(MeasureArguments, [*data, "--reference", self.budget.reference])
         self.pipelines: dict[str, Any] = {}
 
@@ -127,35 +118,10 @@ class Lab:
 
     def train(self, name: str, script: str, steps: int, cost: float, *options: str) -> Path:
         """`cost` is that of a step, in passes."""
-        folder, before = self.out / name, self.out / f"{name}.json"
-        seed = ["--seed", str(self.args.seed), "--max_train_steps", str(steps), "--output_dir", str(folder)]
-        command = [sys.executable, str(ROOT / "training" / script), "--resume_from_checkpoint", "latest"]
-        command += [*self.for_training, *seed, *options]
-        shown = [script, *(word if not Path(word).is_absolute() else Path(word).name for word in command[4:])]
-        if (folder / "model_index.json").exists():
-            if before.exists() and json.loads(before.read_text())["command"] != shown:
-                sys.exit(f"error: {folder} is of another run, with other arguments: use another --output_dir")
-            return folder
-        start = time.monotonic()
-        self.out.mkdir(parents=True, exist_ok=True)
-        spent = json.loads(before.read_text())["seconds"] if before.exists() else 0.0
-        run = subprocess.Popen(command)
-        try:
-            code = run.wait(max(1.0, self.deadline - time.monotonic()) if self.args.minutes else None)
-        except subprocess.TimeoutExpired:
-            run.send_signal(signal.SIGTERM)  # it writes a checkpoint
-            run.wait()
-            code = None
-        except KeyboardInterrupt:
-            run.wait()
-            raise
-        record = {"command": shown, "seed": self.args.seed, "steps": steps, "passes": steps * cost}
-        before.write_text(json.dumps(record | {"seconds": spent + time.monotonic() - start}, indent=1) + "\n")
-        if code is None:
-            raise OutOfTime
-        if code != 0:
-            sys.exit(f"error: {script} ended with status {code}")
-        return folder
+        arguments = [*self.for_training, "--num_validation_images", "0", "--max_validation_samples", "64"]
+        arguments += ["--seed", str(self.args.seed), "--max_train_steps", str(steps), *options]
+        record = {"seed": self.args.seed, "steps": steps, "passes": steps * cost}
+        return train(script, self.out / name, arguments, deadline=self.deadline, **record)
 
     def model(self, name: str) -> Any:
         if name not in self.pipelines:
@@ -253,15 +219,10 @@ class Lab:
         return self.draw(pipeline, scheduler, nfe, guidance).features(self.out / "drawn", self.extractor)
 
     def compare(self, method: Tensor, baseline: Tensor) -> tuple[str, Interval]:
-        """The two distances in words, and the interval of their difference."""
-        d = method.shape[1]
-
-        def difference(both: Tensor, reference: Tensor) -> float:
-            return frechet_distance(both[:, :d], reference) - frechet_distance(both[:, d:], reference)
-
-        ours, theirs = (jackknife(frechet_distance, f, self.reference) for f in (method, baseline))
-        found = jackknife(difference, torch.cat([method, baseline], 1), self.reference)
-        return f"Frechet distance {theirs.estimate:.2f} → {ours.estimate:.2f}", found
+        """The two distances in words, and the interval of their difference, paired."""
+        ours, theirs = (pseudo_values(frechet_distance, features, self.reference) for features in (method, baseline))
+        words = f"Frechet distance {theirs.mean():.2f} → {ours.mean():.2f}"
+        return words, student_interval(ours - theirs)
 
 
 def scheduler_of(pipeline: Any, name: str, **settings: Any) -> Any:
@@ -303,16 +264,8 @@ def reflected(lab: Lab) -> Iterator[Row]:
     shares = [lab.draw(p, s, 20, 8.0).counted(lab.out / "drawn").out_of_range for p, s in ((ours, ode), (base, free))]
     words = f"values out of range {shares[1]:.1%} → {shares[0]:.1%}"
     gap = shares[0] - shares[1]
-    yield (
-        paper,
-        "No value leaves the range of the data (against DDIM, scale 8)",
-        "by construction",
-        (
-            words,
-            Interval(gap, gap, gap),
-        ),
-        True,
-    )
+    claim = "No value leaves the range of the data (against DDIM, scale 8)"
+    yield paper, claim, "by construction", (words, Interval(gap, gap, gap)), True
     bits = [_bits(lab, p) for p in (ours, base)]
     words = f"bits per dimension {bits[1].mean():.3f} → {bits[0].mean():.3f} (bound)"
     theirs = "2.68 (CIFAR-10), near the best of its time"
@@ -333,8 +286,8 @@ def _bits(lab: Lab, pipeline: Any, n: int = 256) -> Tensor:
 def _bridge(lab: Lab, kind: Any) -> Any:
     folder = lab.out / f"{kind.__name__}-{T}"
     if not (folder / "config.json").exists():
-        images = lab.real.training.images[:10_000]
-        kind.fit(images.split(500), lab.model("baseline").scheduler, T).save_pretrained(folder)
+        images, steps = lab.real.training.images[:10_000], {"max_steps": lab.budget.flow} if kind is FlowBridge else {}
+        kind.fit(images.split(500), lab.model("baseline").scheduler, T, **steps).save_pretrained(folder)
     return kind.from_pretrained(folder).to(lab.device)
 
 
@@ -365,16 +318,8 @@ def short_time(lab: Lab) -> Iterator[Row]:
     mean, half = gain.mean / nats, 1.96 * gain.std_error / nats
     words = f"bits per dimension {bits[0]:.4f} → {bits[1]:.4f} (bound)"
     theirs = "3.09 → 3.07 (CIFAR-10; not verified by us)"
-    yield (
-        paper,
-        f"The likelihood at T = {T} is no worse than at T = 1 (flow)",
-        theirs,
-        (
-            words,
-            Interval(mean, mean - half, mean + half),
-        ),
-        True,
-    )
+    claim = f"The likelihood at T = {T} is no worse than at T = 1 (flow)"
+    yield paper, claim, theirs, (words, Interval(mean, mean - half, mean + half)), True
 
 
 def observation(lab: Lab) -> Iterator[Row]:
@@ -422,13 +367,8 @@ def combinations(lab: Lab) -> Iterator[Row]:
     calibration = _calibration(lab, lab.model("baseline"), lab.out / "calibration")
     ours = calibrated_class(type(stock).__name__).from_scheduler(stock, calibration)
     found = lab.compare(lab.features(short, ours, 10), lab.features(short, stock, 10))
-    yield (
-        "",
-        f"Calibrated, from a flow at T = {T}, against uncalibrated (DDIM, 10 evaluations)",
-        "not tried",
-        found,
-        True,
-    )
+    claim = f"Calibrated, from a flow at T = {T}, against uncalibrated (DDIM, 10 evaluations)"
+    yield "", claim, "not tried", found, True
     model, base = lab.model("reflected"), lab.model("ordinary")
     found = lab.compare(
         lab.features(model, scheduler_of(model, "own", algorithm_type="heun"), 20, 8.0),

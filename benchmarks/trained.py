@@ -1,15 +1,22 @@
 """What benchmarks of trained models share: train one by a script of the project, draw from it, judge what it draws."""
 
+import json
+import math
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffusers_ext.evaluation import MeasureArguments
 from diffusers_ext.extractors import train_classifier
-from diffusers_ext.metrics import frechet_distance, precision_recall
+from diffusers_ext.metrics import frechet_distance
 from diffusers_ext.training import TrainingArguments
 from diffusers_ext.training.data import first_images
 from diffusers_ext.training.images import Transform, load_images, load_validation_images
@@ -17,11 +24,64 @@ from diffusers_ext.training.images import Transform, load_images, load_validatio
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def train(script: str, folder: Path, arguments: list[str]) -> None:
-    """By `training/<script>` into `folder`; what is there is used again, and a killed run goes on."""
-    if not (folder / "model_index.json").exists():
-        command = [sys.executable, str(ROOT / "training" / script), "--resume_from_checkpoint", "latest", *arguments]
-        subprocess.run([*command, "--output_dir", str(folder)], check=True)
+class OutOfTime(Exception):
+    """The deadline is over."""
+
+
+def train(script: str, folder: Path, arguments: list[str], *, deadline: float = math.inf, **record: Any) -> Path:
+    """By `training/<script>` into `folder`; what is there is used again, and a killed run goes on.
+
+    Args:
+        deadline: of `time.monotonic`.
+        record: more of what FOLDER.json holds beside it: the command, and the seconds of all its pieces.
+
+    Raises:
+        OutOfTime: the run has written a checkpoint instead.
+        SystemExit: it has failed, or the folder is of another command.
+    """
+    folder = folder.resolve()
+    command = [sys.executable, str(ROOT / "training" / script), "--resume_from_checkpoint", "latest"]
+    command += [*arguments, "--output_dir", str(folder)]
+    shown = [script, *(word if not Path(word).is_absolute() else Path(word).name for word in command[4:])]
+    file = folder.with_name(f"{folder.name}.json")
+    before = json.loads(file.read_text()) if file.exists() else {"command": shown, "seconds": 0.0}
+    if sorted(before["command"]) != sorted(shown):
+        sys.exit(f"error: {folder} is of another run, with other arguments: use another --output_dir")
+    if (folder / "model_index.json").exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    run = subprocess.Popen(command)
+    try:
+        code = run.wait(max(1.0, deadline - time.monotonic()) if math.isfinite(deadline) else None)
+    except subprocess.TimeoutExpired:
+        run.send_signal(signal.SIGTERM)  # it writes a checkpoint
+        run.wait()
+        code = None
+    except KeyboardInterrupt:
+        run.wait()
+        raise
+    seconds = before["seconds"] + time.monotonic() - start
+    file.write_text(json.dumps({"command": shown} | record | {"seconds": seconds}, indent=1) + "\n")
+    if code is None:
+        raise OutOfTime
+    if code != 0:
+        sys.exit(f"error: {script} ended with status {code}")
+    return folder
+
+
+def evaluate(models: dict[str, Path], folder: Path, arguments: list[str]) -> None:
+    """By `training/evaluate.py` into `folder`; the first of the models is the baseline."""
+    named = ["--pretrained_model_name_or_path", *map(str, models.values()), "--names", *models]
+    command = [sys.executable, str(ROOT / "training" / "evaluate.py"), *named, "--output_dir", str(folder)]
+    subprocess.run([*command, *arguments], check=True)
+
+
+def of_the_data(for_training: list[str]) -> list[str]:
+    """Those of a training script's arguments that an evaluation takes, too."""
+    words = [word for argument in for_training for word in argument.split("=", 1)]
+    known = {f"--{f.name}" for f in fields(MeasureArguments)} - {"--train_batch_size", "--seed"}
+    return [word for name, value in pairwise(words) if name in known for word in (name, value)]
 
 
 class Judge:
@@ -44,11 +104,6 @@ class Judge:
     def distance(self, images: Tensor) -> float:
         """Of images (n, C, H, W) in [-1, 1]; depends on n, so compare at equal n."""
         return frechet_distance(self._features(images), self.real)
-
-    def precision_recall(self, images: Tensor) -> tuple[float, float]:
-        """Of images as for `distance`, against as many held-out ones at random, or all if there are fewer."""
-        order = torch.randperm(len(self.real), generator=torch.Generator().manual_seed(0)).to(self.real.device)
-        return precision_recall(self._features(images), self.real[order[: len(images)]])
 
     def _features(self, images: Tensor) -> Tensor:
         with torch.no_grad():
