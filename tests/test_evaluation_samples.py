@@ -8,6 +8,7 @@ from math import erf, exp, log, log2, pi, sqrt
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from diffusers import (
     DDIMPipeline,
@@ -115,6 +116,9 @@ def test_an_oracle_gets_the_oracles_numbers(tmp_path, steps):
     truth = 16 * ((clamped.mean() - MEAN) ** 2 + (clamped.std() - STD) ** 2).item()
     assert found.frechet.low <= truth <= found.frechet.high
     assert found.frechet.high - found.frechet.low < 0.1 + truth / 2
+    for values, distance in ((found.frechet_values, found.frechet), (found.kernel_values, found.kernel)):
+        low, high = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        np.testing.assert_allclose((np.mean(values), low, high), distance, rtol=0, atol=1e-4 * (high - low))
 
 
 @pytest.mark.parametrize("max_diffusion_time", [None, 0.6])
