@@ -1,8 +1,10 @@
-"""`benchmarks/claims.py`: the verdicts, the table and the paired intervals. Truth: samples of laws that are known."""
+"""`benchmarks/claims.py` and how it trains: verdicts, table, paired intervals, what is trained again. Truth: samples of
+laws that are known, and a script that says when it was run."""
 
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,3 +80,72 @@ def test_no_page_is_older_than_its_numbers(claims, tmp_path):
         (tmp_path / "claims" / file.name).write_text(file.read_text())
     claims.write_table(tmp_path)
     assert (tmp_path / "claims.md").read_text() == (docs / "claims.md").read_text()
+
+
+# how models are trained
+
+SCRIPT = """
+import signal, sys, time
+from pathlib import Path
+out = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+out.mkdir(parents=True, exist_ok=True)
+with (out.parent / "calls").open("a") as file:
+    file.write("call ")
+if "--slow" in sys.argv and not (out / "checkpoint").exists():
+    def stop(*_):
+        (out / "checkpoint").touch()
+        sys.exit(1)
+    signal.signal(signal.SIGTERM, stop)
+    time.sleep(60)
+if "--bad" in sys.argv:
+    sys.exit(7)
+(out / "model_index.json").touch()
+"""
+
+
+@pytest.fixture
+def trained(claims, tmp_path, monkeypatch):
+    module = sys.modules["trained"]
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "fake.py").write_text(SCRIPT)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    return module
+
+
+def calls(tmp_path):
+    return (tmp_path / "out" / "calls").read_text().split().count("call")
+
+
+def test_what_is_there_is_not_trained_again_and_never_taken_for_another(trained, tmp_path, monkeypatch):
+    folder = tmp_path / "out" / "a"
+    assert trained.train("fake.py", folder, ["--seed", "1"], seed=1) == folder
+    record = json.loads((tmp_path / "out" / "a.json").read_text())
+    assert record["command"] == ["fake.py", "--seed", "1", "--output_dir", "a"]
+    assert record["seed"] == 1
+    assert record["seconds"] > 0
+    monkeypatch.chdir(tmp_path)
+    trained.train("fake.py", Path("out/a"), ["--seed", "1"], seed=1)  # the same, by another name
+    assert calls(tmp_path) == 1
+    with pytest.raises(SystemExit, match=r"a is of another run, with other arguments: use another --output_dir"):
+        trained.train("fake.py", folder, ["--seed", "2"])
+
+
+def test_a_deadline_stops_the_run_and_the_next_piece_goes_on(trained, tmp_path):
+    folder = tmp_path / "out" / "a"
+    with pytest.raises(trained.OutOfTime):
+        trained.train("fake.py", folder, ["--slow"], deadline=time.monotonic() + 5)
+    assert (folder / "checkpoint").exists()
+    first = json.loads((tmp_path / "out" / "a.json").read_text())["seconds"]
+    trained.train("fake.py", folder, ["--slow"], deadline=time.monotonic() + 60)
+    assert json.loads((tmp_path / "out" / "a.json").read_text())["seconds"] > first > 1.5
+    assert calls(tmp_path) == 2
+
+
+def test_a_run_that_fails_ends_the_benchmark(trained, tmp_path):
+    with pytest.raises(SystemExit, match=r"fake\.py ended with status 7"):
+        trained.train("fake.py", tmp_path / "out" / "a", ["--bad"])
+
+
+def test_an_evaluation_gets_the_arguments_of_the_data(trained):
+    words = ["--preset", "digits", "--learning_rate", "1e-3", "--dataset_name=a/b", "--seed", "3", "--resolution", "8"]
+    assert trained.of_the_data(words) == ["--preset", "digits", "--dataset_name", "a/b", "--resolution", "8"]
