@@ -116,11 +116,12 @@ class Lab:
 
     # models
 
-    def train(self, name: str, script: str, steps: int, cost: float, *options: str) -> Path:
+    def train(self, name: str, script: str, steps: int, cost: float, *options: str, seed: int | None = None) -> Path:
         """`cost` is that of a step, in passes."""
+        seed = self.args.seed if seed is None else seed
         arguments = [*self.for_training, "--num_validation_images", "0", "--max_validation_samples", "64"]
-        arguments += ["--seed", str(self.args.seed), "--max_train_steps", str(steps), *options]
-        record = {"seed": self.args.seed, "steps": steps, "passes": steps * cost}
+        arguments += ["--seed", str(seed), "--max_train_steps", str(steps), *options]
+        record = {"seed": seed, "steps": steps, "passes": steps * cost}
         return train(script, self.out / name, arguments, deadline=self.deadline, **record)
 
     def model(self, name: str) -> Any:
@@ -139,8 +140,8 @@ class Lab:
 
     @cached_property
     def control(self) -> Path:
-        other = ("--seed", str(self.args.seed + 1))
-        return self.train("control", "train_consistency.py", self.budget.steps, 3, *self.PLAIN, *other)
+        other = self.args.seed + 1
+        return self.train("control", "train_consistency.py", self.budget.steps, 3, *self.PLAIN, seed=other)
 
     @cached_property
     def consistency(self) -> Path:
@@ -225,11 +226,6 @@ class Lab:
         return words, student_interval(ours - theirs)
 
 
-def scheduler_of(pipeline: Any, name: str, **settings: Any) -> Any:
-    scheduler = swap_scheduler(pipeline, name)
-    return type(scheduler).from_config(scheduler.config, **settings) if settings else scheduler
-
-
 # the claims, by method
 
 Row = tuple[str, str, str, tuple[str, Interval], bool]
@@ -240,21 +236,21 @@ def consistency(lab: Lab) -> Iterator[Row]:
     paper, (base, ours) = "2302.09057", (lab.model(name) for name in ("baseline", "consistency"))
     theirs = "FID 2.01 → 1.95 (CIFAR-10, unconditional, 35 evaluations)"
     for nfe in (10, 35):
-        found = lab.compare(*(lab.features(p, scheduler_of(p, "DDIM"), nfe) for p in (ours, base)))
+        found = lab.compare(*(lab.features(p, swap_scheduler(p, "DDIM"), nfe) for p in (ours, base)))
         yield paper, f"The regulariser improves samples (DDIM, {nfe} evaluations)", theirs, found, True
 
 
 def control(lab: Lab) -> Iterator[Row]:
     base, other = lab.model("baseline"), lab.model("control")
     for nfe in (10, 50):
-        found = lab.compare(*(lab.features(p, scheduler_of(p, "DDIM"), nfe) for p in (other, base)))
+        found = lab.compare(*(lab.features(p, swap_scheduler(p, "DDIM"), nfe) for p in (other, base)))
         yield "", f"None: the baseline against itself from another seed (DDIM, {nfe} evaluations)", "", found, True
 
 
 def reflected(lab: Lab) -> Iterator[Row]:
     paper, base, ours = "2304.04740", lab.model("ordinary"), lab.model("reflected")
-    ode, clipped = scheduler_of(ours, "own", algorithm_type="ode"), scheduler_of(base, "DDIM", clip_sample=True)
-    free = scheduler_of(base, "DDIM", clip_sample=False)
+    ode, clipped = swap_scheduler(ours, "own", algorithm_type="ode"), swap_scheduler(base, "DDIM", clip_sample=True)
+    free = swap_scheduler(base, "DDIM", clip_sample=False)
     found = lab.compare(lab.features(ours, ode, 20), lab.features(base, free, 20))
     theirs = "FID 2.72 (CIFAR-10), as good as ordinary models of its time"
     yield paper, "Samples without guidance are as good (ODE against DDIM, 20 evaluations)", theirs, found, True
@@ -297,15 +293,15 @@ def short_time(lab: Lab) -> Iterator[Row]:
     simple = short_time_pipeline(base, T, _bridge(lab, GaussianBridge))
     for p in (plain, ours, simple):
         p.set_progress_bar_config(disable=True)
-    at = {name: lab.features(p, scheduler_of(p, "DDIM"), 10) for name, p in (("plain", plain), ("flow", ours))}
+    at = {name: lab.features(p, swap_scheduler(p, "DDIM"), 10) for name, p in (("plain", plain), ("flow", ours))}
     found = lab.compare(at["flow"], at["plain"])
     theirs = "FID 5.74 → 3.72 (CIFAR-10, T = 0.6; not verified by us)"
     yield paper, f"At T = {T} an auxiliary start beats N(0, I) (DDIM, 10 evaluations)", theirs, found, True
-    whole = lab.features(base, scheduler_of(base, "DDIM"), 10)
+    whole = lab.features(base, swap_scheduler(base, "DDIM"), 10)
     theirs = "FID 3.64 → 3.72 at many evaluations (CIFAR-10; not verified by us)"
     claim = f"T = {T} from an auxiliary model is as good as T = 1 (flow, DDIM, 10 evaluations)"
     yield paper, claim, theirs, lab.compare(at["flow"], whole), True
-    gaussian = lab.features(simple, scheduler_of(simple, "DDIM"), 10)
+    gaussian = lab.features(simple, swap_scheduler(simple, "DDIM"), 10)
     theirs = "FID 19.79 → 15.98 (CIFAR-10, DDIM, 10 steps; arXiv 2305.19693)"
     claim = f"From the Gaussian of the moments at T = {T} few steps are better than from T = 1 (DDIM, 10 evaluations)"
     yield paper, claim, theirs, lab.compare(gaussian, whole), True
@@ -326,10 +322,10 @@ def observation(lab: Lab) -> Iterator[Row]:
     paper, base, ours = "2310.04041", lab.model("trained_on"), lab.model("observed")
     figures = {10: "FID 20.56 → 10.70", 20: "FID 11.73 → 7.74", 50: "FID 7.70 → 6.28"}
     for nfe in (5, *figures):
-        found = lab.compare(*(lab.features(p, scheduler_of(p, "DDIM"), nfe) for p in (ours, base)))
+        found = lab.compare(*(lab.features(p, swap_scheduler(p, "DDIM"), nfe) for p in (ours, base)))
         theirs = f"{figures[nfe]} (CIFAR-10)" if nfe in figures else "no figure"
         yield paper, f"Fine-tuning with a discriminator improves samples (DDIM, {nfe} evaluations)", theirs, found, True
-    found = lab.compare(*(lab.features(p, scheduler_of(p, "PNDM"), 50) for p in (ours, base)))
+    found = lab.compare(*(lab.features(p, swap_scheduler(p, "PNDM"), 50) for p in (ours, base)))
     theirs = "FID 4.24 → 4.87 (CIFAR-10, S-PNDM; the authors' logs)"
     yield paper, "It does harm to multistep solvers at many steps (PNDM, 50 evaluations)", theirs, found, False
 
@@ -339,7 +335,7 @@ def calibrated(lab: Lab) -> Iterator[Row]:
     calibration = _calibration(lab, base, folder)
     figures = {10: "FID 6.69 → 4.59 (CelebA, 10 evaluations)", 20: "FID 3.74 → 3.36 (CIFAR-10, 20 evaluations)"}
     for nfe, theirs in figures.items():
-        stock = scheduler_of(base, "DDIM")
+        stock = swap_scheduler(base, "DDIM")
         ours = calibrated_class("DDIMScheduler").from_scheduler(stock, calibration)
         found = lab.compare(lab.features(base, ours, nfe), lab.features(base, stock, nfe))
         yield paper, f"Subtracting the mean error improves samples (DDIM, {nfe} evaluations)", theirs, found, True
@@ -359,11 +355,11 @@ def _calibration(lab: Lab, pipeline: Any, folder: Path) -> Any:
 
 def combinations(lab: Lab) -> Iterator[Row]:
     base, both = lab.model("observed"), lab.model("observed_consistent")
-    found = lab.compare(*(lab.features(p, scheduler_of(p, "DDIM"), 10) for p in (both, base)))
+    found = lab.compare(*(lab.features(p, swap_scheduler(p, "DDIM"), 10) for p in (both, base)))
     yield "", "Observation and consistency, against observation alone (DDIM, 10 evaluations)", "not tried", found, True
     short = short_time_pipeline(lab.model("baseline"), T, _bridge(lab, FlowBridge))
     short.set_progress_bar_config(disable=True)
-    stock = scheduler_of(short, "DDIM")
+    stock = swap_scheduler(short, "DDIM")
     calibration = _calibration(lab, lab.model("baseline"), lab.out / "calibration")
     ours = calibrated_class(type(stock).__name__).from_scheduler(stock, calibration)
     found = lab.compare(lab.features(short, ours, 10), lab.features(short, stock, 10))
@@ -371,7 +367,7 @@ def combinations(lab: Lab) -> Iterator[Row]:
     yield "", claim, "not tried", found, True
     model, base = lab.model("reflected"), lab.model("ordinary")
     found = lab.compare(
-        lab.features(model, scheduler_of(model, "own", algorithm_type="heun"), 20, 8.0),
+        lab.features(model, swap_scheduler(model, "own", algorithm_type="heun"), 20, 8.0),
         lab.features(base, DDPMScheduler.from_config(base.scheduler.config, clip_sample=True), 20, 8.0),
     )
     claim = "Reflected, guided by Heun's ODE at scale 8, against DDPM with x0 clipped (20 evaluations)"

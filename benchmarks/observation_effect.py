@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", default=["0.005", "0.025"], help="gamma")
     parser.add_argument("--choose_best", action="store_true")
     parser.add_argument("--nfe", default="5,10,20,50")
-    parser.add_argument("--schedulers", default="DDIM,DPMSolverMultistep,PNDM,HeunDiscrete")
+    parser.add_argument("--schedulers", default="DDIM,DPMSolverMultistep,PNDM:skip_prk_steps=true,HeunDiscrete")
     parser.add_argument("--num_samples", type=int, default=1000)
     parser.add_argument("--reference", choices=["held_out", "train"], default="train")
     parser.add_argument("--discriminator_learning_rate", type=float, default=1e-3)

@@ -125,6 +125,19 @@ def test_a_copy_of_a_model_changes_nothing_and_another_what_the_distances_say(ev
     assert "Change of the Frechet distance" in (tmp_path / "out" / "table.md").read_text()
 
 
+def test_a_scheduler_with_settings_and_without_and_what_it_cannot_do(evaluate, models, tmp_path, capsys):
+    asked = ("--schedulers", "PNDM, PNDM:skip_prk_steps=true:timestep_spacing=trailing", "--nfe", "2,13")
+    evaluate.run(*arguments(models[:1], tmp_path / "out", *asked))
+    found = [(c.scheduler, c.nfe) for c in load(tmp_path / "out").cells]
+    skipping = "PNDM:skip_prk_steps=true:timestep_spacing=trailing"
+    assert found == [("PNDM", 13), (skipping, 1), (skipping, 13)]
+    assert "left out: PNDMScheduler makes no image with 2 evaluations" in capsys.readouterr().out
+    names = sorted(path.name for path in (tmp_path / "out" / "samples").glob("PNDM*"))
+    assert names == ["PNDM-4.png", *(f"PNDM-skip-prk-steps-true-timestep-spacing-trailing-{n}.png" for n in (1, 12))]
+    with pytest.raises(SystemExit, match="makes no image with 2 evaluations"):
+        evaluate.run(*arguments(models[:1], tmp_path / "none", "--schedulers", "PNDM", "--nfe", "1,2"))
+
+
 def test_lists_are_read_from_a_file_too(evaluate, models, tmp_path):
     (tmp_path / "run.yaml").write_text(f"pretrained_model_name_or_path: [{models[0]}, {models[1]}]\nnames: [a, b]\n")
     found = evaluate.parse_arguments(evaluate.EvaluationArguments, ["--config", str(tmp_path / "run.yaml")])
@@ -204,6 +217,8 @@ def test_short_of_images_there_is_no_frechet_distance(evaluate, models, tmp_path
     [
         (("--schedulers", "DDIM,EDMEuler"), "cannot take EDMEulerScheduler"),
         (("--schedulers", "Foo"), "there is no FooScheduler"),
+        (("--schedulers", "DDIM:eta"), "must be NAME, or NAME:setting=value"),
+        (("--schedulers", "DDIM:eta=1"), "DDIMScheduler has no setting eta"),
         (("--nfe", "5,x"), "whole numbers"),
         (("--nfe", "0"), "at least 1"),
         (("--num_samples", 10), "at least 20"),

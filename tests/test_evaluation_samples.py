@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from math import erf, exp, log, log2, pi, sqrt
 
@@ -14,6 +15,7 @@ from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
+    DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
@@ -305,6 +307,28 @@ def test_steps_make_at_most_so_many_evaluations(tmp_path, name, nfe, steps):
     one = drawing(pipeline, steps, n=2, batch_size=2)
     one.draw(tmp_path)
     assert one.counted(tmp_path).nfe <= nfe
+
+
+def test_settings_take_the_place_of_the_pipelines():
+    """The noise levels are those of a scheduler that was made with them."""
+    pipeline = exact_pipeline()
+    swapped = swap_scheduler(pipeline, "DPMSolverMultistep", use_karras_sigmas=True, solver_order=3)
+    made = DPMSolverMultistepScheduler.from_config(SCHEDULER.config, use_karras_sigmas=True, solver_order=3)
+    for scheduler in (swapped, made):
+        scheduler.set_timesteps(7)
+    assert torch.equal(swapped.sigmas, made.sigmas)
+    assert swapped.config.solver_order == 3
+    stock = drawing(pipeline, 3)
+    other = replace(stock, scheduler=swapped)
+    assert (stock.scheduler_name, other.scheduler_name) == ("DDIM", "DPMSolverMultistep")
+    assert replace(other, scheduler=swap_scheduler(pipeline, "DPMSolverMultistep")).name != other.name
+    own = swap_scheduler(pipeline, "own", clip_sample_range=0.5, clip_sample=True)
+    assert type(own) is type(pipeline.scheduler)
+    assert (own.config.clip_sample_range, pipeline.scheduler.config.clip_sample) == (0.5, False)
+    with pytest.raises(InputError, match=r"DDIMScheduler has no setting clip, order; it has .*clip_sample"):
+        swap_scheduler(pipeline, "DDIM", order=3, clip=True)
+    with pytest.raises(InputError, match="cannot take DPMSolverMultistepScheduler"):
+        swap_scheduler(pipeline, "DPMSolverMultistep", algorithm_type="none")
 
 
 def test_why_there_is_no_number_of_steps_is_said():

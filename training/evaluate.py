@@ -12,9 +12,10 @@ only what is missing. `--help` lists every argument.
 import hashlib
 import importlib.util
 import math
+import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any, Literal
 
 import diffusers
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from PIL import Image
@@ -38,6 +40,7 @@ from diffusers_ext.evaluation import (
     Manifold,
     MeasureArguments,
     RealImages,
+    file_name,
     likelihood,
     load_real_images,
     markdown_table,
@@ -77,7 +80,11 @@ class EvaluationArguments(MeasureArguments):
     revision: str | None = arg(None, "Git revision of the pipelines.")
     variant: str | None = arg(None, "Weights variant of the pipelines, e.g. fp16.")
     torch_dtype: Literal["float32", "float16", "bfloat16"] = arg("float32", "Precision of the networks that draw.")
-    schedulers: str = arg(OWN, f"Classes with commas, e.g. DDIM,CalibratedDDIM; {OWN!r} is each pipeline's.")
+    schedulers: str = arg(
+        OWN,
+        f"Classes with commas, e.g. DDIM,CalibratedDDIM; {OWN!r} is each pipeline's. With settings: "
+        "DPMSolverMultistep:use_karras_sigmas=true:solver_order=3",
+    )
     nfe: str = arg("5,10,20,50", "Evaluations of the network for an image, with commas; guidance takes twice as many.")
     num_samples: int = arg(2000, "Images of each model, scheduler and number of evaluations.")
     guidance_scale: float = arg(1.0, "Classifier-free guidance; 1 is the conditional model.")
@@ -108,6 +115,18 @@ class EvaluationArguments(MeasureArguments):
         if not math.isfinite(self.guidance_scale):
             raise InputError(f"--guidance_scale must be finite, got {self.guidance_scale}")
         levels(self)
+        asked_schedulers(self)
+
+
+def asked_schedulers(args: EvaluationArguments) -> dict[str, tuple[str, dict[str, Any]]]:
+    """What was asked for -> the class, and its settings."""
+    asked = {}
+    for words in (word.strip() for word in args.schedulers.split(",")):
+        name, *pairs = words.split(":")
+        if not name or not all(re.fullmatch(r"\w+=.+", pair) for pair in pairs):
+            raise InputError(f"--schedulers {words!r} must be NAME, or NAME:setting=value:setting=value")
+        asked[words] = name, {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
+    return asked
 
 
 def levels(args: EvaluationArguments) -> list[int]:
@@ -141,7 +160,8 @@ def load(args: EvaluationArguments, device: torch.device) -> tuple[dict[str, Any
     return pipelines, *next(iter(formats.values()))
 
 
-def drawings(args: EvaluationArguments, pipelines: dict[str, Any]) -> Iterator[Drawing]:
+def drawings(args: EvaluationArguments, pipelines: dict[str, Any], say: Callable[[str], None]) -> Iterator[Drawing]:
+    """`say` is told what a scheduler cannot do."""
     prompts: list[str] | None = None
     if args.caption_column is not None:
         prompts = list(Numbered(load_images(args, args.train_split)).column(args.caption_column))  # type: ignore[arg-type]
@@ -150,9 +170,10 @@ def drawings(args: EvaluationArguments, pipelines: dict[str, Any]) -> Iterator[D
             raise InputError(f"--caption_column: {name} takes no prompts")
         identity = pipeline_fingerprint(pipeline)
         size = args.resolution if is_text_pipeline(pipeline) else None
-        for wanted in dict.fromkeys(args.schedulers.split(",")):
-            scheduler = swap_scheduler(pipeline, wanted.strip(), path)
-            for steps in dict.fromkeys(steps_for(scheduler, nfe) for nfe in levels(args)):
+        for words, (wanted, settings) in asked_schedulers(args).items():
+            scheduler = swap_scheduler(pipeline, wanted, path, **settings)
+            label = ":".join([type(scheduler).__name__.removesuffix("Scheduler"), *words.split(":")[1:]])
+            for steps in possible_steps(scheduler, levels(args), say):
                 yield Drawing(
                     name,
                     pipeline,
@@ -165,7 +186,21 @@ def drawings(args: EvaluationArguments, pipelines: dict[str, Any]) -> Iterator[D
                     args.guidance_scale,
                     prompts,
                     size,
+                    label,
                 )
+
+
+def possible_steps(scheduler: Any, levels: list[int], say: Callable[[str], None]) -> list[int]:
+    """Without the levels that the scheduler cannot reach; an `InputError` if that leaves none."""
+    steps: list[int] = []
+    for nfe in levels:
+        try:
+            steps.append(steps_for(scheduler, nfe))
+        except InputError as error:
+            if nfe == levels[-1] and not steps:
+                raise
+            say(f"left out: {error}")
+    return list(dict.fromkeys(steps))
 
 
 def real_features(real: RealImages, extractor: Extractor) -> dict[str, Tensor]:
@@ -254,7 +289,7 @@ def grids(drawn: list[Drawing], folder: Path, out: Path) -> dict[str, Image.Imag
     for (scheduler, steps), group in groups.items():
         images = torch.cat([next(drawing.images(folder))[:GRID_IMAGES] for drawing in group])
         picture = image_grid(images.movedim(1, 3).numpy() / 255, len(images) // len(group))
-        picture.save(out / "samples" / f"{scheduler}-{steps}.png")
+        picture.save(out / "samples" / f"{file_name(scheduler)}-{steps}.png")
         pictures[f"{scheduler}, {steps} steps. Rows: {', '.join(drawing.model for drawing in group)}"] = picture
     return pictures
 
@@ -321,7 +356,7 @@ def main() -> None:
     out = Path(args.output_dir)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     pipelines, channels, resolution = load(args, device)
-    drawn = list({drawing.name: drawing for drawing in drawings(args, pipelines)}.values())
+    drawn = list({drawing.name: drawing for drawing in drawings(args, pipelines, accelerator.print)}.values())
     real = load_real_images(args, channels, resolution)
     extractor = extractor_for(args, real, channels, resolution, device) if rank == 0 else None
 

@@ -7,7 +7,16 @@ from .measures import Manifold, MeasureArguments, RealImages, likelihood, load_r
 from .model_index import push_model_index, write_model_index
 from .report import markdown_table, write_report
 from .results import Cell, Evaluation, Likelihood, Quality
-from .samples import OWN, Drawing, network_and_autoencoder, pipeline_fingerprint, sampler_for, steps_for, swap_scheduler
+from .samples import (
+    OWN,
+    Drawing,
+    file_name,
+    network_and_autoencoder,
+    pipeline_fingerprint,
+    sampler_for,
+    steps_for,
+    swap_scheduler,
+)
 
 __all__ = [
     "OWN",
@@ -19,6 +28,7 @@ __all__ = [
     "MeasureArguments",
     "Quality",
     "RealImages",
+    "file_name",
     "likelihood",
     "load_real_images",
     "markdown_table",

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import inspect
 import json
 import os
 import time
@@ -62,21 +63,22 @@ def sampler_for(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     return pipeline
 
 
-def swap_scheduler(pipeline: DiffusionPipeline, name: str, folder: str | None = None) -> Any:
+def swap_scheduler(pipeline: DiffusionPipeline, name: str, folder: str | None = None, **settings: Any) -> Any:
     """A scheduler of this class with the configuration of the pipeline's own.
 
     Args:
         name: with or without "Scheduler" at its end; "own" is the pipeline's. For a pipeline of short diffusion times
             it is the short-time class of that name.
         folder: of the pipeline, or its Hub name: where a calibrated scheduler finds its tables.
+        settings: of the configuration, in place of the pipeline's.
 
     Raises:
-        InputError: there is no such class, or the pipeline cannot take it; names some that it can.
+        InputError: there is no such class or setting, or the pipeline cannot take it; names some that it can.
     """
     own = pipeline.scheduler
-    if name == OWN:
+    if name == OWN and not settings:
         return copy.deepcopy(own)
-    wanted = name.removesuffix("Scheduler") + "Scheduler"
+    wanted = type(own).__name__ if name == OWN else name.removesuffix("Scheduler") + "Scheduler"
     if isinstance(own, ShortTimeScheduler) and "ShortTime" not in wanted:
         calibrated = "Calibrated" if wanted.startswith("Calibrated") else ""
         wanted = f"{calibrated}ShortTime{wanted.removeprefix('Calibrated')}"
@@ -89,12 +91,17 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, folder: str | None = 
     advice = f"it is a {family} model, whose scheduler is {type(own).__name__}; others for it: {', '.join(others)}"
     if kind is None:
         raise InputError(f"--schedulers: there is no {wanted}; {advice}")
+    known = inspect.signature(kind.__init__).parameters.keys() - {"self"}
+    if unknown := sorted(settings.keys() - known):
+        have = ", ".join(sorted(known))
+        raise InputError(f"--schedulers: {wanted} has no setting {', '.join(unknown)}; it has {have}")
     try:
         if issubclass(kind, CalibratedScheduler) and folder is not None:
-            scheduler = kind.from_pretrained(folder, subfolder="scheduler")
+            scheduler = kind.from_pretrained(folder, subfolder="scheduler", **settings)
         else:
             # diffusers would replace what the user left at its default by the other class's default: other betas.
-            scheduler = kind.from_config({k: v for k, v in own.config.items() if k != "_use_default_values"})
+            config = {k: v for k, v in own.config.items() if k != "_use_default_values"}
+            scheduler = kind.from_config(config | settings)
         fits = noise_schedule(scheduler).family == family
     except (TypeError, ValueError, OSError, NotImplementedError) as error:
         raise InputError(f"--schedulers: the pipeline cannot take {wanted}: {error}; {advice}") from error
@@ -126,6 +133,11 @@ def steps_for(scheduler: Any, nfe: int) -> int:
         f"{type(scheduler).__name__} makes no image with {nfe} evaluations of the network{why}: try more with --nfe, "
         f"or another of --schedulers"
     )
+
+
+def file_name(text: str) -> str:
+    """Something readable that every file system takes."""
+    return "".join(c if c.isalnum() else "-" for c in text)
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -195,6 +207,7 @@ class Drawing:
         guidance_scale: 1 is the conditional model.
         prompts: of a text-to-image pipeline, repeated in turn.
         resolution: height and width that a text-to-image pipeline is asked for.
+        label: of the scheduler, for people; by default its class, without "Scheduler".
     """
 
     model: str
@@ -208,6 +221,11 @@ class Drawing:
     guidance_scale: float = 1.0
     prompts: Sequence[str] | None = None
     resolution: int | None = None
+    label: str = ""
+
+    @property
+    def scheduler_name(self) -> str:
+        return self.label or type(self.scheduler).__name__.removesuffix("Scheduler")
 
     @functools.cached_property
     def name(self) -> str:
@@ -216,13 +234,8 @@ class Drawing:
         tables = None if calibration is None else (fingerprint(calibration), self.scheduler.guidance_scale)
         drawn = (self.identity, type(self.scheduler).__name__, _public(self.scheduler.config), tables, self.steps)
         told = (self.batch_size, self.seed, self.guidance_scale, self.prompts, self.resolution)
-        readable = "".join(c if c.isalnum() else "-" for c in self.model)
         digest = hashlib.sha256(_settings([drawn, told])).hexdigest()[:12]
-        return f"{readable}-{self.scheduler_name}-{self.steps}-{digest}"
-
-    @property
-    def scheduler_name(self) -> str:
-        return type(self.scheduler).__name__.removesuffix("Scheduler")
+        return f"{file_name(self.model)}-{file_name(self.scheduler_name)}-{self.steps}-{digest}"
 
     @property
     def num_batches(self) -> int:
