@@ -138,6 +138,16 @@ def test_a_scheduler_with_settings_and_without_and_what_it_cannot_do(evaluate, m
         evaluate.run(*arguments(models[:1], tmp_path / "none", "--schedulers", "PNDM", "--nfe", "1,2"))
 
 
+def test_settings_are_numbers_truths_and_words(evaluate, tmp_path):
+    words = "DDIM:clip_sample=false:clip_sample_range=0.5:prediction_type=v_prediction"
+    asked = evaluate.parse_arguments(
+        evaluate.EvaluationArguments,
+        ["--pretrained_model_name_or_path", "a", "--ode_images", "0", "--schedulers", f"own,{words}"],
+    )
+    settings = {"clip_sample": False, "clip_sample_range": 0.5, "prediction_type": "v_prediction"}
+    assert evaluate.asked_schedulers(asked) == {"own": ("own", {}), words: ("DDIM", settings)}
+
+
 def test_lists_are_read_from_a_file_too(evaluate, models, tmp_path):
     (tmp_path / "run.yaml").write_text(f"pretrained_model_name_or_path: [{models[0]}, {models[1]}]\nnames: [a, b]\n")
     found = evaluate.parse_arguments(evaluate.EvaluationArguments, ["--config", str(tmp_path / "run.yaml")])
