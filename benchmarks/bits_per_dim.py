@@ -23,10 +23,12 @@ from diffusers_ext import (
     noise_schedule,
     score_model_from,
 )
-from diffusers_ext.training import TrainingArguments, parse_arguments
-from diffusers_ext.training.data import first_images
-from diffusers_ext.training.images import Transform, load_images, load_validation_images
-from diffusers_ext.training.models import classes_of, null_class_of
+from diffusers_ext.commands import parse_arguments
+from diffusers_ext.data.batches import first_images
+from diffusers_ext.data.images import Transform
+from diffusers_ext.data.sources import load_images, load_validation_images
+from diffusers_ext.subjects.models import classes_of, null_class_of
+from diffusers_ext.training import TrainingArguments
 
 
 def main() -> None:

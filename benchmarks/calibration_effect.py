@@ -32,8 +32,9 @@ from torch import Tensor
 from trained import Judge, draw, train
 
 from diffusers_ext import Calibration, ClassConditionalPipeline, estimate_calibration
+from diffusers_ext.commands import parse_arguments
 from diffusers_ext.schedulers import calibrated_class
-from diffusers_ext.training import TrainingArguments, parse_arguments
+from diffusers_ext.training import TrainingArguments
 
 
 def batches(x0: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:

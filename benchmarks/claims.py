@@ -43,6 +43,7 @@ from diffusers_ext import (
     score_model_from,
     short_time_pipeline,
 )
+from diffusers_ext.commands import parse_arguments
 from diffusers_ext.evaluation import (
     Drawing,
     MeasureArguments,
@@ -55,8 +56,8 @@ from diffusers_ext.evaluation import (
 from diffusers_ext.extractors import default_extractor, make_extractor
 from diffusers_ext.metrics import Interval, frechet_distance, jackknife, pseudo_values, student_interval
 from diffusers_ext.schedulers import calibrated_class
-from diffusers_ext.training import TrainingArguments, parse_arguments
-from diffusers_ext.training.models import classes_of
+from diffusers_ext.subjects.models import classes_of
+from diffusers_ext.training import TrainingArguments
 
 T = 0.6
 REPRODUCED, NOT_REPRODUCED, TOO_SMALL = "reproduced", "not reproduced", "too small to tell"

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from diffusers_ext import consistency_loss, denoiser_from, lower_sigma, noise_schedule, score_matching_loss
 from diffusers_ext.noise_levels import karras_sigmas
+from diffusers_ext.presets import PRESETS
 from diffusers_ext.solvers import euler_maruyama
-from diffusers_ext.training import PRESETS
 
 VARIANTS: dict[str, dict] = {
     "plain denoising": {"fraction": 0.0},

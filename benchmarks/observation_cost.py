@@ -30,7 +30,7 @@ from diffusers_ext import (
     observation_loss,
     score_matching_loss,
 )
-from diffusers_ext.training import PRESETS
+from diffusers_ext.presets import PRESETS
 
 PLAIN = "plain denoising"
 VARIANTS: dict[str, dict] = {

@@ -33,12 +33,14 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from torch import Tensor
 
 from diffusers_ext import ReflectedPipeline, ReflectedScheduler
+from diffusers_ext.commands import parse_arguments
+from diffusers_ext.data.batches import first_images
+from diffusers_ext.data.images import Transform
+from diffusers_ext.data.sources import load_images, load_validation_images
 from diffusers_ext.extractors import Classifier, train_classifier
 from diffusers_ext.metrics import frechet_distance
-from diffusers_ext.training import TrainingArguments, parse_arguments
-from diffusers_ext.training.data import first_images
-from diffusers_ext.training.images import Transform, load_images, load_validation_images
-from diffusers_ext.training.models import image_grid
+from diffusers_ext.reports.pictures import image_grid
+from diffusers_ext.training import TrainingArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -31,7 +31,8 @@ from diffusers_ext import (
     ShortTimePipeline,
     diffusion_time_report,
 )
-from diffusers_ext.training import TrainingArguments, parse_arguments
+from diffusers_ext.commands import parse_arguments
+from diffusers_ext.training import TrainingArguments
 
 NORMAL = "N(0, I)"
 BRIDGES: dict[str, Any] = {"Gaussian": GaussianBridge, "mixture": MixtureBridge, "flow": FlowBridge}

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusers_ext.data.batches import first_images
+from diffusers_ext.data.images import Transform
+from diffusers_ext.data.sources import load_images, load_validation_images
 from diffusers_ext.evaluation import MeasureArguments
 from diffusers_ext.extractors import train_classifier
 from diffusers_ext.metrics import frechet_distance
 from diffusers_ext.training import TrainingArguments
-from diffusers_ext.training.data import first_images
-from diffusers_ext.training.images import Transform, load_images, load_validation_images
 
 ROOT = Path(__file__).resolve().parents[1]
 

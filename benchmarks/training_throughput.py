@@ -19,7 +19,9 @@ import torch
 from diffusers.training_utils import EMAModel
 
 from diffusers_ext import score_matching_loss
-from diffusers_ext.training import PRESETS, TrainingArguments, TrainingLoop, parse_arguments
+from diffusers_ext.commands import parse_arguments
+from diffusers_ext.presets import PRESETS
+from diffusers_ext.training import TrainingArguments, TrainingLoop
 
 
 def ours(args: argparse.Namespace, folder: str) -> tuple[TrainingLoop, Iterator[None]]:

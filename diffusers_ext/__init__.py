@@ -8,21 +8,16 @@ import diffusers
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.pipelines import pipeline_loading_utils
 
-from .bridge import Bridge, FlowBridge, GaussianBridge, MixtureBridge
+from .bridges.base import Bridge, FlowBridge, GaussianBridge, MixtureBridge
 from .calibration import Calibration, calibrate_denoiser
+from .conversion import calibrate_pipeline, short_time_pipeline
 from .diffusion_time import DiffusionTimeReport, diffusion_time_report
 from .discriminator import NoiseLevelDiscriminator
 from .extractors import Extractor, make_extractor
 from .hypercube import heat_kernel_log_prob, heat_kernel_score, reflect
 from .interop import NoiseSchedule, denoiser_from, noise_schedule, score_model_from
 from .likelihood import Elbo, bits_per_dim, boundary_flux, dequantize, elbo, log_likelihood
-from .losses import (
-    DiscriminatorLoss,
-    consistency_loss,
-    discriminator_loss,
-    observation_loss,
-    score_matching_loss,
-)
+from .losses import DiscriminatorLoss, consistency_loss, discriminator_loss, observation_loss, score_matching_loss
 from .mean_error import estimate_calibration
 from .noise_levels import (
     karras_sigmas,
@@ -32,8 +27,7 @@ from .noise_levels import (
     lower_sigma,
     min_snr_weight,
 )
-from .pipelines import ClassConditionalPipeline, ReflectedPipeline, ShortTimePipeline, short_time_pipeline
-from .pipelines.calibrate import calibrate_pipeline
+from .pipelines import ClassConditionalPipeline, ReflectedPipeline, ShortTimePipeline
 from .process import GaussianProcess, Process, ReflectedProcess
 from .schedulers import ReflectedScheduler
 from .schedulers.scheduling_calibrated import (

@@ -18,10 +18,11 @@ import matplotlib.pyplot as plt
 import torch
 from diffusers import DiffusionPipeline
 
+from diffusers_ext.data.batches import first_images
+from diffusers_ext.data.images import Transform
+from diffusers_ext.data.sources import Digits
 from diffusers_ext.metrics import frechet_distance
-from diffusers_ext.training.data import first_images
-from diffusers_ext.training.images import Digits, Transform
-from diffusers_ext.training.models import image_grid
+from diffusers_ext.reports.pictures import image_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 

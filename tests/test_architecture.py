@@ -11,19 +11,24 @@ import diffusers_ext
 
 PACKAGE = Path(diffusers_ext.__file__).parent
 ORDER = [
-    {"shapes"},
-    {"hypercube"},
+    {"errors", "files", "presets", "randomness", "shapes"},
+    {"fields", "hypercube"},
     {"process"},
     {"score"},
     {"noise_levels"},
     {"solvers"},
     {"interop", "moments"},
-    {"losses", "discriminator", "extractors", "metrics", "likelihood", "calibration", "bridge"},
+    {"losses", "discriminator", "extractors", "metrics", "likelihood", "calibration", "bridges"},
     {"mean_error", "diffusion_time"},
     {"schedulers"},
     {"pipelines"},
-    {"training"},
+    {"subjects"},
+    {"conversion"},
+    {"data"},
+    {"reports"},
     {"evaluation"},
+    {"training"},
+    {"commands"},
 ]
 LAYER = {name: i for i, names in enumerate(ORDER) for name in names}
 TORCH_ONLY = ("shapes", "hypercube", "process", "score", "noise_levels", "solvers", "losses")

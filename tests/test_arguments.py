@@ -4,7 +4,9 @@ from dataclasses import fields
 
 import pytest
 
-from diffusers_ext.training import PRESETS, TrainingArguments, parse_arguments
+from diffusers_ext.commands import parse_arguments
+from diffusers_ext.presets import PRESETS
+from diffusers_ext.training import TrainingArguments
 
 
 def test_later_sources_win(tmp_path):

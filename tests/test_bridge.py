@@ -12,7 +12,8 @@ from oracles import Gaussian, Mixture
 from sklearn.covariance import OAS
 from torch.distributions import MultivariateNormal
 
-from diffusers_ext import FlowBridge, GaussianBridge, MixtureBridge, bridge, moments
+from diffusers_ext import FlowBridge, GaussianBridge, MixtureBridge, moments
+from diffusers_ext.bridges import base as bridge
 from diffusers_ext.moments import Moments
 
 SCHEDULER = DDPMScheduler()

@@ -26,8 +26,9 @@ from test_models import tiny_unet
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_ext import CalibratedDDIMScheduler, Calibration, ClassConditionalPipeline, estimate_calibration
-from diffusers_ext.training import InputError, calibration_report
-from diffusers_ext.training.text import text_conditions, text_image_format
+from diffusers_ext.errors import InputError
+from diffusers_ext.reports import calibration_card as calibration_report
+from diffusers_ext.subjects.text import text_conditions, text_image_format
 
 SCRIPT = Path(__file__).parents[1] / "training" / "calibrate.py"
 

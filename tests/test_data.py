@@ -11,17 +11,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from diffusers_ext.training import InputError, TrainingArguments
-from diffusers_ext.training.data import MicroBatches, StreamDataset, collate
-from diffusers_ext.training.images import (
-    Digits,
-    ImageFolder,
-    Transform,
-    convert,
-    load_images,
-    load_validation_images,
-    to_tensor,
-)
+from diffusers_ext.data.batches import MicroBatches, StreamDataset, collate
+from diffusers_ext.data.images import Transform, convert, to_tensor
+from diffusers_ext.data.sources import Digits, ImageFolder, load_images, load_validation_images
+from diffusers_ext.errors import InputError
+from diffusers_ext.training import TrainingArguments
 
 
 class Numbered:

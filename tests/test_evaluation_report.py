@@ -19,12 +19,12 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from diffusers_ext.evaluation.model_index import merged_card, model_index, write_model_index
-from diffusers_ext.evaluation.plots import loss_figure, plots, quality_figure
-from diffusers_ext.evaluation.report import write_report
-from diffusers_ext.evaluation.results import Cell, Evaluation, Likelihood, Quality
-from diffusers_ext.evaluation.tables import clear_winner, interval_text, markdown_table
 from diffusers_ext.metrics import Interval
+from diffusers_ext.reports.measured import Cell, Evaluation, Likelihood, Quality
+from diffusers_ext.reports.model_index import merged_card, model_index, write_model_index
+from diffusers_ext.reports.page import write_report
+from diffusers_ext.reports.plots import loss_figure, plots, quality_figure
+from diffusers_ext.reports.tables import clear_winner, interval_text, markdown_table
 
 NAN, INF = math.nan, math.inf
 WILD = "_c<b>&|$x$"  # a name that HTML, Markdown and matplotlib would each read as something else
@@ -631,8 +631,8 @@ def hub():
 
 PUSH = """
 import sys
-from diffusers_ext.evaluation.model_index import push_model_index
-from diffusers_ext.evaluation.results import Evaluation
+from diffusers_ext.reports.model_index import push_model_index
+from diffusers_ext.reports.measured import Evaluation
 for k in range({times}):
     push_model_index(Evaluation.load("results.json"), "a", "tester/model", {token!r}, ".")
 """

@@ -33,6 +33,8 @@ from diffusers_ext import (
     noise_schedule,
     short_time_pipeline,
 )
+from diffusers_ext.data.batches import Images
+from diffusers_ext.errors import InputError
 from diffusers_ext.evaluation import (
     Drawing,
     Manifold,
@@ -47,8 +49,6 @@ from diffusers_ext.evaluation import (
 from diffusers_ext.extractors import make_extractor
 from diffusers_ext.interop import stored_scheduler
 from diffusers_ext.schedulers import save_tables
-from diffusers_ext.training import InputError
-from diffusers_ext.training.data import Images
 
 MEAN, STD = 0.2, 0.4
 

@@ -17,10 +17,11 @@ from sklearn.datasets import load_sample_images
 from torch import nn
 
 from diffusers_ext import Extractor, make_extractor
+from diffusers_ext.data.batches import first_images
+from diffusers_ext.data.images import Transform
+from diffusers_ext.data.sources import load_images, load_validation_images
 from diffusers_ext.extractors import NAMES, default_extractor, pixel_features, train_classifier
 from diffusers_ext.training import TrainingArguments
-from diffusers_ext.training.data import first_images
-from diffusers_ext.training.images import Transform, load_images, load_validation_images
 
 
 def photographs() -> np.ndarray:

@@ -16,9 +16,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from diffusers_ext import ClassConditionalPipeline
-from diffusers_ext.training import hub as hub_module
-from diffusers_ext.training.card import write_model_card
-from diffusers_ext.training.hub import HubPusher, pushed_files
+from diffusers_ext.reports import hub as hub_module
+from diffusers_ext.reports.card import write_model_card
+from diffusers_ext.reports.hub import HubPusher, pushed_files
 
 MODEL = {
     "model_index.json",
@@ -31,8 +31,8 @@ PRELUDE = f"""
 import os, sys, types
 from pathlib import Path
 sys.modules["light"] = types.ModuleType("light")
-sys.modules["light"].__path__ = [{str(Path(hub_module.__file__).parent)!r}]
-import light.hub as hub
+sys.modules["light"].__path__ = [{str(Path(hub_module.__file__).parents[1])!r}]
+import light.reports.hub as hub
 
 def say(line):
     print(line, flush=True)

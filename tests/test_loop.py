@@ -22,10 +22,13 @@ from safetensors.torch import load_file
 from test_models import tiny_unet
 from test_train_consistency import SCRIPT, assert_same_weights, log_of, script, small, weights_of  # noqa: F401
 
-from diffusers_ext.training import InputError, TrainingArguments, TrainingLoop, parse_arguments
+from diffusers_ext.commands import parse_arguments
+from diffusers_ext.data.batches import Place, micro_batches
+from diffusers_ext.data.images import Transform
+from diffusers_ext.data.sources import load_images
+from diffusers_ext.errors import InputError
+from diffusers_ext.training import TrainingArguments, TrainingLoop
 from diffusers_ext.training.checkpoint import list_checkpoints, load_checkpoint, same_state
-from diffusers_ext.training.data import Place, micro_batches
-from diffusers_ext.training.images import Transform, load_images
 
 
 @pytest.fixture

@@ -6,16 +6,12 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
 from diffusers_ext import ClassConditionalPipeline
-from diffusers_ext.training import InputError, TrainingArguments
-from diffusers_ext.training.models import (
-    build_pipeline,
-    encode,
-    image_format,
-    image_grid,
-    sample_images,
-    save_pipeline,
-    with_weights,
-)
+from diffusers_ext.errors import InputError
+from diffusers_ext.files import save_pipeline
+from diffusers_ext.reports.pictures import image_grid
+from diffusers_ext.subjects.models import encode, image_format, sample_images, with_weights
+from diffusers_ext.training import TrainingArguments
+from diffusers_ext.training.build import build_pipeline
 
 
 def tiny_unet(**kwargs):

@@ -145,7 +145,7 @@ def test_a_bridge_that_does_not_belong_is_refused() -> None:
 PUSH = """
 import pathlib
 import diffusers_ext
-from diffusers_ext.training.hub import HubPusher
+from diffusers_ext.reports.hub import HubPusher
 pusher = HubPusher("tester/short", pathlib.Path("model"), private=None, token=None)
 pusher.push(pathlib.Path("model"), "a test")
 failure = pusher.finish(60.0)

@@ -25,7 +25,7 @@ def test_files_named_in_the_readme_exist():
 
 
 def test_commands_in_the_readme_have_arguments_that_exist():
-    from diffusers_ext.training import parse_arguments
+    from diffusers_ext.commands import parse_arguments
 
     commands = re.findall(r"accelerate launch training/(\w+).py((?:.*\\\n)*.*)", README)
     assert len(commands) >= 2

@@ -15,7 +15,8 @@ from test_models import tiny_unet
 
 import diffusers_ext
 from diffusers_ext import score_matching_loss
-from diffusers_ext.training import TrainingLoop, parse_arguments
+from diffusers_ext.commands import parse_arguments
+from diffusers_ext.training import TrainingLoop
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "training" / "train_consistency.py"

@@ -18,9 +18,10 @@ from test_models import tiny_unet
 from test_train_consistency import ROOT, assert_same_weights, log_of, small, weights_of  # noqa: F401
 
 from diffusers_ext import NoiseLevelDiscriminator
-from diffusers_ext.training import Adversary, Best, TrainingLoop, best, parse_arguments
+from diffusers_ext.commands import parse_arguments
+from diffusers_ext.reports.hub import pushed_files
+from diffusers_ext.training import Adversary, Best, TrainingLoop, best
 from diffusers_ext.training.checkpoint import list_checkpoints, load_checkpoint, same_state
-from diffusers_ext.training.hub import pushed_files
 
 SCRIPT = ROOT / "training" / "train_observation.py"
 TINY = ("--discriminator_channels", "8,16", "--frechet_samples", 8, "--frechet_steps", 2)

@@ -8,7 +8,8 @@ from diffusers import DiffusionPipeline
 from test_train_consistency import assert_same_weights, log_of, script, small, weights_of  # noqa: F401
 
 from diffusers_ext import ReflectedPipeline, ReflectedScheduler
-from diffusers_ext.training import TrainingLoop, parse_arguments
+from diffusers_ext.commands import parse_arguments
+from diffusers_ext.training import TrainingLoop
 
 SCRIPT = Path(__file__).parents[1] / "training" / "train_reflected.py"
 

@@ -17,7 +17,8 @@ from test_train_consistency import assert_same_weights, log_of, small, weights_o
 
 import diffusers_ext
 from diffusers_ext import GaussianBridge, ShortTimePipeline
-from diffusers_ext.training import TrainingLoop, parse_arguments
+from diffusers_ext.commands import parse_arguments
+from diffusers_ext.training import TrainingLoop
 
 
 @pytest.fixture
@@ -35,8 +36,9 @@ BRIDGE = ("--max_diffusion_time", 0.4, "--max_bridge_samples", 400)
 
 
 def digits_at_8(n: int) -> torch.Tensor:
-    from diffusers_ext.training.data import first_images
-    from diffusers_ext.training.images import Digits, Transform
+    from diffusers_ext.data.batches import first_images
+    from diffusers_ext.data.images import Transform
+    from diffusers_ext.data.sources import Digits
 
     return first_images(Digits("train"), n, Transform(8, 1)).images
 

@@ -25,16 +25,19 @@ import torch
 from accelerate import Accelerator
 
 from diffusers_ext import estimate_calibration
+from diffusers_ext.commands import parse_arguments
+from diffusers_ext.data.batches import Place, micro_batches
+from diffusers_ext.data.images import Transform
+from diffusers_ext.data.sources import DataArguments, HubStream, Numbered, load_images
+from diffusers_ext.errors import InputError, TrainingStopped, command
+from diffusers_ext.fields import arg
+from diffusers_ext.files import shown
+from diffusers_ext.randomness import seed_for
+from diffusers_ext.reports.calibration_card import plot, summary, verdict, write_calibration_card
+from diffusers_ext.reports.hub import HubArguments, make_pusher
 from diffusers_ext.schedulers import save_tables
-from diffusers_ext.training import InputError, TrainingStopped, command, parse_arguments
-from diffusers_ext.training.arguments import DataArguments, HubArguments, arg
-from diffusers_ext.training.calibration_report import plot, summary, verdict, write_calibration_card
-from diffusers_ext.training.card import shown
-from diffusers_ext.training.data import Place, micro_batches, seed_for
-from diffusers_ext.training.hub import make_pusher
-from diffusers_ext.training.images import HubStream, Numbered, Transform, load_images
-from diffusers_ext.training.models import classes_of, encode, image_format, load_pipeline, null_class_of
-from diffusers_ext.training.text import is_text_pipeline, text_conditions, text_image_format
+from diffusers_ext.subjects.models import classes_of, encode, image_format, load_pipeline, null_class_of
+from diffusers_ext.subjects.text import is_text_pipeline, text_conditions, text_image_format
 
 _ENCODE = 5  # stream of `seed_for`
 

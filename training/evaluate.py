@@ -31,6 +31,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import diffusers_ext
+from diffusers_ext.commands import parse_arguments
+from diffusers_ext.data.sources import Numbered, load_images
+from diffusers_ext.errors import InputError, TrainingStopped, command
 from diffusers_ext.evaluation import (
     OWN,
     Cell,
@@ -55,14 +58,14 @@ from diffusers_ext.evaluation import (
     write_report,
 )
 from diffusers_ext.extractors import Extractor, default_extractor, make_extractor
+from diffusers_ext.fields import arg
+from diffusers_ext.files import shown
 from diffusers_ext.interop import stored_scheduler
 from diffusers_ext.metrics import nearest
-from diffusers_ext.training import InputError, TrainingStopped, command, parse_arguments
-from diffusers_ext.training.arguments import arg
-from diffusers_ext.training.card import shown, shown_command
-from diffusers_ext.training.images import Numbered, load_images
-from diffusers_ext.training.models import classes_of, image_format, image_grid, load_pipeline, null_class_of
-from diffusers_ext.training.text import is_text_pipeline, text_image_format
+from diffusers_ext.reports.card import shown_command
+from diffusers_ext.reports.pictures import image_grid
+from diffusers_ext.subjects.models import classes_of, image_format, load_pipeline, null_class_of
+from diffusers_ext.subjects.text import is_text_pipeline, text_image_format
 
 GRID_IMAGES = 10
 

@@ -25,14 +25,20 @@ import torch
 from accelerate import Accelerator
 
 from diffusers_ext import diffusion_time_report, short_time_pipeline
+from diffusers_ext.bridges.fitting import BridgeArguments, fit_bridge
+from diffusers_ext.commands import parse_arguments
+from diffusers_ext.data.encoded import EncodedImages
+from diffusers_ext.data.images import Transform
+from diffusers_ext.data.sources import HeldOutArguments, load_images, load_validation_images
+from diffusers_ext.errors import InputError, TrainingStopped, command
+from diffusers_ext.fields import arg
+from diffusers_ext.files import save_pipeline
+from diffusers_ext.reports.bridge_card import write_bridge_card
+from diffusers_ext.reports.hub import HubArguments, make_pusher
+from diffusers_ext.reports.pictures import image_grid
 from diffusers_ext.schedulers.scheduling_short_time import short_time_class
-from diffusers_ext.training import InputError, TrainingStopped, command, parse_arguments
-from diffusers_ext.training.arguments import HeldOutArguments, HubArguments, arg
-from diffusers_ext.training.bridges import BridgeArguments, EncodedImages, fit_bridge, write_bridge_card
-from diffusers_ext.training.hub import make_pusher
-from diffusers_ext.training.images import Transform, load_images, load_validation_images
-from diffusers_ext.training.models import image_format, image_grid, load_pipeline, sample_images, save_pipeline
-from diffusers_ext.training.text import is_text_pipeline, text_image_format
+from diffusers_ext.subjects.models import image_format, load_pipeline, sample_images
+from diffusers_ext.subjects.text import is_text_pipeline, text_image_format
 
 
 @dataclass
@@ -64,6 +70,11 @@ def times_of_report(args: FitArguments) -> list[float]:
     return times
 
 
+def fitted(args: FitArguments, pipeline: Any, data: EncodedImages) -> Any:
+    about = {"num_classes": data.num_classes, "seed": args.seed, "measured_on": {"data": data.described}}
+    return fit_bridge(args, data, pipeline.scheduler, **about)
+
+
 def write_report(args: FitArguments, pipeline: Any, data: EncodedImages, out: Path) -> Any:
     held_out = load_validation_images(args)
     if held_out is None:
@@ -72,7 +83,7 @@ def write_report(args: FitArguments, pipeline: Any, data: EncodedImages, out: Pa
     held = replace(args, max_train_samples=None, train_batch_size=least)
     unseen = EncodedImages(held, pipeline, held_out, data.transform, args.max_validation_samples, data.device)
     times, device = times_of_report(args), data.device
-    bridges = [fit_bridge(replace(args, max_diffusion_time=time), pipeline, data).to(device) for time in times]
+    bridges = [fitted(replace(args, max_diffusion_time=time), pipeline, data).to(device) for time in times]
     report = diffusion_time_report(
         pipeline.unet.eval(),
         pipeline.scheduler,
@@ -107,7 +118,7 @@ def main() -> None:
         transform = Transform(resolution, channels, args.center_crop, args.random_flip)
         source = load_images(args, args.train_split)
         data = EncodedImages(args, pipeline, source, transform, args.max_bridge_samples, accelerator.device)
-        bridge = fit_bridge(args, pipeline, data)
+        bridge = fitted(args, pipeline, data)
         out.mkdir(parents=True, exist_ok=True)
         if of_text:
             kind = short_time_class(type(pipeline.scheduler).__name__)

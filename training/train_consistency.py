@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from diffusers_ext import consistency_loss, lower_sigma, score_matching_loss
-from diffusers_ext.training import InputError, TrainingArguments, TrainingLoop, command, parse_arguments
+from diffusers_ext.commands import parse_arguments
+from diffusers_ext.errors import InputError, command
+from diffusers_ext.training import TrainingArguments, TrainingLoop
 
 PAPER = ("Consistent Diffusion Models: Mitigating Sampling Drift by Learning to be Consistent", "2302.09057")
 

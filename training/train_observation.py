@@ -22,20 +22,13 @@ from diffusers_ext import (
     observation_loss,
     score_matching_loss,
 )
+from diffusers_ext.commands import parse_arguments
+from diffusers_ext.errors import InputError, command
+from diffusers_ext.fields import arg
 from diffusers_ext.losses import PROJECTIONS
-from diffusers_ext.training import (
-    Adversary,
-    Batch,
-    Best,
-    InputError,
-    TrainingArguments,
-    TrainingLoop,
-    command,
-    parse_arguments,
-)
+from diffusers_ext.randomness import seed_for
+from diffusers_ext.training import Adversary, Batch, Best, TrainingArguments, TrainingLoop
 from diffusers_ext.training.adversary import new_discriminator
-from diffusers_ext.training.arguments import arg
-from diffusers_ext.training.data import seed_for
 
 PAPER = ("Observation-Guided Diffusion Probabilistic Models", "2310.04041")
 

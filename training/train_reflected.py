@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from diffusers_ext import log_normal_sigmas, score_matching_loss
-from diffusers_ext.training import InputError, TrainingArguments, TrainingLoop, command, parse_arguments
+from diffusers_ext.commands import parse_arguments
+from diffusers_ext.errors import InputError, command
+from diffusers_ext.training import TrainingArguments, TrainingLoop
 
 PAPER = ("Reflected Diffusion Models", "2304.04740")
 

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from diffusers import DiffusionPipeline
 
 from diffusers_ext import score_matching_loss, short_time_pipeline
-from diffusers_ext.training import InputError, TrainingArguments, TrainingLoop, command, parse_arguments
-from diffusers_ext.training.bridges import BridgeArguments, EncodedImages, fit_bridge
+from diffusers_ext.bridges.fitting import BridgeArguments, fit_bridge
+from diffusers_ext.commands import parse_arguments
+from diffusers_ext.data.encoded import EncodedImages
+from diffusers_ext.errors import InputError, command
+from diffusers_ext.training import TrainingArguments, TrainingLoop
 
 PAPER = ("How Much is Enough? A Study on Diffusion Times in Score-based Generative Models", "2206.05173")
 
@@ -38,7 +41,8 @@ def main() -> None:
     if loop.accelerator.is_main_process:  # the only one that samples and saves
         device = loop.accelerator.device
         data = EncodedImages(args, loop.pipeline, loop.source, loop.transform, args.max_bridge_samples, device)
-        loop.pipeline.register_modules(bridge=fit_bridge(args, loop.pipeline, data))
+        about = {"num_classes": data.num_classes, "seed": args.seed, "measured_on": {"data": data.described}}
+        loop.pipeline.register_modules(bridge=fit_bridge(args, data, loop.pipeline.scheduler, **about))
         loop.pipeline.to(device)
 
     for batch in loop:

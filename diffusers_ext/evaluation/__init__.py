@@ -3,10 +3,10 @@
 The script is `training/evaluate.py`.
 """
 
+from ..reports.measured import Cell, Evaluation, Likelihood, Quality
+from ..reports.model_index import push_model_index, write_model_index
+from ..reports.page import markdown_table, write_report
 from .measures import Manifold, MeasureArguments, RealImages, likelihood, load_real_images, quality
-from .model_index import push_model_index, write_model_index
-from .report import markdown_table, write_report
-from .results import Cell, Evaluation, Likelihood, Quality
 from .samples import (
     OWN,
     Drawing,

@@ -17,8 +17,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ..data.batches import Images, first_images
+from ..data.images import Transform
+from ..data.sources import DataArguments, HeldOutArguments, HubStream, ImageSource, load_images, load_validation_images
+from ..errors import InputError
+from ..fields import arg
 from ..interop import noise_schedule, score_model_from
 from ..likelihood import bits_per_dim, dequantize, elbo, log_likelihood
+from ..losses import score_matching_loss
 from ..metrics import (
     Interval,
     copy_threshold,
@@ -29,16 +35,15 @@ from ..metrics import (
     pseudo_values,
     student_interval,
 )
-from ..training.arguments import HeldOutArguments, InputError, arg
-from ..training.data import Images, first_images, seed_for
-from ..training.images import HubStream, ImageSource, Transform, load_images, load_validation_images
-from ..training.models import classes_of, null_class_of
-from ..training.results import loss_by_sigma
-from .results import Likelihood, Quality
+from ..noise_levels import log_linear_sigmas
+from ..randomness import seed_for
+from ..reports.measured import Likelihood, Quality
+from ..subjects.models import classes_of, encode, network_of, null_class_of
 
 GROUPS = 10  # of the jackknife
 MIN_IMAGES = 2 * GROUPS
 _SPLIT, _DEQUANTIZE = 9, 10  # streams of `seed_for`
+SIGMA_BINS = 10  # noise levels of `loss_by_sigma`
 MEMORISED = 0.01  # see `Quality.copies`
 
 
@@ -252,3 +257,27 @@ def _log_start(bridge: Any, schedule: Any, labels: Tensor | None) -> Any:
         return bridge.log_prob(scale * x, class_labels=labels) + x[0].numel() * log(scale)
 
     return log_prior
+
+
+_VALIDATION = 4  # the stream of `seed_for`; those of the loop are 2 and 3
+
+
+@torch.no_grad()
+def loss_by_sigma(
+    pipeline: DiffusionPipeline, validation: Images, args: DataArguments, sigma_range: tuple[float, float]
+) -> dict[str, list[float]]:
+    """Mean square error of eps on the validation images at log-spaced noise levels, always with the same noise."""
+    network = network_of(pipeline)[1]
+    model, device = score_model_from(network, pipeline.scheduler), network.device
+    generator = torch.Generator().manual_seed(seed_for(args.seed, _VALIDATION))
+    sigmas = log_linear_sigmas(SIGMA_BINS, *sigma_range)
+    total = torch.zeros(len(sigmas))
+    size, takes_labels = args.train_batch_size, classes_of(pipeline) is not None
+    for x0, y in zip(validation.images.split(size), validation.labels.split(size), strict=True):
+        x0 = encode(pipeline, x0.to(device), generator)
+        cond = {"class_labels": y.to(device)} if takes_labels else {}
+        before = generator.get_state()
+        for i, sigma in enumerate(sigmas.tolist()):
+            x = model.process.perturb(x0, sigma, generator.set_state(before))
+            total[i] += score_matching_loss(model, x, x0, sigma, **cond).sum().cpu()
+    return {"sigmas": sigmas.tolist(), "eps_mse": (total / len(validation.images)).tolist()}

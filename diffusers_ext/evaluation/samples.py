@@ -34,14 +34,14 @@ from tqdm import tqdm
 
 import diffusers_ext
 
+from ..errors import InputError
 from ..extractors import Extractor
 from ..interop import noise_schedule
 from ..pipelines import ClassConditionalPipeline
+from ..randomness import seed_for
 from ..schedulers import CalibratedScheduler, ShortTimeScheduler
-from ..training.arguments import InputError
-from ..training.data import seed_for
-from ..training.models import classes_of
-from ..training.text import is_text_pipeline
+from ..subjects.models import classes_of
+from ..subjects.text import is_text_pipeline
 
 OWN = "own"
 _DRAW = 8  # the stream of `seed_for`; training uses 0 to 7

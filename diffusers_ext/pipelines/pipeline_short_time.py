@@ -14,11 +14,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
+from diffusers import SchedulerMixin, UNet2DModel
 from torch import Tensor
 
-from ..bridge import Bridge
-from ..schedulers.scheduling_short_time import short_time_class
+from ..bridges.base import Bridge
 from .pipeline_class_conditional import ClassConditionalPipeline
 
 
@@ -60,29 +59,3 @@ class ShortTimePipeline(ClassConditionalPipeline):
             else:
                 latents = self.bridge.sample(n, generator, labels)
         return super()._start(n, labels, generator, latents)
-
-
-def short_time_pipeline(
-    pipeline: DiffusionPipeline, max_diffusion_time: float, bridge: Bridge | None = None
-) -> ShortTimePipeline:
-    """A pipeline that samples the same network on [0, T] alone.
-
-    Args:
-        pipeline: any with a `UNet2DModel`, `unet`, and a scheduler that has a short-time class; its parts are shared.
-        max_diffusion_time: T in (0, 1].
-        bridge: fitted at T; `None` starts from N(0, I).
-
-    Raises:
-        ValueError: the pipeline has no such network or scheduler, T is out of range, or the bridge belongs to another.
-    """
-    unet = getattr(pipeline, "unet", None)
-    if not isinstance(unet, UNet2DModel):
-        raise ValueError(
-            f"{type(pipeline).__name__} has no UNet2DModel: give it a short-time scheduler, and call it with "
-            f"latents=bridge.sample(n, generator)"
-        )
-    kind = short_time_class(type(pipeline.scheduler).__name__)
-    scheduler = kind.from_config(pipeline.scheduler.config, max_diffusion_time=max_diffusion_time)
-    if bridge is not None:
-        bridge.check(scheduler)
-    return ShortTimePipeline(unet, scheduler, bridge, pipeline.config.get("null_class"))

@@ -34,10 +34,10 @@ from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 
 from ..discriminator import NoiseLevelDiscriminator
+from ..errors import TrainingStopped
 from ..losses import DiscriminatorLoss
-from .data import seed_for
-from .models import classes_of, network_of
-from .stops import TrainingStopped
+from ..randomness import seed_for
+from ..subjects.models import classes_of, network_of
 
 if TYPE_CHECKING:
     from .loop import TrainingLoop

@@ -8,9 +8,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from ..data.batches import Images
+from ..randomness import seed_for
+from ..subjects.models import classes_of, encode, null_class_of
 from .arguments import TrainingArguments
-from .data import Images, seed_for
-from .models import classes_of, encode, null_class_of
 
 # Streams of `seed_for(seed, stream, ...)`; data.py uses 0 and 1, results.py 4, best.py 5.
 _NOISE, _DROPOUT = 2, 3

@@ -26,9 +26,10 @@ from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 
 from ..extractors import pixel_features
+from ..files import copy_pipeline
 from ..metrics import frechet_distance
-from .data import seed_for
-from .models import classes_of, copy_pipeline, sample_images
+from ..randomness import seed_for
+from ..subjects.models import classes_of, sample_images
 
 if TYPE_CHECKING:
     from .loop import TrainingLoop

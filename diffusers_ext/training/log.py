@@ -17,11 +17,12 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..evaluation.measures import SIGMA_BINS
 from ..noise_levels import log_linear_sigmas
 from .arguments import TrainingArguments
 
 # Losses are reported for this many bins of log sigma; the range suits data in [-1, 1].
-SIGMA_BINS, SIGMA_RANGE = 10, (0.02, 20.0)
+SIGMA_RANGE = 0.02, 20.0
 
 
 class RunLog:

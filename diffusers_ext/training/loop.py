@@ -11,7 +11,7 @@ resuming, logs, sample grids, the Hub.
 
 Training is a sequence of micro-batches m = 0, 1, 2, ...; with A accumulation steps on W devices, optimiser step k takes
 m = k A W, ..., (k + 1) A W - 1, and device r those with m = r modulo W. The samples and the noise of a micro-batch
-depend on the seed, the batch size and m alone, see `diffusers_ext.training.data`. So W devices do what one does with W
+depend on the seed, the batch size and m alone, see `diffusers_ext.data.batches`. So W devices do what one does with W
 times the accumulation, and the place in a run, its random state included, is one number: the step (and, of a stream,
 the row that comes next).
 """
@@ -36,35 +36,31 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from ..data.batches import Images, Place, first_images, micro_batches
+from ..data.images import Transform
+from ..data.sources import HubStream, load_images, load_validation_images
+from ..errors import InputError, TrainingStopped
+from ..evaluation.measures import loss_by_sigma
+from ..files import save_pipeline
 from ..interop import noise_schedule, score_model_from, unwrap
 from ..noise_levels import min_snr_weight
 from ..process import ReflectedProcess
+from ..reports.hub import make_pusher
+from ..reports.pictures import image_grid
 from ..score import Denoiser
+from ..subjects.models import classes_of, image_format, network_of, null_class_of, sample_images, with_weights
 from . import checkpoint
-from .arguments import InputError, TrainingArguments
+from .arguments import TrainingArguments
 from .batch import Batch, make_batch
 from .best import NAME as BEST
 from .best import Best
-from .data import Images, Place, first_images, micro_batches
-from .hub import make_pusher
-from .images import HubStream, Transform, load_images, load_validation_images
+from .build import build_pipeline
 from .log import RunLog
-from .models import (
-    build_pipeline,
-    classes_of,
-    image_format,
-    image_grid,
-    network_of,
-    null_class_of,
-    sample_images,
-    save_pipeline,
-    with_weights,
-)
+from .outcome import describe
 from .parts import Part
-from .results import describe, loss_by_sigma
 from .resume import check_same_run, checkpoint_to_resume, place_state
 from .sharding import whole, whole_tensor
-from .stops import FiniteGuard, StopSignals, TrainingStopped
+from .stops import FiniteGuard, StopSignals
 
 # Exit codes from here on are those of signals.
 SIGNALLED = 128

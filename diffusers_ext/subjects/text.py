@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from .arguments import InputError
+from ..errors import InputError
 
 
 def is_text_pipeline(pipeline: DiffusionPipeline) -> bool:

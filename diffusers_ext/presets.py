@@ -1,6 +1,6 @@
 """Models, schedulers and settings that work together; each value with its source.
 
-`arguments` fill the command line's defaults (see `diffusers_ext.training.arguments`), so any of them can be overridden.
+`arguments` fill the command line's defaults (see `diffusers_ext.commands`), so any of them can be overridden.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ..files import shown
 from ..metrics import Interval
-from ..training.card import shown
-from .results import Cell, Evaluation
+from .measured import Cell, Evaluation
 from .tables import REAL
 
 QUALITY_NFE, QUALITY_SECONDS, LOSS_BY_SIGMA = "quality_nfe.png", "quality_seconds.png", "loss_by_sigma.png"

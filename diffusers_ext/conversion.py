@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from diffusers import DiffusionPipeline, UNet2DModel
 
-from ..calibration import ALL, CONDITIONAL, UNCONDITIONAL, Calibration, calibrate_denoiser, stop_calibrating
-from ..interop import noise_schedule
-from ..schedulers.scheduling_calibrated import CALIBRATED_SCHEDULERS, CalibratedScheduler, calibrated_class
-from .pipeline_class_conditional import ClassConditionalPipeline
+from .bridges.base import Bridge
+from .calibration import ALL, CONDITIONAL, UNCONDITIONAL, Calibration, calibrate_denoiser, stop_calibrating
+from .interop import noise_schedule
+from .pipelines.pipeline_class_conditional import ClassConditionalPipeline
+from .pipelines.pipeline_short_time import ShortTimePipeline
+from .schedulers.scheduling_calibrated import CALIBRATED_SCHEDULERS, CalibratedScheduler, calibrated_class
+from .schedulers.scheduling_short_time import short_time_class
 
 
 def calibrate_pipeline(
@@ -59,3 +62,29 @@ def calibrate_pipeline(
         return ClassConditionalPipeline(unet=network, scheduler=scheduler)
     pipeline.scheduler = scheduler
     return pipeline
+
+
+def short_time_pipeline(
+    pipeline: DiffusionPipeline, max_diffusion_time: float, bridge: Bridge | None = None
+) -> ShortTimePipeline:
+    """A pipeline that samples the same network on [0, T] alone.
+
+    Args:
+        pipeline: any with a `UNet2DModel`, `unet`, and a scheduler that has a short-time class; its parts are shared.
+        max_diffusion_time: T in (0, 1].
+        bridge: fitted at T; `None` starts from N(0, I).
+
+    Raises:
+        ValueError: the pipeline has no such network or scheduler, T is out of range, or the bridge belongs to another.
+    """
+    unet = getattr(pipeline, "unet", None)
+    if not isinstance(unet, UNet2DModel):
+        raise ValueError(
+            f"{type(pipeline).__name__} has no UNet2DModel: give it a short-time scheduler, and call it with "
+            f"latents=bridge.sample(n, generator)"
+        )
+    kind = short_time_class(type(pipeline.scheduler).__name__)
+    scheduler = kind.from_config(pipeline.scheduler.config, max_diffusion_time=max_diffusion_time)
+    if bridge is not None:
+        bridge.check(scheduler)
+    return ShortTimePipeline(unet, scheduler, bridge, pipeline.config.get("null_class"))

@@ -20,21 +20,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .arguments import DataArguments, InputError
-from .images import HubStream, ImageSource, Transform, open_encoded
+from ..errors import InputError
+from ..randomness import seed_for
+from .images import Transform
+from .sources import DataArguments, HubStream, ImageSource, open_encoded
 
 # So many neighbours of an unreadable image are tried in its place.
 MAX_UNREADABLE_IN_A_ROW = 100
-
-
-def seed_for(*parts: int) -> int:
-    """A well-mixed 63-bit seed of non-negative integers."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 # --- the stream of samples --------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..files import is_local, shown
+
 _NOT_SHOWN = ("hub_token", "cache_dir")  # arguments that no model card shows
 
 
@@ -144,20 +146,11 @@ def _address(paper: str) -> str:
     return paper if "://" in paper else f"https://arxiv.org/abs/{paper}"
 
 
-def _is_local(value: str) -> bool:
-    return value.startswith(("/", "~", ".")) or os.path.isabs(value) or os.path.exists(value)
-
-
-def shown(value: str) -> str:
-    """A name as others may see it: a local path by its base name."""
-    return os.path.basename(os.path.abspath(os.path.expanduser(value))) if _is_local(value) else value
-
-
 def hub_name(value: object) -> str | None:
     """The value if it is a name of the Hub, `owner/name`."""
     if not isinstance(value, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
         return None
-    return None if _is_local(value) or value.endswith(".parquet") else value
+    return None if is_local(value) or value.endswith(".parquet") else value
 
 
 def shown_command(command: str) -> str:

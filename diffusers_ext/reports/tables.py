@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+from ..files import shown
 from ..metrics import Interval
-from ..training.card import shown, table
-from .results import Evaluation, Quality
+from .card import table
+from .measured import Evaluation, Quality
 
 REAL = "real images"  # the floor's name among the models
 MISSING, NOT_FINITE = "–", "not finite"

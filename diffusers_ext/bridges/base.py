@@ -47,8 +47,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .interop import NoiseSchedule, noise_schedule, stored_schedule, stored_scheduler
-from .moments import (
+from ..interop import NoiseSchedule, noise_schedule, stored_schedule, stored_scheduler
+from ..moments import (
     Law,
     count_classes,
     data_moments,
@@ -58,7 +58,7 @@ from .moments import (
     require_repeatable,
     split_by_class,
 )
-from .process import randn
+from ..process import randn
 
 LATENT_RANK = 32
 """Leading directions that a mixture or a flow models."""

@@ -26,9 +26,10 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from huggingface_hub.utils import yaml_dump
 
+from ..files import shown, write_aside
 from ..metrics import Interval
-from ..training.card import hub_name, shown
-from .results import Evaluation, write_aside
+from .card import hub_name
+from .measured import Evaluation
 
 TASK = "unconditional-image-generation"
 _EVALUATOR = "diffusers_ext"
@@ -155,8 +156,8 @@ def push_model_index(
 
 def _command(model: str, repo_id: str, folder: str | os.PathLike) -> str:
     code = (
-        "from diffusers_ext.evaluation.model_index import push_model_index; "
-        "from diffusers_ext.evaluation.results import Evaluation; "
+        "from diffusers_ext.evaluation import push_model_index; "
+        "from diffusers_ext.evaluation import Evaluation; "
         f"folder = {os.fspath(folder)!r}; "
         f"push_model_index(Evaluation.load(folder + '/results.json'), {model!r}, {repo_id!r}, None, folder)"
     )

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..training.card import shown, shown_command
+from ..files import shown, write_aside
+from .card import shown_command
+from .measured import Evaluation
 from .plots import LOSS_BY_SIGMA, QUALITY_NFE, QUALITY_SECONDS, losses_of, plots
-from .results import Evaluation, write_aside
 from .tables import against, csv_text, markdown_table, tables
 
 _PLOTS = (QUALITY_NFE, QUALITY_SECONDS, LOSS_BY_SIGMA)

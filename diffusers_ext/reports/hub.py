@@ -50,7 +50,8 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 
-from .arguments import HubArguments, InputError
+from ..errors import InputError
+from ..fields import arg
 from .card import complete_card
 
 _logger = logging.getLogger(__name__)
@@ -65,6 +66,17 @@ COMPONENT_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".npz", ".py")
 PASSING_STATUS_CODES = (408, 409, 412, 429)  # beside 5xx: time-out, conflict, moved branch, rate limit
 _SNAPSHOT_PREFIX = ".pushing-"
 _PATIENCE = 3.0  # seconds that `finish` waits before it says what it waits for
+
+
+@dataclass
+class HubArguments:
+    """Where on the Hub the result goes."""
+
+    push_to_hub: bool = arg(False, "Push the result to the Hub.")
+    hub_model_id: str | None = arg(None, "Repository, `user/name`; by default the output folder's name.")
+    hub_private_repo: bool = arg(False, "Make a new repository private, and push to no public one.")
+    hub_token: str | None = arg(None, "By default the token that `hf auth login` has stored.")
+    hub_timeout: float = arg(600.0, "Seconds that the end of the run waits for an unfinished push.")
 
 
 # --- what goes up -----------------------------------------------------------------------------------------------------

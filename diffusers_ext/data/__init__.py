@@ -1,0 +1,1 @@
+"""Images, captions and labels: where they come from, and how they become tensors."""

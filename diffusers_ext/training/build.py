@@ -1,0 +1,112 @@
+"""The pipeline that a run trains: a pretrained one, or a new one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, UNet2DModel
+from diffusers.models.embeddings import LabelEmbedding
+
+from ..errors import InputError
+from ..interop import FLOW_SCHEDULERS, noise_schedule
+from ..pipelines import ClassConditionalPipeline, ReflectedPipeline
+from ..presets import PRESETS
+from ..subjects.models import classes_of, load_pipeline, network_of
+from .arguments import TrainingArguments
+
+
+def build_pipeline(args: TrainingArguments, num_classes: int | None) -> DiffusionPipeline:
+    """A pretrained pipeline, or a new one by preset or model configuration; the network in float32.
+
+    Args:
+        args: the run's arguments.
+        num_classes: number of classes of the data, `None` if they have no labels.
+
+    Raises:
+        InputError: nothing, or something that cannot be trained, was asked for.
+    """
+    if args.pretrained_model_name_or_path is not None:
+        pipeline = _load_pipeline(args)
+        network_of(pipeline)
+    else:
+        pipeline = _new_pipeline(args, num_classes)
+    pipeline = args.adapt(pipeline)
+    try:
+        schedule = noise_schedule(pipeline.scheduler)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if args.needs_scheduler == "ReflectedScheduler" and schedule.family != "reflected":
+        raise InputError(
+            f"this script trains models of a ReflectedScheduler, without beta_schedule and trained_betas: the pipeline "
+            f"has the noise levels of a {schedule.family} model ({type(pipeline.scheduler).__name__})"
+        )
+    for module in network_of(pipeline)[1].modules():
+        if isinstance(module, LabelEmbedding):  # labels are dropped once for all evaluations of a sample, by the loop
+            module.dropout_prob = 0.0
+    classes = classes_of(pipeline)
+    if classes is not None and (num_classes is None or num_classes > classes):
+        have = "no labels" if num_classes is None else f"{num_classes} classes"
+        raise InputError(f"the model takes labels of {classes} classes, the data have {have}")
+    return pipeline
+
+
+def _load_pipeline(args: TrainingArguments) -> DiffusionPipeline:
+    name = args.pretrained_model_name_or_path
+    assert name is not None
+    fixed = [argument for argument, value in args.scheduler_settings().items() if value is not None]
+    for argument in (*fixed, "scheduler", "class_conditional", "model_config_name_or_path"):
+        if getattr(args, argument) not in (None, False):
+            raise InputError(f"--{argument} is for training from scratch: the pipeline {name!r} keeps its own")
+    return load_pipeline(name, args.revision, args.variant, args.cache_dir)
+
+
+def _new_pipeline(args: TrainingArguments, num_classes: int | None) -> DiffusionPipeline:
+    if args.model_config_name_or_path is not None:
+        try:
+            config = dict(UNet2DModel.load_config(args.model_config_name_or_path, cache_dir=args.cache_dir))
+        except (OSError, ValueError) as error:
+            raise InputError(f"--model_config_name_or_path: {error}") from error
+        scheduler_name, settings = "DDIMScheduler", {"timestep_spacing": "trailing"}
+    elif args.preset is not None:
+        config = dict(PRESETS[args.preset].model)
+        scheduler_name, settings = PRESETS[args.preset].scheduler
+    else:
+        raise InputError("name the model: --pretrained_model_name_or_path, --model_config_name_or_path or --preset")
+    asked = args.scheduler if args.scheduler is not None else args.needs_scheduler
+    if asked is not None and asked != scheduler_name:
+        scheduler_name, settings = asked, {}
+    settings = settings | {name: value for name, value in args.scheduler_settings().items() if value is not None}
+    kind = getattr(diffusers, scheduler_name, None)
+    if kind is None:
+        raise InputError(f"diffusers has no scheduler {scheduler_name!r}")
+    try:
+        scheduler, unused = kind.from_config(settings, return_unused_kwargs=True)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise InputError(f"{scheduler_name} cannot be made with {settings}: {error}") from error
+    if unused:
+        raise InputError(f"{scheduler_name} takes no {', '.join(sorted(unused))}")
+
+    if args.class_conditional:
+        if num_classes is None:
+            raise InputError("--class_conditional needs data with labels: see --label_column")
+        config["num_class_embeds"] = num_classes + 1
+    if args.resolution is not None:
+        config["sample_size"] = args.resolution
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        unet = UNet2DModel.from_config(config)
+    return _pipeline_for(unet, scheduler, null_class=num_classes if args.class_conditional else None)
+
+
+def _pipeline_for(unet: UNet2DModel, scheduler: Any, null_class: int | None) -> DiffusionPipeline:
+    """A stock pipeline where one samples this model rightly, so that it loads without our package."""
+    name = type(scheduler).__name__
+    if name == "ReflectedScheduler":
+        return ReflectedPipeline(unet=unet, scheduler=scheduler, null_class=null_class)
+    if unet.config.num_class_embeds is None and name == "DDIMScheduler":
+        return DDIMPipeline(unet=unet, scheduler=scheduler)
+    if unet.config.num_class_embeds is None and (name == "DDPMScheduler" or name in FLOW_SCHEDULERS):
+        return DDPMPipeline(unet=unet, scheduler=scheduler)
+    return ClassConditionalPipeline(unet=unet, scheduler=scheduler, null_class=null_class)
