@@ -27,7 +27,7 @@ from diffusers_ext.commands import parse_arguments
 from diffusers_ext.data.batches import first_images
 from diffusers_ext.data.images import Transform
 from diffusers_ext.data.sources import load_images, load_validation_images
-from diffusers_ext.subjects.models import classes_of, null_class_of
+from diffusers_ext.subjects import subject_of
 from diffusers_ext.training import TrainingArguments
 
 
@@ -50,8 +50,8 @@ def main() -> None:
     chosen = torch.randperm(len(held_out.images), generator=torch.Generator().manual_seed(0))[: args.num_images]
     x = dequantize(held_out.images[chosen], torch.Generator().manual_seed(0)).to(args.device)
     told = {}
-    if classes_of(pipeline) is not None:
-        null_class = null_class_of(pipeline)
+    if subject_of(pipeline).num_classes is not None:
+        null_class = subject_of(pipeline).null_class
         labels = held_out.labels[chosen] if args.labels else torch.full((len(x),), null_class)
         told = {"class_labels": labels.to(args.device)}
 

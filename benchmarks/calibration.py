@@ -32,7 +32,7 @@ from diffusers_ext.commands import parse_arguments
 from diffusers_ext.data.batches import first_images
 from diffusers_ext.data.images import Transform
 from diffusers_ext.data.sources import load_images
-from diffusers_ext.subjects.models import classes_of
+from diffusers_ext.subjects import subject_of
 from diffusers_ext.training import TrainingArguments
 
 ESTIMATORS = {
@@ -50,7 +50,7 @@ def estimator_cost(args: argparse.Namespace, for_data: list[str]) -> None:
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[: args.num_samples]
     images = first_images(source, len(source), Transform(size, channels))
     x0, labels = images.images[order].to(args.device), images.labels[order].to(args.device)
-    told = {} if classes_of(pipeline) is None else {"class_labels": labels}
+    told = {} if subject_of(pipeline).num_classes is None else {"class_labels": labels}
 
     def batches() -> Any:
         for part in torch.arange(len(x0)).split(64):

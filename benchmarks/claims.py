@@ -49,14 +49,13 @@ from diffusers_ext.evaluation import (
     MeasureArguments,
     load_real_images,
     pipeline_fingerprint,
-    sampler_for,
     steps_for,
     swap_scheduler,
 )
 from diffusers_ext.extractors import default_extractor, make_extractor
 from diffusers_ext.metrics import Interval, frechet_distance, jackknife, pseudo_values, student_interval
 from diffusers_ext.schedulers import calibrated_class
-from diffusers_ext.subjects.models import classes_of
+from diffusers_ext.subjects import subject_of
 from diffusers_ext.training import TrainingArguments
 
 T = 0.6
@@ -127,7 +126,7 @@ class Lab:
 
     def model(self, name: str) -> Any:
         if name not in self.pipelines:
-            pipeline = sampler_for(DiffusionPipeline.from_pretrained(getattr(self, name))).to(self.device)
+            pipeline = subject_of(DiffusionPipeline.from_pretrained(getattr(self, name))).sampler().to(self.device)
             pipeline.set_progress_bar_config(disable=True)
             pipeline.unet.eval().requires_grad_(False)
             self.pipelines[name] = pipeline
@@ -274,7 +273,7 @@ def _bits(lab: Lab, pipeline: Any, n: int = 256) -> Tensor:
     images = lab.real.floor if lab.real.held_out is None else lab.real.held_out
     x = dequantize(images.images[:n], torch.Generator().manual_seed(0)).to(lab.device)
     schedule, model = noise_schedule(pipeline.scheduler), score_model_from(pipeline.unet, pipeline.scheduler)
-    told = {"class_labels": images.labels[:n].to(lab.device)} if classes_of(pipeline) is not None else {}
+    told = {"class_labels": images.labels[:n].to(lab.device)} if subject_of(pipeline).num_classes is not None else {}
     generator = torch.Generator(lab.device).manual_seed(0)
     bound = elbo(model, x, schedule.sigma_min, schedule.sigma_max, n=32, generator=generator, **told)
     return bits_per_dim(bound.total, x.shape[1:]).double().cpu()

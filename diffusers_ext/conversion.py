@@ -1,16 +1,17 @@
-"""Calibrate a whole pipeline, by the route that fits it."""
+"""A pipeline from another one: calibrated, by the route that fits it, or sampled on short diffusion times."""
 
 from __future__ import annotations
 
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DiffusionPipeline
 
 from .bridges.base import Bridge
 from .calibration import ALL, CONDITIONAL, UNCONDITIONAL, Calibration, calibrate_denoiser, stop_calibrating
 from .interop import noise_schedule
-from .pipelines.pipeline_class_conditional import ClassConditionalPipeline
 from .pipelines.pipeline_short_time import ShortTimePipeline
 from .schedulers.scheduling_calibrated import CALIBRATED_SCHEDULERS, CalibratedScheduler, calibrated_class
 from .schedulers.scheduling_short_time import short_time_class
+from .subjects import Pixels, subject_of
+from .subjects.base import NotKept
 
 
 def calibrate_pipeline(
@@ -41,9 +42,8 @@ def calibrate_pipeline(
     if route not in ("auto", "scheduler", "model"):
         raise ValueError(f"route {route!r} is not one of auto, scheduler, model")
     calibration.check(noise_schedule(pipeline.scheduler))
-    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    if network is None:
-        raise ValueError(f"{type(pipeline).__name__} has neither a `unet` nor a `transformer`")
+    subject = subject_of(pipeline)
+    network = subject.network
     rows, name = tuple(calibration.config.rows), type(pipeline.scheduler).__name__.removeprefix("Calibrated")
     linear = rows == (CONDITIONAL, UNCONDITIONAL) or (rows == (ALL,) and guidance_scale == 1)
     if route == "model" or (route == "auto" and not (linear and name in CALIBRATED_SCHEDULERS)):
@@ -53,15 +53,12 @@ def calibrate_pipeline(
             pipeline.scheduler.calibrate(None)
         return pipeline
     kind = calibrated_class(name)
-    scheduler = kind.from_scheduler(pipeline.scheduler, calibration, guidance_scale)
-    kept = type(pipeline)(**pipeline.components | {"scheduler": kind.from_config(pipeline.scheduler.config)})
-    if not isinstance(kept.scheduler, CalibratedScheduler) and not isinstance(network, UNet2DModel):
-        raise ValueError(f"{type(pipeline).__name__} does not keep a calibrated scheduler: use route='model'")
+    try:
+        calibrated = subject.with_scheduler(kind.from_scheduler(pipeline.scheduler, calibration, guidance_scale))
+    except NotKept as error:
+        raise ValueError(f"{error}: use route='model'") from error
     stop_calibrating(network)
-    if not isinstance(kept.scheduler, CalibratedScheduler):
-        return ClassConditionalPipeline(unet=network, scheduler=scheduler)
-    pipeline.scheduler = scheduler
-    return pipeline
+    return calibrated
 
 
 def short_time_pipeline(
@@ -77,8 +74,8 @@ def short_time_pipeline(
     Raises:
         ValueError: the pipeline has no such network or scheduler, T is out of range, or the bridge belongs to another.
     """
-    unet = getattr(pipeline, "unet", None)
-    if not isinstance(unet, UNet2DModel):
+    subject = subject_of(pipeline)
+    if not isinstance(subject, Pixels):
         raise ValueError(
             f"{type(pipeline).__name__} has no UNet2DModel: give it a short-time scheduler, and call it with "
             f"latents=bridge.sample(n, generator)"
@@ -87,4 +84,4 @@ def short_time_pipeline(
     scheduler = kind.from_config(pipeline.scheduler.config, max_diffusion_time=max_diffusion_time)
     if bridge is not None:
         bridge.check(scheduler)
-    return ShortTimePipeline(unet, scheduler, bridge, pipeline.config.get("null_class"))
+    return ShortTimePipeline(subject.network, scheduler, bridge, subject.null_class)

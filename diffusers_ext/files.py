@@ -1,41 +1,81 @@
-"""Files that are complete or absent at any time."""
+"""The one way to replace what lies on a disk: written aside, then renamed, so that it is complete or as it was before.
+
+    replacing(file)            a file
+    replacing_folder(folder)   a folder as a whole
+    replacing_entries(folder)  what is written, entry by entry; everything else in the folder stays
+
+Each is a context that gives the path to write to. If the body raises, what was there before stays.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
-
-def write_aside(path: Path, content: bytes) -> None:
-    """Write a file that is complete or absent at any time."""
-    aside = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    aside.write_bytes(content)
-    os.replace(aside, path)
-
-
-def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> None:
-    """`save_pretrained`, written aside and moved into place entry by entry; other files in the folder stay."""
-    with _moved_into(Path(folder)) as aside:
-        pipeline.save_pretrained(aside)
-
-
-def copy_pipeline(source: Path, folder: Path, leave_out: Sequence[str] = ()) -> None:
-    """Copy what lies in a pipeline's folder into another, in the same way."""
-    with _moved_into(folder) as aside:
-        shutil.copytree(source, aside, ignore=shutil.ignore_patterns(*leave_out), dirs_exist_ok=True)
+PARTIAL = ".partial-"
+"""How the names of what is not complete begin."""
 
 
 @contextmanager
-def _moved_into(folder: Path) -> Iterator[Path]:
-    """A folder whose entries are moved to `folder` at the end."""
+def replacing(file: str | os.PathLike) -> Iterator[Path]:
+    """The path of a file that takes the place of `file`; the folder is made where it is missing."""
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f"{PARTIAL}{os.getpid()}-{file.name}")
+    try:
+        yield aside
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_file(file: str | os.PathLike, content: bytes | str) -> None:
+    """Replace the content of a file; text is UTF-8."""
+    with replacing(file) as aside:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """The path of a new folder that takes the place of `folder`, once it is on the disk."""
+    partial, old = folder.with_name(f"{PARTIAL}{folder.name}"), _old(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for written in (*partial.rglob("*"), partial):
+            _to_disk(written)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        _to_disk(folder.parent)
+    finally:
+        recover_folder(folder)
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Put a folder back that `replacing_folder` has moved aside, where a kill has come between its two renames."""
+    if _old(folder).exists() and not folder.exists():
+        os.replace(_old(folder), folder)
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what a run that was killed while writing has left in a folder."""
+    for left in folder.glob(f"{PARTIAL}*"):
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_entries(folder: str | Path) -> Iterator[Path]:
+    """The path of a folder whose entries take the places of those of the same names in `folder`, the index of a
+    pipeline last."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
         yield Path(aside)
@@ -46,7 +86,23 @@ def _moved_into(folder: Path) -> Iterator[Path]:
             os.replace(entry, target)
 
 
+def _old(folder: Path) -> Path:
+    return folder.with_name(f"{PARTIAL}old-{folder.name}")
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
 def is_local(value: str) -> bool:
+    """Whether a name is that of a file or folder on this machine, and not one of the Hub."""
     return value.startswith(("/", "~", ".")) or os.path.isabs(value) or os.path.exists(value)
 
 

@@ -59,6 +59,35 @@ def test_no_module_imports_a_later_layer(path):
         assert LAYER[name] < own or name == layer_of(path)
 
 
+# What only a subject, or a pipeline of ours, may look up.
+OF_A_PIPELINE = {"unet", "transformer", "vae", "vqvae", "encode_prompt", "null_class", "num_class_embeds"}
+KINDS = {"UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "AutoencoderKL", "ClassConditionalPipeline"}
+ROOT = PACKAGE.parent
+ASKING = [
+    *(p for p in MODULES if layer_of(p) in ("conversion", "data", "reports", "evaluation", "training", "commands")),
+    *sorted((ROOT / "training").glob("*.py")),
+]
+
+
+def questions(path):
+    """Where a file asks what a pipeline is: its components by name, and its class or that of its network."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr in OF_A_PIPELINE:
+            if not ast.unparse(node.value).startswith(("self", "subject", "calibration.config")):
+                yield f"line {node.lineno}: {ast.unparse(node)}"
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "isinstance"):
+            words = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+            words |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+            words |= {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+            if words & (KINDS | OF_A_PIPELINE):
+                yield f"line {node.lineno}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("path", ASKING, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_only_a_subject_asks_what_a_pipeline_is(path):
+    assert list(questions(path)) == []
+
+
 @pytest.mark.parametrize("name", TORCH_ONLY)
 def test_the_mathematics_needs_torch_alone(name):
     tree = ast.parse((PACKAGE / f"{name}.py").read_text())

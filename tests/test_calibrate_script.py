@@ -26,9 +26,10 @@ from test_models import tiny_unet
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_ext import CalibratedDDIMScheduler, Calibration, ClassConditionalPipeline, estimate_calibration
+from diffusers_ext.data.batches import Images
 from diffusers_ext.errors import InputError
 from diffusers_ext.reports import calibration_card as calibration_report
-from diffusers_ext.subjects.text import text_conditions, text_image_format
+from diffusers_ext.subjects import Pixels, subject_of
 
 SCRIPT = Path(__file__).parents[1] / "training" / "calibrate.py"
 
@@ -106,19 +107,19 @@ def test_a_stopped_run_goes_on_to_the_same_result(calibrate, tmp_path, monkeypat
     unet = tiny_unet()
     DDIMPipeline(unet=unet, scheduler=DDIMScheduler()).save_pretrained(tmp_path / "model")
     calibrate.run(*arguments(tmp_path / "model", tmp_path / "whole", "--train_batch_size", 4))
-    plain, calls = calibrate.encode, []
+    plain, calls = Pixels.encode, []
 
-    def stop(pipeline, images, generator):
+    def stop(subject, images, generator):
         calls.append(1)
         if len(calls) == 15:
             raise KeyboardInterrupt
-        return plain(pipeline, images, generator)
+        return plain(subject, images, generator)
 
     again = arguments(tmp_path / "model", tmp_path / "halves", "--train_batch_size", 4)
-    monkeypatch.setattr(calibrate, "encode", stop)
+    monkeypatch.setattr(Pixels, "encode", stop)
     with pytest.raises(SystemExit, match="interrupted"):
         calibrate.run(*again)
-    monkeypatch.setattr(calibrate, "encode", plain)
+    monkeypatch.setattr(Pixels, "encode", plain)
     forwards = []
     monkeypatch.setattr(type(unet), "forward", counted(type(unet).forward, forwards))
     calibrate.run(*again)
@@ -138,7 +139,8 @@ _, script, *options = sys.argv
 spec = importlib.util.spec_from_file_location("calibrate", script)
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-encode, save, batches = module.encode, Calibration.save_pretrained, []
+from diffusers_ext.subjects import Pixels
+encode, save, batches = Pixels.encode, Calibration.save_pretrained, []
 
 def say(line):  # in one piece, as `print` does not
     os.write(1, f"{line}\\n".encode())
@@ -429,10 +431,11 @@ def test_the_network_is_told_what_the_pipeline_tells_it(make, network, monkeypat
         told.append(kwargs)
 
     model.register_forward_pre_hook(remember, with_kwargs=True)
-    channels, resolution = text_image_format(pipeline, None)
-    assert (channels, resolution) == (3, 16)
+    subject = subject_of(pipeline)
+    assert subject.image_format() == (3, 16)
     pipeline("a prompt", num_inference_steps=1, guidance_scale=1.0, output_type="latent")
-    ours = text_conditions(pipeline, ["a prompt"], resolution)
+    rows = Images(torch.zeros(1, 3, 16, 16), torch.tensor([-1]), [], captions=["a prompt"])
+    ours = subject.conditions(rows)
     for name, value in ours.items():
         for key, mine in value.items() if isinstance(value, dict) else [(None, value)]:
             theirs = told[0][name] if key is None else told[0][name][key]

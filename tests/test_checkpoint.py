@@ -5,7 +5,7 @@ import resource
 import pytest
 import torch
 
-from diffusers_ext.training import checkpoint
+from diffusers_ext.files import remove_partial
 from diffusers_ext.training.checkpoint import list_checkpoints, load_checkpoint, same_state, save_checkpoint
 
 
@@ -98,5 +98,5 @@ def test_what_a_killed_writer_left_is_no_checkpoint(tmp_path):
     (tmp_path / ".partial-checkpoint-00000002" / "state.json").write_text("{")
     (tmp_path / "checkpoint-00000003").mkdir()
     assert [f.name for f in list_checkpoints(tmp_path)] == ["checkpoint-00000001"]
-    checkpoint.remove_partial(tmp_path)
+    remove_partial(tmp_path)
     assert not list(tmp_path.glob(".partial*"))

@@ -42,13 +42,13 @@ from diffusers_ext.evaluation import (
     likelihood,
     pipeline_fingerprint,
     quality,
-    sampler_for,
     steps_for,
     swap_scheduler,
 )
 from diffusers_ext.extractors import make_extractor
 from diffusers_ext.interop import stored_scheduler
 from diffusers_ext.schedulers import save_tables
+from diffusers_ext.subjects import subject_of
 
 MEAN, STD = 0.2, 0.4
 
@@ -135,7 +135,7 @@ def test_likelihood_of_the_exact_model_is_that_of_its_law(max_diffusion_time):
         bridge = GaussianBridge.fit([seen], SCHEDULER, max_diffusion_time, progress=False)
         pipeline = short_time_pipeline(pipeline, max_diffusion_time, bridge)
     args = MeasureArguments(train_batch_size=100, likelihood_images=600, likelihood_evaluations=64, ode_images=60)
-    found = likelihood(pipeline, Images(x0, torch.full((600,), -1), []), args, progress=False)
+    found = likelihood(subject_of(pipeline), Images(x0, torch.full((600,), -1), []), args, progress=False)
 
     law, sigma_min = Gaussian(torch.tensor(MEAN), torch.tensor(STD**2)), noise_schedule(pipeline.scheduler).sigma_min
     truth = -law.log_prob(x0.reshape(-1, 1), sigma_min).reshape(600, 16).mean(1) / log(2) - log2(2 / 256)
@@ -388,8 +388,8 @@ def test_a_calibrated_scheduler_finds_its_tables_or_says_what_to_do(tmp_path):
 def test_pipelines_that_sample_wrongly_with_some_schedulers_are_replaced():
     unet = tiny_unet()
     for kind in (DDPMPipeline, DDIMPipeline):
-        found = sampler_for(kind(unet, SCHEDULER))
+        found = subject_of(kind(unet, SCHEDULER)).sampler()
         assert type(found) is ClassConditionalPipeline
         assert found.unet is unet
     other = exact_pipeline()
-    assert sampler_for(other) is other
+    assert subject_of(other).sampler() is other

@@ -27,6 +27,7 @@ from diffusers_ext.data.batches import Place, micro_batches
 from diffusers_ext.data.images import Transform
 from diffusers_ext.data.sources import load_images
 from diffusers_ext.errors import InputError
+from diffusers_ext.subjects import Pixels
 from diffusers_ext.training import TrainingArguments, TrainingLoop
 from diffusers_ext.training.checkpoint import list_checkpoints, load_checkpoint, same_state
 
@@ -167,7 +168,7 @@ def test_a_sampler_that_fails_does_not_end_the_run(script, small, tmp_path, monk
     def fails(*args, **kwargs):
         raise ValueError("too few steps")
 
-    monkeypatch.setattr("diffusers_ext.training.loop.sample_images", fails)
+    monkeypatch.setattr(Pixels, "sample", fails)
     script.run(*small, "--output_dir", tmp_path / "out", "--validation_steps", 1)
     assert "no sample grid at step 3, ValueError in the sampler: too few steps" in capsys.readouterr().out
     assert log_of(tmp_path / "out")[-1]["validation"]["eps_mse"]
@@ -290,7 +291,8 @@ import sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from diffusers_ext import consistency_loss, lower_sigma, score_matching_loss
-from diffusers_ext.training import TrainingArguments, TrainingLoop, parse_arguments
+from diffusers_ext.commands import parse_arguments
+from diffusers_ext.training import TrainingArguments, TrainingLoop
 
 out = Path(sys.argv[1])
 loop = TrainingLoop(parse_arguments(TrainingArguments, sys.argv[2:]), "test", ("A paper", "2302.09057"))

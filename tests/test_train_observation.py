@@ -17,10 +17,11 @@ from test_loop import stop_at
 from test_models import tiny_unet
 from test_train_consistency import ROOT, assert_same_weights, log_of, small, weights_of  # noqa: F401
 
-from diffusers_ext import NoiseLevelDiscriminator
+from diffusers_ext import NoiseLevelDiscriminator, files
 from diffusers_ext.commands import parse_arguments
+from diffusers_ext.randomness import seed_for
 from diffusers_ext.reports.hub import pushed_files
-from diffusers_ext.training import Adversary, Best, TrainingLoop, best
+from diffusers_ext.training import Adversary, Best, TrainingLoop
 from diffusers_ext.training.checkpoint import list_checkpoints, load_checkpoint, same_state
 
 SCRIPT = ROOT / "training" / "train_observation.py"
@@ -251,8 +252,8 @@ def script_distances(monkeypatch, *distances):
     """Let the measurements be these, and see which weights they are of."""
     left, seen = list(distances), []
 
-    def measure(self, pipeline):
-        seen.append({k: v.clone() for k, v in pipeline.unet.state_dict().items()})
+    def measure(self, subject):
+        seen.append({k: v.clone() for k, v in subject.network.state_dict().items()})
         return left.pop(0)
 
     monkeypatch.setattr(Best, "measure", measure)
@@ -295,7 +296,7 @@ def test_a_failed_or_killed_write_leaves_the_last_best(observation, small, tmp_p
             raise OSError("no space")
         original(source, target)
 
-    monkeypatch.setattr(best.os, "replace", disk)
+    monkeypatch.setattr(files.os, "replace", disk)
     observation.run(*small, *TINY, "--validation_steps", 1, "--output_dir", out)
     assert "of step 2 could not be written: no space" in capsys.readouterr().out
     assert json.loads((out / "best" / "best.json").read_text())["step"] == 1
@@ -318,13 +319,13 @@ def test_the_distance_is_that_of_the_pixels(observation, small, tmp_path):  # no
     args = parse_arguments(observation.ObservationArguments, [*map(str, argv), "--output_dir", str(tmp_path / "out")])
     loop = TrainingLoop(args, "test", observation.PAPER)
     judge = Best(loop, steps=3, samples=100, patience=None)
-    pipeline = loop.trained_pipeline()
-    generator = torch.Generator().manual_seed(best.seed_for(0, 5, 0))
-    images = pipeline(batch_size=100, num_inference_steps=3, generator=generator, output_type="np").images
+    trained = loop.trained()
+    generator = torch.Generator().manual_seed(seed_for(0, 5, 0))
+    images = trained.pipeline(batch_size=100, num_inference_steps=3, generator=generator, output_type="np").images
     a, b = images.reshape(100, -1) * 2.0 - 1, loop.validation.images.reshape(200, -1).double().numpy()
     root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
     truth = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
-    assert judge.measure(pipeline) == pytest.approx(truth, rel=1e-3)
+    assert judge.measure(trained) == pytest.approx(truth, rel=1e-3)
 
 
 # --- divergence -------------------------------------------------------------------------------------------------------

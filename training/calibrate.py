@@ -36,8 +36,7 @@ from diffusers_ext.randomness import seed_for
 from diffusers_ext.reports.calibration_card import plot, summary, verdict, write_calibration_card
 from diffusers_ext.reports.hub import HubArguments, make_pusher
 from diffusers_ext.schedulers import save_tables
-from diffusers_ext.subjects.models import classes_of, encode, image_format, load_pipeline, null_class_of
-from diffusers_ext.subjects.text import is_text_pipeline, text_conditions, text_image_format
+from diffusers_ext.subjects import Subject, load_pipeline, subject_of
 
 _ENCODE = 5  # stream of `seed_for`
 
@@ -63,7 +62,7 @@ class CalibrationArguments(HubArguments, DataArguments):
 
 
 def batches(
-    args: CalibrationArguments, pipeline: Any, accelerator: Accelerator, channels: int, resolution: int
+    args: CalibrationArguments, subject: Subject, accelerator: Accelerator, channels: int, resolution: int
 ) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
     """What the network was trained on, and what it is told: every image once, each process its own."""
     everything = replace(args, max_train_samples=None)  # so many of all, in random order, and not the first so many
@@ -83,10 +82,9 @@ def batches(
     if count == 0:
         raise InputError(f"{n} images are fewer than a batch of {args.train_batch_size} for each of {world} processes")
     transform = Transform(resolution, channels, args.center_crop, args.random_flip)
-    of_text = is_text_pipeline(pipeline)
-    if prompts is not None and not of_text:
+    if prompts is not None and not subject.takes_captions:
         raise InputError("--caption_column: the model takes no prompts")
-    classes = None if of_text else classes_of(pipeline)
+    classes = subject.num_classes
     if classes is not None and (source.class_names is None or len(source.class_names) > classes):
         have = "no labels" if source.class_names is None else f"{len(source.class_names)} classes"
         raise InputError(f"the model takes labels of {classes} classes, the data have {have}: see --label_column")
@@ -95,12 +93,9 @@ def batches(
             taken = i * args.train_batch_size * world
             raise InputError(f"the stream has {taken} images in whole batches: repeat with --max_train_samples {taken}")
         generator = torch.Generator(device).manual_seed(seed_for(args.seed, _ENCODE, i * world + rank))
-        x0 = encode(pipeline, batch.images.to(device, pipeline.dtype), generator).float()
-        if of_text:
-            told = [""] * len(x0) if prompts is None else [_prompt(prompts[k]) for k in batch.labels.tolist()]
-            yield x0, text_conditions(pipeline, told, resolution)
-        else:
-            yield x0, {} if classes is None else {"class_labels": batch.labels.to(device)}
+        x0 = subject.encode(batch.images.to(device, subject.pipeline.dtype), generator).float()
+        captions = None if prompts is None else [_prompt(prompts[k]) for k in batch.labels.tolist()]
+        yield x0, subject.conditions(replace(batch, captions=captions))
 
 
 def _prompt(cell: Any) -> str:
@@ -118,16 +113,10 @@ def main() -> None:
     dtype = getattr(torch, args.torch_dtype)
     name = args.pretrained_model_name_or_path
     pipeline = load_pipeline(name, args.revision, args.variant, args.cache_dir, dtype).to(accelerator.device)
-    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    null_class = classes = unconditional = None
-    if is_text_pipeline(pipeline):
-        channels, resolution = text_image_format(pipeline, args.resolution)
-        if args.caption_column is not None:
-            unconditional = text_conditions(pipeline, [""], resolution)
-    else:
-        channels, resolution = image_format(pipeline, args.resolution)
-        null_class, classes = null_class_of(pipeline), classes_of(pipeline)
-    if args.per_class and classes is None:
+    subject = subject_of(pipeline)
+    channels, resolution = subject.image_format(args.resolution)
+    unconditional = subject.null_condition(resolution) if args.caption_column is not None else None
+    if args.per_class and subject.num_classes is None:
         raise InputError("--per_class: the model takes no class labels")
     pusher = make_pusher(args, out, accelerator.is_main_process)
 
@@ -138,13 +127,13 @@ def main() -> None:
     data = f"{shown(args.dataset_name or args.train_data_dir or '')}, split {args.train_split}"
     try:
         calibration = estimate_calibration(
-            network.eval(),
+            subject.network.eval(),
             pipeline.scheduler,
-            batches(args, pipeline, accelerator, channels, resolution),
+            batches(args, subject, accelerator, channels, resolution),
             num_levels=args.num_levels,
             unconditional=unconditional,
-            null_class=null_class,
-            num_classes=classes if args.per_class else None,
+            null_class=subject.null_class,
+            num_classes=subject.num_classes if args.per_class else None,
             control_variate=not args.plain,
             antithetic=not args.plain,
             shrink=not args.plain,

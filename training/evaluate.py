@@ -47,11 +47,9 @@ from diffusers_ext.evaluation import (
     likelihood,
     load_real_images,
     markdown_table,
-    network_and_autoencoder,
     pipeline_fingerprint,
     push_model_index,
     quality,
-    sampler_for,
     steps_for,
     swap_scheduler,
     write_model_index,
@@ -64,8 +62,7 @@ from diffusers_ext.interop import stored_scheduler
 from diffusers_ext.metrics import nearest
 from diffusers_ext.reports.card import shown_command
 from diffusers_ext.reports.pictures import image_grid
-from diffusers_ext.subjects.models import classes_of, image_format, load_pipeline, null_class_of
-from diffusers_ext.subjects.text import is_text_pipeline, text_image_format
+from diffusers_ext.subjects import Pixels, load_pipeline, subject_of
 
 GRID_IMAGES = 10
 
@@ -149,12 +146,12 @@ def load(args: EvaluationArguments, device: torch.device) -> tuple[dict[str, Any
     for name, path in zip(args.names, args.pretrained_model_name_or_path, strict=True):
         dtype = getattr(torch, args.torch_dtype)
         pipeline = load_pipeline(path, args.revision, args.variant, args.cache_dir, dtype)
-        pipeline = sampler_for(pipeline)
+        pipeline = subject_of(pipeline).sampler()
         pipeline.set_progress_bar_config(disable=True)
-        network_and_autoencoder(pipeline)[0].eval().requires_grad_(False)
-        of_text = is_text_pipeline(pipeline)
-        formats[name] = (text_image_format if of_text else image_format)(pipeline, args.resolution)
-        if not of_text and args.guidance_scale != 1 and null_class_of(pipeline) is None:
+        subject = subject_of(pipeline)
+        subject.network.eval().requires_grad_(False)
+        formats[name] = subject.image_format(args.resolution)
+        if args.guidance_scale != 1 and not subject.takes_captions and subject.null_class is None:
             raise InputError(f"--guidance_scale {args.guidance_scale}: {name} has no null class to guide away from")
         pipelines[name] = pipeline.to(device)
     if len(set(formats.values())) > 1:
@@ -169,10 +166,11 @@ def drawings(args: EvaluationArguments, pipelines: dict[str, Any], say: Callable
     if args.caption_column is not None:
         prompts = list(Numbered(load_images(args, args.train_split)).column(args.caption_column))  # type: ignore[arg-type]
     for (name, pipeline), path in zip(pipelines.items(), args.pretrained_model_name_or_path, strict=True):
-        if prompts is not None and not is_text_pipeline(pipeline):
+        takes_captions = subject_of(pipeline).takes_captions
+        if prompts is not None and not takes_captions:
             raise InputError(f"--caption_column: {name} takes no prompts")
         identity = pipeline_fingerprint(pipeline)
-        size = args.resolution if is_text_pipeline(pipeline) else None
+        size = args.resolution if takes_captions else None
         for words, (wanted, settings) in asked_schedulers(args).items():
             scheduler = swap_scheduler(pipeline, wanted, path, **settings)
             label = ":".join([type(scheduler).__name__.removesuffix("Scheduler"), *words.split(":")[1:]])
@@ -313,14 +311,13 @@ def neighbours(
 
 def likelihood_of(args: EvaluationArguments, drawing: Drawing, real: RealImages, folder: Path) -> Likelihood | None:
     """Of a pixel model, on held-out images or, without any, on the floor; what is in `folder` is not measured again."""
-    pipeline = drawing.pipeline
-    network, autoencoder = network_and_autoencoder(pipeline)
-    if not isinstance(network, diffusers.UNet2DModel) or autoencoder is not None:
+    pipeline, subject = drawing.pipeline, subject_of(drawing.pipeline)
+    if not isinstance(subject, Pixels) or subject.autoencoder is not None:
         return None
     if args.likelihood_images == args.ode_images == 0:
         return None
     images = real.floor if real.held_out is None else real.held_out
-    classes, null = classes_of(pipeline), null_class_of(pipeline)
+    classes, null = subject.num_classes, subject.null_class
     if (
         classes is not None
         and not -(null is not None) <= int(images.labels.min()) <= int(images.labels.max()) < classes
@@ -333,7 +330,7 @@ def likelihood_of(args: EvaluationArguments, drawing: Drawing, real: RealImages,
         key.update(tensor.numpy().tobytes())
     file = folder / f"likelihood-{key.hexdigest()[:12]}.json"
     if not file.exists():
-        likelihood(pipeline, images, args).save(file)
+        likelihood(subject, images, args).save(file)
     return Likelihood.load(file)
 
 

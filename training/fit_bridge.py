@@ -32,13 +32,11 @@ from diffusers_ext.data.images import Transform
 from diffusers_ext.data.sources import HeldOutArguments, load_images, load_validation_images
 from diffusers_ext.errors import InputError, TrainingStopped, command
 from diffusers_ext.fields import arg
-from diffusers_ext.files import save_pipeline
 from diffusers_ext.reports.bridge_card import write_bridge_card
 from diffusers_ext.reports.hub import HubArguments, make_pusher
 from diffusers_ext.reports.pictures import image_grid
 from diffusers_ext.schedulers.scheduling_short_time import short_time_class
-from diffusers_ext.subjects.models import image_format, load_pipeline, sample_images
-from diffusers_ext.subjects.text import is_text_pipeline, text_image_format
+from diffusers_ext.subjects import load_pipeline, subject_of
 
 
 @dataclass
@@ -70,27 +68,27 @@ def times_of_report(args: FitArguments) -> list[float]:
     return times
 
 
-def fitted(args: FitArguments, pipeline: Any, data: EncodedImages) -> Any:
+def fitted(args: FitArguments, data: EncodedImages) -> Any:
     about = {"num_classes": data.num_classes, "seed": args.seed, "measured_on": {"data": data.described}}
-    return fit_bridge(args, data, pipeline.scheduler, **about)
+    return fit_bridge(args, data, data.subject.pipeline.scheduler, **about)
 
 
-def write_report(args: FitArguments, pipeline: Any, data: EncodedImages, out: Path) -> Any:
+def write_report(args: FitArguments, data: EncodedImages, out: Path) -> Any:
     held_out = load_validation_images(args)
     if held_out is None:
         raise InputError("--report needs held-out images: name their split with --validation_split")
     least = min(args.train_batch_size, args.max_validation_samples)
     held = replace(args, max_train_samples=None, train_batch_size=least)
-    unseen = EncodedImages(held, pipeline, held_out, data.transform, args.max_validation_samples, data.device)
+    unseen = EncodedImages(held, data.subject, held_out, data.transform, args.max_validation_samples, data.device)
     times, device = times_of_report(args), data.device
-    bridges = [fitted(replace(args, max_diffusion_time=time), pipeline, data).to(device) for time in times]
+    bridges = [fitted(replace(args, max_diffusion_time=time), data).to(device) for time in times]
     report = diffusion_time_report(
-        pipeline.unet.eval(),
-        pipeline.scheduler,
+        data.subject.network.eval(),
+        data.subject.pipeline.scheduler,
         unseen,
         {args.bridge: bridges},
         times,
-        levels=None if hasattr(pipeline, "vae") or hasattr(pipeline, "vqvae") else 256,
+        levels=256 if data.subject.autoencoder is None else None,
         generator=torch.Generator(device).manual_seed(args.seed),
     )
     report.save(out / "diffusion_time.json")
@@ -111,28 +109,28 @@ def main() -> None:
     pusher = make_pusher(args, out, accelerator.is_main_process)
     if accelerator.is_main_process:  # alone: it is one pass over some thousand images
         pipeline = load_pipeline(name, args.revision, args.variant, args.cache_dir).to(accelerator.device)
-        of_text = is_text_pipeline(pipeline)
-        if of_text and args.report:
+        subject = subject_of(pipeline)
+        if subject.takes_captions and args.report:
             raise InputError("--report needs an unconditional or class-conditional pipeline")
-        channels, resolution = (text_image_format if of_text else image_format)(pipeline, args.resolution)
+        channels, resolution = subject.image_format(args.resolution)
         transform = Transform(resolution, channels, args.center_crop, args.random_flip)
         source = load_images(args, args.train_split)
-        data = EncodedImages(args, pipeline, source, transform, args.max_bridge_samples, accelerator.device)
-        bridge = fitted(args, pipeline, data)
+        data = EncodedImages(args, subject, source, transform, args.max_bridge_samples, accelerator.device)
+        bridge = fitted(args, data)
         out.mkdir(parents=True, exist_ok=True)
-        if of_text:
+        if subject.takes_captions:
             kind = short_time_class(type(pipeline.scheduler).__name__)
             scheduler = kind.from_config(pipeline.scheduler.config, max_diffusion_time=args.max_diffusion_time)
             bridge.save_pretrained(out)
             scheduler.save_pretrained(out / "scheduler")
         else:
             short = short_time_pipeline(pipeline, args.max_diffusion_time, bridge).to(accelerator.device)
-            save_pipeline(short, out)
+            subject_of(short).save(out)
             if args.num_validation_images > 0:
                 (out / "samples").mkdir(exist_ok=True)
-                images = sample_images(short, args.num_validation_images, args.num_inference_steps, args.seed)
+                images = subject_of(short).sample(args.num_validation_images, args.num_inference_steps, args.seed)
                 image_grid(images).save(out / "samples" / "samples.png")
-        report = write_report(args, pipeline, data, out) if args.report else None
+        report = write_report(args, data, out) if args.report else None
         repo = out.name if pusher is None else pusher.repo_id
         written = f"accelerate launch {shlex.join(sys.argv)}"
         write_bridge_card(
@@ -143,7 +141,7 @@ def main() -> None:
             written,
             None if report is None else f"{report.verdict()}\n\n{report.table()}",
         )
-        print(f"the {'bridge and its scheduler are' if of_text else 'short-time pipeline is'} in {out}")
+        print(f"the {'bridge and its scheduler are' if subject.takes_captions else 'short-time pipeline is'} in {out}")
         if pusher is not None:
             pusher.push(out, "bridge")
     failure = None if pusher is None else pusher.finish(args.hub_timeout)

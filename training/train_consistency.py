@@ -72,7 +72,7 @@ def main() -> None:
                 steps=args.rollout_steps,
                 rollout=args.rollout,
                 generator=generator,
-                **{name: value[part] for name, value in batch.cond.items()},
+                **loop.subject.part(batch.cond, part),
             )
             loss = loss + args.consistency_weight * terms["consistency"].mean()
 

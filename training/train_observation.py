@@ -103,8 +103,7 @@ def step(
     if args.consistency_weight > 0:
         part = slice(math.ceil(args.consistency_fraction * len(x0)))
         lower = lower_sigma(sigma[part], args.sigma_width, relative=args.sigma_width_relative, generator=generator)
-        cond = {name: value[part] for name, value in batch.cond.items()}
-        options = {"denoised": denoised[part], "generator": generator, **cond}
+        options = {"denoised": denoised[part], "generator": generator, **loop.subject.part(batch.cond, part)}
         terms["consistency"] = consistency_loss(denoiser, x[part], sigma[part], lower, **options)
         loss = loss + args.consistency_weight * terms["consistency"].mean()
 

@@ -102,13 +102,14 @@ class MicroBatches(Sampler[list[int]]):
 
 @dataclass(frozen=True)
 class Images:
-    """A micro-batch: images (B, C, H, W), labels (B,), names of unreadable images, and, of a stream, the place behind
-    it."""
+    """A micro-batch: images (B, C, H, W), labels (B,), names of unreadable images, of a stream the place behind it, and
+    captions where there are some."""
 
     images: Tensor
     labels: Tensor
     unreadable: list[str]
     place: Place | None = None
+    captions: Sequence[str] | None = None
 
     def pin_memory(self) -> Images:
         """Page-locked copies, from which a GPU copies without a wait; `DataLoader` calls this, too."""

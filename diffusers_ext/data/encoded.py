@@ -6,14 +6,12 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..errors import InputError
 from ..files import shown
 from ..randomness import seed_for
-from ..subjects.models import classes_of, encode
-from ..subjects.text import is_text_pipeline
+from ..subjects import Subject
 from .batches import Place, micro_batches
 from .images import Transform
 from .sources import DataArguments, HubStream, ImageSource
@@ -27,7 +25,7 @@ class EncodedImages:
 
     Args:
         args: the batch size, the seed, and how images are read.
-        pipeline: encodes them, if it has an autoencoder.
+        subject: encodes them, if it has an autoencoder.
         source, transform: the images.
         max_samples: so many, drawn at random without repeats; whole batches of them.
 
@@ -42,24 +40,24 @@ class EncodedImages:
     def __init__(
         self,
         args: DataArguments,
-        pipeline: DiffusionPipeline,
+        subject: Subject,
         source: ImageSource | HubStream,
         transform: Transform,
         max_samples: int,
         device: torch.device,
     ) -> None:
-        self.args, self.pipeline, self.source, self.transform, self.device = args, pipeline, source, transform, device
+        self.args, self.subject, self.source, self.transform, self.device = args, subject, source, transform, device
         n = min(sys.maxsize if isinstance(source, HubStream) else len(source), max_samples)
         n = n if args.max_train_samples is None else min(n, args.max_train_samples)
         self.count = n // args.train_batch_size
         if self.count == 0:
             raise InputError(f"{n} images are fewer than a batch of {args.train_batch_size}")
         self.described = f"{shown(args.dataset_name or args.train_data_dir or '')}, split {args.train_split}"
-        self.num_classes = None if is_text_pipeline(pipeline) else classes_of(pipeline)
+        self.num_classes = subject.num_classes
 
     def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         batches = micro_batches(self.args, self.source, self.transform, 0, 1, self.count, place=Place(0, 0))
         for i, batch in enumerate(batches):
             generator = torch.Generator(self.device).manual_seed(seed_for(self.args.seed, _ENCODE, i))
-            x0 = encode(self.pipeline, batch.images.to(self.device, self.pipeline.dtype), generator).float()
-            yield x0, {"class_labels": batch.labels.to(self.device)} if self.num_classes else {}
+            x0 = self.subject.encode(batch.images.to(self.device, self.subject.pipeline.dtype), generator).float()
+            yield x0, self.subject.conditions(batch) if self.num_classes else {}

@@ -12,7 +12,6 @@ from math import log, nan
 from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -38,7 +37,7 @@ from ..metrics import (
 from ..noise_levels import log_linear_sigmas
 from ..randomness import seed_for
 from ..reports.measured import Likelihood, Quality
-from ..subjects.models import classes_of, encode, network_of, null_class_of
+from ..subjects import Subject
 
 GROUPS = 10  # of the jackknife
 MIN_IMAGES = 2 * GROUPS
@@ -207,24 +206,20 @@ def quality(features: Tensor, real: Manifold) -> Quality:
     )
 
 
-def likelihood(
-    pipeline: DiffusionPipeline, held_out: Images, args: MeasureArguments, *, progress: bool = True
-) -> Likelihood:
+def likelihood(subject: Subject, held_out: Images, args: MeasureArguments, *, progress: bool = True) -> Likelihood:
     """Of `args.likelihood_images` held-out images by the bound and of `args.ode_images` by the probability flow, at the
     lowest noise level that the network was trained for; class-conditional models are told the labels, or the null class
     where the data have none. A model of short diffusion times starts from its bridge.
     """
-    schedule, network = noise_schedule(pipeline.scheduler), pipeline.unet
-    model, device = score_model_from(network, pipeline.scheduler), network.device
+    scheduler, network = subject.pipeline.scheduler, subject.network
+    schedule = noise_schedule(scheduler)
+    model, device = score_model_from(network, scheduler), network.device
     images = _part(held_out, 0, max(args.likelihood_images, args.ode_images))
     generator = torch.Generator().manual_seed(seed_for(args.seed, _DEQUANTIZE))
     x = dequantize(images.images, generator)
-    told, null = {}, null_class_of(pipeline)
-    if classes_of(pipeline) is not None:
-        if null is not None:
-            images = replace(images, labels=images.labels.where(images.labels >= 0, null))
-        told = {"class_labels": images.labels}
-    bridge = getattr(pipeline, "bridge", None)
+    if subject.null_class is not None:
+        images = replace(images, labels=images.labels.where(images.labels >= 0, subject.null_class))
+    condition, bridge = subject.conditions(images), subject.bridge
 
     def bits(asked: int, what: str, method: Any, **options: Any) -> Interval | None:
         count = min(asked, len(x))
@@ -233,14 +228,14 @@ def likelihood(
         parts = []
         for first in tqdm(range(0, count, args.train_batch_size), desc=what, disable=not progress, unit="batch"):
             rows = slice(first, min(first + args.train_batch_size, count))
-            cond = {key: value[rows].to(device) for key, value in told.items()}
+            cond = subject.part(condition, rows)
             start = {} if bridge is None else {"log_prior": _log_start(bridge, schedule, cond.get("class_labels"))}
             low_high = schedule.sigma_min, schedule.sigma_max
             found = method(model, x[rows].to(device), *low_high, generator=generator, **start, **options, **cond)
             parts.append(bits_per_dim(getattr(found, "total", found), x.shape[1:]).double().cpu())
         return student_interval(torch.cat(parts))
 
-    losses = loss_by_sigma(pipeline, images, args, (schedule.sigma_min, schedule.sigma_max))
+    losses = loss_by_sigma(subject, images, args, (schedule.sigma_min, schedule.sigma_max))
     ode = {"divergence": "hutchinson", "rtol": 1e-4, "atol": 1e-4}  # at 1e-3 off by 0.05 bits per dimension
     return Likelihood(
         ode=bits(args.ode_images, "bits per dimension, ODE", log_likelihood, **ode),
@@ -264,18 +259,17 @@ _VALIDATION = 4  # the stream of `seed_for`; those of the loop are 2 and 3
 
 @torch.no_grad()
 def loss_by_sigma(
-    pipeline: DiffusionPipeline, validation: Images, args: DataArguments, sigma_range: tuple[float, float]
+    subject: Subject, validation: Images, args: DataArguments, sigma_range: tuple[float, float]
 ) -> dict[str, list[float]]:
     """Mean square error of eps on the validation images at log-spaced noise levels, always with the same noise."""
-    network = network_of(pipeline)[1]
-    model, device = score_model_from(network, pipeline.scheduler), network.device
+    network = subject.network
+    model, device = score_model_from(network, subject.pipeline.scheduler), network.device
     generator = torch.Generator().manual_seed(seed_for(args.seed, _VALIDATION))
     sigmas = log_linear_sigmas(SIGMA_BINS, *sigma_range)
     total = torch.zeros(len(sigmas))
-    size, takes_labels = args.train_batch_size, classes_of(pipeline) is not None
-    for x0, y in zip(validation.images.split(size), validation.labels.split(size), strict=True):
-        x0 = encode(pipeline, x0.to(device), generator)
-        cond = {"class_labels": y.to(device)} if takes_labels else {}
+    for first in range(0, len(validation.images), args.train_batch_size):
+        rows = _part(validation, first, first + args.train_batch_size)
+        x0, cond = subject.encode(rows.images.to(device), generator), subject.conditions(rows)
         before = generator.get_state()
         for i, sigma in enumerate(sigmas.tolist()):
             x = model.process.perturb(x0, sigma, generator.set_state(before))

@@ -16,7 +16,6 @@ import functools
 import hashlib
 import inspect
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, DiTPipeline
+from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -36,31 +35,15 @@ import diffusers_ext
 
 from ..errors import InputError
 from ..extractors import Extractor
+from ..files import replacing
 from ..interop import noise_schedule
-from ..pipelines import ClassConditionalPipeline
 from ..randomness import seed_for
 from ..schedulers import CalibratedScheduler, ShortTimeScheduler
-from ..subjects.models import classes_of
-from ..subjects.text import is_text_pipeline
+from ..subjects import subject_of
 
 OWN = "own"
 _DRAW = 8  # the stream of `seed_for`; training uses 0 to 7
 _LEVEL = 1 / 255
-
-
-def network_and_autoencoder(pipeline: DiffusionPipeline) -> tuple[nn.Module, Any]:
-    """What is evaluated at each step, and what makes pixels of latents (`None` in pixel space)."""
-    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    if network is None:
-        raise InputError(f"{type(pipeline).__name__} cannot be evaluated here: it has no `unet` and no `transformer`")
-    return network, getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
-
-
-def sampler_for(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """The pipeline, or, instead of diffusers' DDPM and DDIM pipelines, the one that takes every scheduler."""
-    if type(pipeline) in (DDPMPipeline, DDIMPipeline):
-        return ClassConditionalPipeline(pipeline.unet, pipeline.scheduler)
-    return pipeline
 
 
 def swap_scheduler(pipeline: DiffusionPipeline, name: str, folder: str | None = None, **settings: Any) -> Any:
@@ -107,8 +90,8 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, folder: str | None = 
         raise InputError(f"--schedulers: the pipeline cannot take {wanted}: {error}; {advice}") from error
     if not fits:
         raise InputError(f"--schedulers: the pipeline cannot take {wanted}; {advice}")
-    if isinstance(pipeline, DiTPipeline) and getattr(scheduler, "init_noise_sigma", 1.0) != 1.0:
-        raise InputError(f"--schedulers: DiTPipeline samples wrongly with {wanted}, which scales its samples; {advice}")
+    if (refusal := subject_of(pipeline).refusal_of(scheduler)) is not None:
+        raise InputError(f"--schedulers: {refusal}; {advice}")
     if isinstance(scheduler, CalibratedScheduler) and scheduler.calibration is None:
         raise InputError(f"--schedulers: {wanted} finds no tables of a calibration in {folder}: run calibrate.py first")
     return scheduler
@@ -160,9 +143,8 @@ def extractor_id(extractor: Extractor, shape: tuple[int, ...]) -> str:
 
 def save_aside(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
     """As safetensors, written aside and renamed."""
-    aside = file.with_name(f".partial-{os.getpid()}-{file.name}")
-    save_file(tensors, aside, metadata=metadata)
-    os.replace(aside, file)
+    with replacing(file) as aside:
+        save_file(tensors, aside, metadata=metadata)
 
 
 def pipeline_fingerprint(pipeline: DiffusionPipeline) -> str:
@@ -198,7 +180,7 @@ class Drawing:
 
     Args:
         model: name, for people.
-        pipeline: as `sampler_for` returns it; its scheduler is replaced while it draws.
+        pipeline: as `Subject.sampler` returns it; its scheduler is replaced while it draws.
         identity: its `pipeline_fingerprint`.
         scheduler, steps: see `swap_scheduler`, `steps_for`.
         num_samples: images; whole batches are drawn.
@@ -268,7 +250,7 @@ class Drawing:
 
     def extract(self, folder: Path, extractor: Extractor, rank: int = 0, world: int = 1) -> None:
         """The features of the batches rank, rank + world, ... that are not known, in files beside them."""
-        device = next(network_and_autoencoder(self.pipeline)[0].parameters()).device
+        device = next(subject_of(self.pipeline).network.parameters()).device
         for batch in range(rank, self.num_batches, world):
             file = self._features_file(folder, extractor, batch)
             if not file.exists():
@@ -299,10 +281,11 @@ class Drawing:
     @torch.no_grad()
     def _draw(self, batch: int) -> tuple[Tensor, Counted]:
         pipeline, n = self.pipeline, self.batch_size
-        network, autoencoder = network_and_autoencoder(pipeline)
+        subject = subject_of(pipeline)
+        network, autoencoder = subject.network, subject.autoencoder
         seed = seed_for(self.seed, _DRAW, batch)
         generator, own = torch.Generator().manual_seed(seed), pipeline.scheduler
-        told = self._told(range(batch * n, (batch + 1) * n))
+        call = self._call(range(batch * n, (batch + 1) * n))
         pipeline.scheduler = copy.deepcopy(self.scheduler)
         device = next(network.parameters()).device
         try:
@@ -313,10 +296,10 @@ class Drawing:
                 torch.manual_seed(seed)  # some pipelines do not pass the generator on to their scheduler
                 _synchronize(network)
                 start = time.perf_counter()
-                images = pipeline(**told, num_inference_steps=self.steps, generator=generator).images
+                images = pipeline(**call, num_inference_steps=self.steps, generator=generator).images
                 _synchronize(network)
                 seconds = time.perf_counter() - start
-            unit = getattr(pipeline, "_in_unit_range", lambda x: x / 2 + 0.5)(watched.last.float())
+            unit = subject.unit_range(watched.last.float())
         finally:
             pipeline.scheduler = own
         inside = (unit >= -_LEVEL / 2) & (unit <= 1 + _LEVEL / 2)  # NaN is not
@@ -324,20 +307,21 @@ class Drawing:
         images = torch.from_numpy(images).nan_to_num().movedim(3, 1)
         return (images * 255).round().to(torch.uint8), counted
 
-    def _told(self, numbers: range) -> dict[str, Any]:
-        given: dict[str, Any] = {"output_type": "np"}
-        if is_text_pipeline(self.pipeline):
-            prompts = self.prompts or [""]
-            size = {} if self.resolution is None else {"height": self.resolution, "width": self.resolution}
-            told = [prompts[i % len(prompts)] for i in numbers]
-            return given | size | {"prompt": told, "guidance_scale": self.guidance_scale}
-        classes = classes_of(self.pipeline)
-        if classes is None:
-            return given | {"batch_size": len(numbers)}
-        # Independent, as intervals take them to be, from a generator of their own: the noise stays that of all models.
-        generator = torch.Generator().manual_seed(seed_for(self.seed, _DRAW, numbers.start, 1))
-        labels = torch.randint(classes, (len(numbers),), generator=generator).tolist()
-        return given | {"class_labels": labels, "guidance_scale": self.guidance_scale}
+    def _call(self, numbers: range) -> dict[str, Any]:
+        """The arguments of the pipeline's call for some samples."""
+        subject, prompts, labels = subject_of(self.pipeline), self.prompts or [""], None
+        if subject.num_classes is not None:
+            # Independent, as intervals take them to be; from a generator of their own, so that noise is shared.
+            generator = torch.Generator().manual_seed(seed_for(self.seed, _DRAW, numbers.start, 1))
+            labels = torch.randint(subject.num_classes, (len(numbers),), generator=generator).tolist()
+        call = subject.call(
+            len(numbers),
+            labels=labels,
+            captions=[prompts[i % len(prompts)] for i in numbers],
+            guidance_scale=self.guidance_scale,
+            resolution=self.resolution,
+        )
+        return call | {"output_type": "np"}
 
 
 @dataclass

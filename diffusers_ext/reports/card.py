@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..files import is_local, shown
+from ..files import is_local, replacing, shown
 
 _NOT_SHOWN = ("hub_token", "cache_dir")  # arguments that no model card shows
 
@@ -72,9 +71,8 @@ def write_model_card(
     )
     body = _without_secrets("\n\n".join(part for part in parts if part), arguments)
     card = ModelCard(f"---\n{header.to_yaml()}\n---\n\n{body}\n")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".card-") as aside:
-        card.save(Path(aside, "README.md"))
-        os.replace(Path(aside, "README.md"), folder / "README.md")
+    with replacing(folder / "README.md") as aside:
+        card.save(aside)
     return folder / "README.md"
 
 
@@ -87,7 +85,8 @@ def save_card(folder: Path, parts: Sequence[str], arguments: Mapping[str, object
         datasets=[data_set] if data_set else None,
         tags=["diffusers_ext", *tags],
     )
-    ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n").save(folder / "README.md")
+    with replacing(folder / "README.md") as aside:
+        ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n").save(aside)
 
 
 def _load_line(name: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..files import write_aside
+from ..files import write_file
 from ..metrics import Interval, student_interval
 
 FORMAT_VERSION = 1
@@ -90,7 +90,7 @@ class Likelihood:
 
     def save(self, path: str | os.PathLike) -> None:
         """As JSON, written aside and renamed."""
-        write_aside(Path(path), json.dumps(_stored(asdict(self)), allow_nan=False).encode())
+        write_file(path, json.dumps(_stored(asdict(self)), allow_nan=False))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Likelihood:
@@ -182,7 +182,7 @@ class Evaluation:
     def save(self, path: str | os.PathLike) -> None:
         """As JSON, written aside and renamed."""
         values = _stored({"format_version": FORMAT_VERSION} | asdict(self))
-        write_aside(Path(path), json.dumps(values, indent=1, allow_nan=False).encode())
+        write_file(path, json.dumps(values, indent=1, allow_nan=False))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Evaluation:

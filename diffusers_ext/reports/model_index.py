@@ -26,7 +26,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from huggingface_hub.utils import yaml_dump
 
-from ..files import shown, write_aside
+from ..files import shown, write_file
 from ..metrics import Interval
 from .card import hub_name
 from .measured import Evaluation
@@ -109,7 +109,7 @@ def write_model_index(evaluation: Evaluation, model: str, card_path: str | os.Pa
     path = Path(card_path)
     with path.open(encoding="utf-8-sig", newline="") if path.exists() else open(os.devnull) as file:
         text = file.read()
-    write_aside(path, merged_card(text, evaluation, model).encode())
+    write_file(path, merged_card(text, evaluation, model))
 
 
 def push_model_index(

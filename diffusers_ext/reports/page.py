@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..files import shown, write_aside
+from ..files import shown, write_file
 from .card import shown_command
 from .measured import Evaluation
 from .plots import LOSS_BY_SIGMA, QUALITY_NFE, QUALITY_SECONDS, losses_of, plots
@@ -34,14 +34,14 @@ def write_report(evaluation: Evaluation, folder: Path, pictures: Mapping[str, Im
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn = plots(evaluation)
-    write_aside(folder / "results.csv", csv_text(evaluation).encode())
-    write_aside(folder / "table.md", (markdown_table(evaluation) + "\n").encode())
+    write_file(folder / "results.csv", csv_text(evaluation))
+    write_file(folder / "table.md", (markdown_table(evaluation) + "\n"))
     for name in _PLOTS:
         if name in drawn:
-            write_aside(folder / name, drawn[name])
+            write_file(folder / name, drawn[name])
         else:
             (folder / name).unlink(missing_ok=True)
-    write_aside(folder / "index.html", html_page(evaluation, drawn, pictures or {}).encode())
+    write_file(folder / "index.html", html_page(evaluation, drawn, pictures or {}))
 
 
 _CSS = """

@@ -1,4 +1,4 @@
-"""What the network of a text-to-image pipeline is told about a prompt: Stable Diffusion 1 and 2, XL and 3."""
+"""Text-to-image pipelines: what the network's calls get for a prompt, by family."""
 
 from __future__ import annotations
 
@@ -6,49 +6,87 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from ..errors import InputError
+from .base import Condition, ImageFormat, Rows, Subject
 
 
-def is_text_pipeline(pipeline: DiffusionPipeline) -> bool:
-    """Whether images come from prompts."""
-    return hasattr(pipeline, "encode_prompt")
+class TextToImage(Subject):
+    """A pipeline with `encode_prompt`, of a family whose conditions are not known here."""
+
+    takes_captions = True
+
+    def image_format(self, resolution: int | None = None) -> ImageFormat:
+        network: Any = self.network
+        size = network.config.sample_size * self.factor if resolution is None else resolution
+        if size % self.factor:
+            raise InputError(f"--resolution {size} is no multiple of {self.factor}")
+        return ImageFormat(self.autoencoder.config.in_channels, size)
+
+    def conditions(self, rows: Rows) -> Condition:
+        prompts = [""] * len(rows.images) if rows.captions is None else list(rows.captions)
+        with torch.no_grad():
+            return self._conditions(prompts, rows.images.shape[-1])
+
+    def null_condition(self, resolution: int) -> Condition | None:
+        with torch.no_grad():
+            return self._conditions([""], resolution)
+
+    def _conditions(self, prompts: list[str], resolution: int) -> Condition:
+        raise InputError(
+            f"the conditions of a {type(self.pipeline).__name__} are not known here: measure it with "
+            f"diffusers_ext.estimate_calibration, which takes them as they are"
+        )
+
+    def _encoded(self, *prompts: list[str] | None) -> tuple[Tensor, ...]:
+        options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        return self.pipeline.encode_prompt(*prompts, device=self.pipeline.device, **options)
+
+    def call(
+        self,
+        n: int,
+        *,
+        labels: Sequence[int] | None = None,
+        captions: Sequence[str] | None = None,
+        guidance_scale: float = 1.0,
+        resolution: int | None = None,
+    ) -> dict[str, Any]:
+        size = {} if resolution is None else {"height": resolution, "width": resolution}
+        return {"prompt": [""] * n if captions is None else list(captions), "guidance_scale": guidance_scale} | size
 
 
-def text_image_format(pipeline: DiffusionPipeline, resolution: int | None) -> tuple[int, int]:
-    """(channels, resolution) of the images whose latents the network takes; by default the size that it samples."""
-    network = getattr(pipeline, "unet", None) or pipeline.transformer
-    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-    size = network.config.sample_size * factor if resolution is None else resolution
-    if size % factor:
-        raise InputError(f"--resolution {size} is no multiple of {factor}")
-    return pipeline.vae.config.in_channels, size
+class StableDiffusion(TextToImage):
+    """Stable Diffusion 1 and 2."""
+
+    def _conditions(self, prompts: list[str], resolution: int) -> Condition:
+        embeddings, _ = self._encoded(prompts)
+        return {"encoder_hidden_states": embeddings}
 
 
-@torch.no_grad()
-def text_conditions(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> dict[str, Any]:
-    """The keyword arguments of the network for some prompts, first dimension len(prompts).
+class StableDiffusionXL(TextToImage):
+    """Stable Diffusion XL: pooled embeddings, and the size and crop of the image."""
 
-    Raises:
-        InputError: the pipeline is of another family.
-    """
-    name, device = type(pipeline).__name__, pipeline.device
-    options = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-    if name.startswith("StableDiffusion3"):
-        embeddings, _, pooled, _ = pipeline.encode_prompt(list(prompts), None, None, **options)
-        return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
-    if name.startswith("StableDiffusionXL"):
-        embeddings, _, pooled, _ = pipeline.encode_prompt(list(prompts), None, **options)
-        if pipeline.config.get("force_zeros_for_empty_prompt", False) and not any(prompts):
+    def _conditions(self, prompts: list[str], resolution: int) -> Condition:
+        embeddings, _, pooled, _ = self._encoded(prompts, None)
+        if self.pipeline.config.get("force_zeros_for_empty_prompt", False) and not any(prompts):
             embeddings, pooled = torch.zeros_like(embeddings), torch.zeros_like(pooled)
         size = (resolution, resolution)
-        times = torch.tensor([*size, 0, 0, *size], dtype=embeddings.dtype, device=device).expand(len(prompts), -1)
-        return {"encoder_hidden_states": embeddings, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": times}}
-    if name.startswith("StableDiffusion"):
-        embeddings, _ = pipeline.encode_prompt(list(prompts), **options)
-        return {"encoder_hidden_states": embeddings}
-    raise InputError(
-        f"the conditions of a {name} are not known here: measure it with diffusers_ext.estimate_calibration, which "
-        f"takes them as they are"
-    )
+        times = torch.tensor([*size, 0, 0, *size], dtype=embeddings.dtype, device=embeddings.device)
+        added = {"text_embeds": pooled, "time_ids": times.expand(len(prompts), -1)}
+        return {"encoder_hidden_states": embeddings, "added_cond_kwargs": added}
+
+
+class StableDiffusion3(TextToImage):
+    """Stable Diffusion 3 and 3.5."""
+
+    def _conditions(self, prompts: list[str], resolution: int) -> Condition:
+        embeddings, _, pooled, _ = self._encoded(prompts, None, None)
+        return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
+
+
+FAMILIES = {  # by the beginning of the pipeline's name, longer ones first
+    "StableDiffusion3": StableDiffusion3,
+    "StableDiffusionXL": StableDiffusionXL,
+    "StableDiffusion": StableDiffusion,
+}

@@ -37,7 +37,6 @@ from ..discriminator import NoiseLevelDiscriminator
 from ..errors import TrainingStopped
 from ..losses import DiscriminatorLoss
 from ..randomness import seed_for
-from ..subjects.models import classes_of, network_of
 
 if TYPE_CHECKING:
     from .loop import TrainingLoop
@@ -59,16 +58,15 @@ def new_discriminator(loop: TrainingLoop, channels: str) -> NoiseLevelDiscrimina
     Args:
         channels: features at each resolution, separated by commas.
     """
-    pipeline = loop.pipeline
-    latent = "vae" in pipeline.components or "vqvae" in pipeline.components
-    classes = classes_of(pipeline)
+    subject = loop.subject
+    classes = subject.num_classes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(loop.args.seed, _WEIGHTS))
         return NoiseLevelDiscriminator(
-            network_of(pipeline)[1].config.in_channels,
+            subject.network.config.in_channels,
             [int(width) for width in channels.split(",")],
-            sigma_data=loop.schedule.sigma_data or (LATENT_STD if latent else IMAGE_STD),
-            num_class_embeds=None if classes is None else classes + (loop.null_class is not None),
+            sigma_data=loop.schedule.sigma_data or (IMAGE_STD if subject.autoencoder is None else LATENT_STD),
+            num_class_embeds=None if classes is None else classes + (subject.null_class is not None),
         )
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,13 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from diffusers import DiffusionPipeline
 
 from ..extractors import pixel_features
-from ..files import copy_pipeline
+from ..files import recover_folder, replacing_entries, replacing_folder
 from ..metrics import frechet_distance
 from ..randomness import seed_for
-from ..subjects.models import classes_of, sample_images
+from ..subjects import Subject
 
 if TYPE_CHECKING:
     from .loop import TrainingLoop
@@ -62,9 +60,8 @@ class Best:
         self.distance, self.metrics = math.inf, dict[str, Any]()
         self.measured, self.stale = 0, 0
         self.real = pixel_features(loop.validation.images)
-        self._aside, self._old = (self.folder.with_name(f".partial-{kind}{NAME}") for kind in ("", "old-"))
-        if loop.accelerator.is_main_process and self._old.exists() and not self.folder.exists():
-            os.replace(self._old, self.folder)  # a run was killed between the two renames of `_write`
+        if loop.accelerator.is_main_process:
+            recover_folder(self.folder)
         loop.best = self
         loop.add(NAME, self)
 
@@ -80,62 +77,54 @@ class Best:
         Says whether training ends; all processes must call it together."""
         if self.loop.step in (0, self.loop.total_steps) or not self.loop.validation_is_due():
             return False
-        pipeline = self.loop.trained_pipeline()
-        if pipeline is not None and self.measured != self.loop.step:
+        trained = self.loop.trained()
+        if trained is not None and self.measured != self.loop.step:
             with self.loop.goes_on_without("the sample grid or the pipeline"):
-                self.loop.validate(pipeline)
+                self.loop.validate(trained)
         return self.ends()
 
-    def measure(self, pipeline: DiffusionPipeline) -> float:
+    def measure(self, subject: Subject) -> float:
         """The distance of the pipeline's samples; infinite if they are not finite."""
-        classes, size, drawn = classes_of(pipeline), self.loop.args.train_batch_size, []
+        classes, size, drawn = subject.num_classes, self.loop.args.train_batch_size, []
         for first in range(0, self.samples, size):
             numbers = range(first, min(first + size, self.samples))
             labels = None if classes is None else [i % classes for i in numbers]
             seed = seed_for(self.loop.args.seed, _DRAWS, first)
-            drawn.append(torch.from_numpy(sample_images(pipeline, len(numbers), self.steps, seed, labels)))
+            drawn.append(torch.from_numpy(subject.sample(len(numbers), self.steps, seed, labels)))
         images = torch.cat(drawn).movedim(3, 1) * 2 - 1
         if not images.isfinite().all():
             return math.inf
         return frechet_distance(pixel_features(images), self.real)
 
-    def offer(self, pipeline: DiffusionPipeline, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    def offer(self, subject: Subject, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Measure the pipeline of a step and keep it if it is the nearest; its metrics with the distance.
 
         A sampler that cannot take so few steps is a warning, and no measurement.
         """
         try:
-            distance = self.measure(pipeline)
+            distance = self.measure(subject)
         except (ValueError, RuntimeError, IndexError) as error:
             self.loop.warn(f"no Frechet distance at step {step}, {type(error).__name__} in the sampler: {error}")
             return dict(metrics)
         metrics = {**metrics, "frechet_distance": distance}
         self.measured, self.stale = step, self.stale + 1
         if distance < self.distance:
-            self._write(pipeline, {"step": step, **metrics})
+            self._write(subject, {"step": step, **metrics})
             self.step, self.distance, self.metrics, self.stale = step, distance, metrics, 0
         return metrics
 
-    def _write(self, pipeline: DiffusionPipeline, described: Mapping[str, Any]) -> None:
+    def _write(self, subject: Subject, described: Mapping[str, Any]) -> None:
         """Raises: OSError, with the last one in place."""
-        shutil.rmtree(self._aside, ignore_errors=True)
-        try:
-            pipeline.save_pretrained(self._aside)
+        with replacing_folder(self.folder) as aside:
+            subject.pipeline.save_pretrained(aside)
             for part in self.loop.parts.values():
-                part.save(self._aside)
-            (self._aside / "best.json").write_text(json.dumps(described))
-            if self.folder.exists():
-                os.replace(self.folder, self._old)
-            os.replace(self._aside, self.folder)
-        finally:
-            if self._old.exists() and not self.folder.exists():
-                os.rename(self._old, self.folder)
-            for left in (self._aside, self._old):
-                shutil.rmtree(left, ignore_errors=True)
+                part.save(aside)
+            (aside / "best.json").write_text(json.dumps(described))
 
     def install(self, folder: Path) -> None:
         """Put the nearest pipeline into `folder`."""
-        copy_pipeline(self.folder, folder, leave_out=("best.json",))
+        with replacing_entries(folder) as aside:
+            shutil.copytree(self.folder, aside, ignore=shutil.ignore_patterns("best.json"), dirs_exist_ok=True)
 
     def check(self, means: Mapping[str, float]) -> None:
         """Nothing that is logged ends the run."""

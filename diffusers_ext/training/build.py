@@ -7,18 +7,17 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, UNet2DModel
-from diffusers.models.embeddings import LabelEmbedding
 
 from ..errors import InputError
 from ..interop import FLOW_SCHEDULERS, noise_schedule
 from ..pipelines import ClassConditionalPipeline, ReflectedPipeline
 from ..presets import PRESETS
-from ..subjects.models import classes_of, load_pipeline, network_of
+from ..subjects import Subject, load_pipeline, subject_of
 from .arguments import TrainingArguments
 
 
-def build_pipeline(args: TrainingArguments, num_classes: int | None) -> DiffusionPipeline:
-    """A pretrained pipeline, or a new one by preset or model configuration; the network in float32.
+def build_subject(args: TrainingArguments, num_classes: int | None) -> Subject:
+    """The subject of a pretrained pipeline, or of a new one by preset or model configuration; the network in float32.
 
     Args:
         args: the run's arguments.
@@ -29,7 +28,7 @@ def build_pipeline(args: TrainingArguments, num_classes: int | None) -> Diffusio
     """
     if args.pretrained_model_name_or_path is not None:
         pipeline = _load_pipeline(args)
-        network_of(pipeline)
+        subject_of(pipeline).require_trainable()
     else:
         pipeline = _new_pipeline(args, num_classes)
     pipeline = args.adapt(pipeline)
@@ -42,14 +41,13 @@ def build_pipeline(args: TrainingArguments, num_classes: int | None) -> Diffusio
             f"this script trains models of a ReflectedScheduler, without beta_schedule and trained_betas: the pipeline "
             f"has the noise levels of a {schedule.family} model ({type(pipeline.scheduler).__name__})"
         )
-    for module in network_of(pipeline)[1].modules():
-        if isinstance(module, LabelEmbedding):  # labels are dropped once for all evaluations of a sample, by the loop
-            module.dropout_prob = 0.0
-    classes = classes_of(pipeline)
+    subject = subject_of(pipeline)
+    subject.before_training()
+    classes = subject.num_classes
     if classes is not None and (num_classes is None or num_classes > classes):
         have = "no labels" if num_classes is None else f"{num_classes} classes"
         raise InputError(f"the model takes labels of {classes} classes, the data have {have}")
-    return pipeline
+    return subject
 
 
 def _load_pipeline(args: TrainingArguments) -> DiffusionPipeline:
@@ -97,16 +95,17 @@ def _new_pipeline(args: TrainingArguments, num_classes: int | None) -> Diffusion
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         unet = UNet2DModel.from_config(config)
-    return _pipeline_for(unet, scheduler, null_class=num_classes if args.class_conditional else None)
+    labelled = config.get("num_class_embeds") is not None
+    return _pipeline_for(unet, scheduler, labelled, null_class=num_classes if args.class_conditional else None)
 
 
-def _pipeline_for(unet: UNet2DModel, scheduler: Any, null_class: int | None) -> DiffusionPipeline:
+def _pipeline_for(unet: UNet2DModel, scheduler: Any, labelled: bool, null_class: int | None) -> DiffusionPipeline:
     """A stock pipeline where one samples this model rightly, so that it loads without our package."""
     name = type(scheduler).__name__
     if name == "ReflectedScheduler":
         return ReflectedPipeline(unet=unet, scheduler=scheduler, null_class=null_class)
-    if unet.config.num_class_embeds is None and name == "DDIMScheduler":
+    if not labelled and name == "DDIMScheduler":
         return DDIMPipeline(unet=unet, scheduler=scheduler)
-    if unet.config.num_class_embeds is None and (name == "DDPMScheduler" or name in FLOW_SCHEDULERS):
+    if not labelled and (name == "DDPMScheduler" or name in FLOW_SCHEDULERS):
         return DDPMPipeline(unet=unet, scheduler=scheduler)
     return ClassConditionalPipeline(unet=unet, scheduler=scheduler, null_class=null_class)

@@ -9,7 +9,6 @@ from the seed and the step (see `diffusers_ext.training.loop`).
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -21,8 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..files import replacing_folder
+
 _NAME = re.compile(r"checkpoint-(\d+)")
-_PARTIAL = ".partial-"
 
 
 def save_checkpoint(output_dir: Path, step: int, state: Mapping[str, Any], limit: int | None = None) -> Path:
@@ -35,25 +35,14 @@ def save_checkpoint(output_dir: Path, step: int, state: Mapping[str, Any], limit
         OSError: it could not be written; the older checkpoints are as they were.
     """
     folder = output_dir / f"checkpoint-{step:08d}"
-    partial, replaced = (output_dir / f"{_PARTIAL}{kind}{folder.name}" for kind in ("", "old-"))
-    shutil.rmtree(partial, ignore_errors=True)
+    tensors: dict[str, Tensor] = {}
+    tree = _to_json(state, "", tensors)
     try:
-        partial.mkdir(parents=True)
-        tensors: dict[str, Tensor] = {}
-        tree = _to_json(state, "", tensors)
-        save_file(tensors, partial / "state.safetensors")
-        (partial / "state.json").write_text(json.dumps(tree))
-        for file in (*partial.iterdir(), partial):
-            _to_disk(file)
-        if folder.exists():
-            os.replace(folder, replaced)
-        os.replace(partial, folder)
-        _to_disk(output_dir)
+        with replacing_folder(folder) as partial:
+            save_file(tensors, partial / "state.safetensors")
+            (partial / "state.json").write_text(json.dumps(tree))
     except SafetensorError as error:  # how the library reports a full disk, too
         raise OSError(f"state.safetensors: {error}") from error
-    finally:
-        for left in (partial, replaced):
-            shutil.rmtree(left, ignore_errors=True)
     if limit is not None:
         for old in list_checkpoints(output_dir)[:-limit]:
             shutil.rmtree(old)
@@ -78,20 +67,6 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     if not output_dir.is_dir():
         return []
     return sorted(f for f in output_dir.iterdir() if _NAME.fullmatch(f.name) and (f / "state.json").is_file())
-
-
-def remove_partial(output_dir: Path) -> None:
-    """Delete what a run that was killed while writing has left."""
-    for folder in output_dir.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _to_json(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -6,7 +6,6 @@ Losses are summed on the device, by noise level, and read every `logging_steps`;
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..evaluation.measures import SIGMA_BINS
+from ..files import write_file
 from ..noise_levels import log_linear_sigmas
 from .arguments import TrainingArguments
 
@@ -70,9 +70,7 @@ class RunLog:
         if not self.path.is_file():
             return
         kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
-        aside = self.path.with_suffix(".partial")
-        aside.write_text("".join(line + "\n" for line in kept))
-        os.replace(aside, self.path)
+        write_file(self.path, "".join(line + "\n" for line in kept))
 
     def record(self, sigma: Tensor, terms: dict[str, Tensor]) -> None:
         """Add loss terms, each (B,) or of the first samples of the batch, at noise levels sigma (B,)."""

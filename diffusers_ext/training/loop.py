@@ -31,7 +31,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast_object_list, gather_object
-from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -41,20 +40,20 @@ from ..data.images import Transform
 from ..data.sources import HubStream, load_images, load_validation_images
 from ..errors import InputError, TrainingStopped
 from ..evaluation.measures import loss_by_sigma
-from ..files import save_pipeline
+from ..files import remove_partial
 from ..interop import noise_schedule, score_model_from, unwrap
 from ..noise_levels import min_snr_weight
 from ..process import ReflectedProcess
 from ..reports.hub import make_pusher
 from ..reports.pictures import image_grid
 from ..score import Denoiser
-from ..subjects.models import classes_of, image_format, network_of, null_class_of, sample_images, with_weights
+from ..subjects import Subject
 from . import checkpoint
 from .arguments import TrainingArguments
 from .batch import Batch, make_batch
 from .best import NAME as BEST
 from .best import Best
-from .build import build_pipeline
+from .build import build_subject
 from .log import RunLog
 from .outcome import describe
 from .parts import Part
@@ -145,9 +144,10 @@ class TrainingLoop:
         args = self.args
         self.source = load_images(args, args.train_split)
         names = self.source.class_names
-        self.pipeline = build_pipeline(args, None if names is None else len(names))
-        self.null_class, self.takes_labels = null_class_of(self.pipeline), classes_of(self.pipeline) is not None
-        channels, resolution = image_format(self.pipeline, args.resolution)
+        self.subject = build_subject(args, None if names is None else len(names))
+        self.pipeline = self.subject.pipeline
+        channels, resolution = self.subject.image_format(args.resolution)
+        self.subject.train_at(resolution)
         self.transform = Transform(resolution, channels, args.center_crop, args.random_flip)
         held_out = load_validation_images(args)
         self.validation_name = "held-out images" if held_out else "training images (the data have no held-out split)"
@@ -171,18 +171,17 @@ class TrainingLoop:
 
     def _set_up_model(self) -> None:
         args, device = self.args, self.accelerator.device
-        _, network = network_of(self.pipeline)
+        network: Any = self.subject.network
         network.train()
         if args.channels_last:
             network.to(memory_format=torch.channels_last)
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing()
-        for component in self.pipeline.components.values():
-            if isinstance(component, torch.nn.Module) and component is not network:
-                component.requires_grad_(False).to(device)
+        for other in self.subject.others:
+            other.requires_grad_(False).to(device)
         network.to(device)
         optimizer = torch.optim.AdamW(
-            network.parameters(),
+            self.subject.trainable().values(),
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             weight_decay=args.adam_weight_decay,
@@ -196,7 +195,7 @@ class TrainingLoop:
             num_training_steps=self.total_steps,
         )
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
-        self.ema = EMAModel(self.model.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
+        self.ema = EMAModel(self._trainable(), decay=args.ema_decay, foreach=True) if args.use_ema else None
         self.schedule = noise_schedule(self.pipeline.scheduler)
         self.score_model = score_model_from(self.model, self.pipeline.scheduler)
 
@@ -213,7 +212,7 @@ class TrainingLoop:
         if self.args.overwrite_output_dir and self.step == 0:
             self._clear_output_dir()
         if self.accelerator.is_main_process:
-            checkpoint.remove_partial(self.output_dir)
+            remove_partial(self.output_dir)
         self.log.start(self.name, self.step)
         self.log.unreadable(self.step, self.validation.unreadable)
         try:
@@ -223,7 +222,7 @@ class TrainingLoop:
                 for m, batch in self._micro_batches():
                     self.log.unreadable(self.step, batch.unreadable)
                     with self.accelerator.accumulate(self.model):
-                        yield make_batch(self.pipeline, self.args, m, batch, self.accelerator.device)
+                        yield make_batch(self.subject, self.args, m, batch, self.accelerator.device)
                     self.place = batch.place or self.place
                     if self.accelerator.sync_gradients and self._after_step(stop):
                         return
@@ -279,7 +278,7 @@ class TrainingLoop:
         self.log.record(sigma, terms)
         self.accelerator.backward(self.guard.watch(loss, sigma, terms))
         if self.accelerator.sync_gradients:
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+            norm = self.accelerator.clip_grad_norm_(self._trainable(), self.args.max_grad_norm)
             self.grad_norm = whole_tensor(norm)
             self.guard.before_step(self.optimizer, self.grad_norm, self.step + 1)
         self.optimizer.step()
@@ -290,7 +289,7 @@ class TrainingLoop:
         if not self.accelerator.optimizer_step_was_skipped:
             self.lr_scheduler.step()
             if self.ema is not None:
-                self.ema.step(self.model.parameters())
+                self.ema.step(self._trainable())
         self.step += 1
         self.log.bar.update()
         done, args = self.step == self.total_steps, self.args
@@ -313,11 +312,11 @@ class TrainingLoop:
         else:
             push = False
         if (validate or push) and not done:
-            if (pipeline := self.trained_pipeline()) is not None:
+            if (trained := self.trained()) is not None:
                 with self.goes_on_without("the sample grid or the pipeline"):
-                    metrics = self.validate(pipeline)
+                    metrics = self.validate(trained)
                     if push:
-                        self._push(*self._put_in_place(pipeline, metrics))
+                        self._push(*self._put_in_place(trained, metrics))
             self.accelerator.wait_for_everyone()
         return validate and not done and self.best is not None and self.best.ends()
 
@@ -366,14 +365,15 @@ class TrainingLoop:
         self.guard.check(self.args.max_skipped_steps)
         places = gather_object([list(self.place)])
         before = len(self.warnings)
-        trained = {"model": unwrap(self.model), **self._stateful()}
+        stateful = self._stateful()
         state = {
             "step": self.step,
             "images_per_step": self.images_per_step,
             "processes": self.accelerator.num_processes,
             "places": places,
             "arguments": {k: v for k, v in asdict(self.args).items() if "token" not in k},
-            **{name: self._whole(part.state_dict()) for name, part in trained.items()},
+            "model": self._whole(self.subject.state(self.model)),
+            **{name: self._whole(part.state_dict()) for name, part in stateful.items()},
         }
         if self.accelerator.is_main_process:
             with self.goes_on_without("the checkpoint"):
@@ -412,27 +412,30 @@ class TrainingLoop:
     def _whole(self, state: Any) -> Any:
         return whole(state, keep=self.accelerator.is_main_process)
 
-    def trained_pipeline(self) -> DiffusionPipeline | None:
-        """A copy of the pipeline with the weights of now, or their moving average, on the main process, and `None` on
-        the others; all must call it together."""
-        state = self._whole(unwrap(self.model).state_dict())
-        average = None if self.ema is None else self._whole(self.ema.shadow_params)
-        return with_weights(self.pipeline, state, average) if self.accelerator.is_main_process else None
+    def _trainable(self) -> list[torch.nn.Parameter]:
+        return list(self.subject.trainable(self.model).values())
 
-    def validate(self, pipeline: DiffusionPipeline) -> dict[str, Any]:
+    def trained(self) -> Subject | None:
+        """A copy with the weights of now, or their moving average, on the main process, and `None` on the others; all
+        must call it together."""
+        state = self._whole(self.subject.state(self.model))
+        average = None if self.ema is None else self._whole(self.ema.shadow_params)
+        return self.subject.with_weights(state, average) if self.accelerator.is_main_process else None
+
+    def validate(self, trained: Subject) -> dict[str, Any]:
         """Draw a sample grid in `samples/` and measure the denoising loss by noise level, which is returned."""
         if self.args.num_validation_images > 0:
-            self._draw_sample_grid(pipeline)
-        metrics = self._loss_by_sigma(pipeline) | {"measured_on": self.validation_name}
+            self._draw_sample_grid(trained)
+        metrics = self._loss_by_sigma(trained) | {"measured_on": self.validation_name}
         if self.best is not None and self.best.measured != self.step:
-            metrics = self.best.offer(pipeline, self.step, metrics)
+            metrics = self.best.offer(trained, self.step, metrics)
         self.log.write({"step": self.step, "validation": metrics})
         return metrics
 
-    def _draw_sample_grid(self, pipeline: DiffusionPipeline) -> None:
+    def _draw_sample_grid(self, trained: Subject) -> None:
         n, steps, path = self.args.num_validation_images, self.args.num_inference_steps, self._sample_grid(self.step)
         try:
-            images = sample_images(pipeline, n, steps, self.args.seed)
+            images = trained.sample(n, steps, self.args.seed)
         except (ValueError, RuntimeError, IndexError) as error:  # some samplers cannot take few steps
             failure = f"no sample grid at step {self.step}, {type(error).__name__} in the sampler: {error}"
             self.warn(f"{failure}; try another --num_inference_steps")
@@ -443,14 +446,14 @@ class TrainingLoop:
     def _sample_grid(self, step: int) -> Path:
         return self.output_dir / "samples" / f"step-{step:08d}.png"
 
-    def _loss_by_sigma(self, pipeline: DiffusionPipeline) -> dict[str, list[float]]:
-        return loss_by_sigma(pipeline, self.validation, self.args, self.log.sigma_range)
+    def _loss_by_sigma(self, trained: Subject) -> dict[str, list[float]]:
+        return loss_by_sigma(trained, self.validation, self.args, self.log.sigma_range)
 
-    def _put_in_place(self, pipeline: DiffusionPipeline, metrics: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    def _put_in_place(self, trained: Subject, metrics: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """Put the result so far into the output folder: the best pipeline if one was measured, else that of now. Its
         metrics and its step."""
         if self.best is None or self.best.step is None:
-            save_pipeline(pipeline, self.output_dir)
+            trained.save(self.output_dir)
             for part in self.parts.values():
                 part.save(self.output_dir)
             return metrics, self.step
@@ -465,7 +468,7 @@ class TrainingLoop:
             return
         metrics = {"step": step, "images": step * self.images_per_step, **metrics}
         sample = self._sample_grid(step)
-        describe(self.output_dir, self.pusher.repo_id, self.pipeline, self.args, self.paper, metrics, sample)
+        describe(self.output_dir, self.pusher.repo_id, self.subject, self.args, self.paper, metrics, sample)
         self.pusher.push(self.output_dir, f"step {step}", [name for name, part in self.parts.items() if part.saved])
 
     def finish(self) -> None:
@@ -474,17 +477,16 @@ class TrainingLoop:
         Raises:
             TrainingStopped: the pipeline is in the output folder, but could not be pushed; says how to push it.
         """
-        if (pipeline := self.trained_pipeline()) is not None:
+        if (trained := self.trained()) is not None:
             unmeasured = self.best is not None and self.best.measured != self.step
             metrics: dict[str, Any] = {}
             with self.goes_on_without("the best pipeline"):
-                metrics = self.validate(pipeline) if unmeasured else metrics
-            metrics, step = self._put_in_place(pipeline, metrics)
-            ours = type(self.pipeline).__module__.startswith("diffusers_ext")
-            how = "; `import diffusers_ext` before you open it" if ours else ""
+                metrics = self.validate(trained) if unmeasured else metrics
+            metrics, step = self._put_in_place(trained, metrics)
+            how = "; `import diffusers_ext` before you open it" if self.subject.needs_package else ""
             which = "" if step == self.step else f", of step {step}, the best,"
             print(f"the trained pipeline{which} is in {self.output_dir}{how}")
-            self._push(self.validate(pipeline) if self.best is None else metrics, step)
+            self._push(self.validate(trained) if self.best is None else metrics, step)
         failure = None if self.pusher is None else self.pusher.finish(self.args.hub_timeout)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()

@@ -9,16 +9,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
-
 from ..reports.card import write_model_card
+from ..subjects.base import Subject
 from .arguments import TrainingArguments
 
 
 def describe(
     folder: Path,
     name: str,
-    pipeline: DiffusionPipeline,
+    subject: Subject,
     args: TrainingArguments,
     paper: tuple[str, str],
     metrics: Mapping[str, Any],
@@ -34,7 +33,7 @@ def describe(
         data=f"the images of {Path(data).name}" if data else f"{args.dataset_name}",
         metrics=metrics,
         sample=sample if sample.is_file() else None,
-        pipeline_class=type(pipeline).__name__,
-        needs_package=type(pipeline).__module__.startswith("diffusers_ext"),
+        pipeline_class=type(subject.pipeline).__name__,
+        needs_package=subject.needs_package,
         paper=paper,
     )

@@ -1,0 +1,303 @@
+"""What a pipeline trains: the one interface that training, sampling, measuring and saving share.
+
+A **subject** is a small object around a pipeline. It answers what the rest of the package would otherwise ask the
+pipeline's class:
+
+    network, name           what is evaluated at each step, and its component's name: `unet` or `transformer`
+    autoencoder             what turns images into latents; `None` where the network sees the images themselves
+    image_format            channels and resolution of the images that it is trained on
+    encode                  images (B, C, H, W) in [-1, 1] -> x0, what the network is trained on
+    conditions              labels or captions -> the condition: the keyword arguments of the network's calls
+    part, drop              some rows of a condition; a condition in which some rows say "nothing in particular"
+    trainable, state        the parameters that are trained, and all that a checkpoint holds of the network
+    call, sample            the arguments of the pipeline's call, and images drawn by it
+    with_weights, save      a copy with other weights, and a folder that `DiffusionPipeline.from_pretrained` opens
+
+A condition is a tree: a dict of tensors whose first dimension is B, or of such dicts (Stable Diffusion XL). A new kind
+of pipeline is a new subclass, and a line in `subject_of`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..files import replacing_entries
+from ..interop import unwrap
+
+Condition = dict[str, Any]
+
+
+class NotKept(ValueError):
+    """A pipeline replaces the scheduler that it is given by one of another class."""
+
+
+class Rows(Protocol):
+    """A batch of the data, of which a subject makes a condition."""
+
+    @property
+    def images(self) -> Tensor:
+        """(B, C, H, W) in [-1, 1]."""
+
+    @property
+    def labels(self) -> Tensor:
+        """(B,) integers, -1 where there is no label."""
+
+    @property
+    def captions(self) -> Sequence[str] | None:
+        """B texts, where the data have captions."""
+
+
+class ImageFormat(NamedTuple):
+    """Channels, and height and width, of the images that a network is trained on."""
+
+    channels: int
+    resolution: int
+
+
+class Subject:
+    """What is known of every pipeline that has a network. See the module's docstring.
+
+    Args:
+        pipeline: of diffusers.
+        name: of the component that is its network.
+    """
+
+    num_classes: int | None = None
+    """Number of classes, the null class not counted; `None` where the network takes no labels."""
+    null_class: int | None = None
+    """The label that means "no class", where there is one."""
+    takes_captions = False
+    """Whether images come from prompts."""
+
+    def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
+        self.pipeline, self.name = pipeline, name
+
+    @property
+    def network(self) -> Any:
+        return getattr(self.pipeline, self.name)
+
+    @property
+    def autoencoder(self) -> Any:
+        return getattr(self.pipeline, "vae", None) or getattr(self.pipeline, "vqvae", None)
+
+    @property
+    def bridge(self) -> Any:
+        """The model of the diffused data that sampling starts from, where the pipeline has one."""
+        return getattr(self.pipeline, "bridge", None)
+
+    @property
+    def others(self) -> list[nn.Module]:
+        """The networks beside the one that is trained."""
+        components = self.pipeline.components.values()
+        return [c for c in components if isinstance(c, nn.Module) and c is not self.network]
+
+    @property
+    def needs_package(self) -> bool:
+        """Whether the saved pipeline opens only after `import diffusers_ext`."""
+        return type(self.pipeline).__module__.startswith("diffusers_ext")
+
+    # --- data ---------------------------------------------------------------------------------------------------------
+
+    def image_format(self, resolution: int | None = None) -> ImageFormat:
+        """The format of the images to train on. Nothing is changed.
+
+        Args:
+            resolution: the one that is asked for; by default the one that the pipeline samples.
+
+        Raises:
+            InputError: the network does not take images of this size or number of channels.
+        """
+        raise self._unknown()
+
+    def train_at(self, resolution: int) -> None:
+        """Prepare for training at a resolution: a network that can sample at it does so from then on."""
+
+    @property
+    def factor(self) -> int:
+        """How many times fewer rows and columns latents have than images."""
+        return 1 if self.autoencoder is None else 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """x0 of images (B, C, H, W): the images themselves, or their latents, drawn from the autoencoder's law."""
+        if (autoencoder := self.autoencoder) is None:
+            return images
+        encoded = autoencoder.encode(images)
+        latents = encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents
+        return (latents - (autoencoder.config.get("shift_factor") or 0.0)) * autoencoder.config.scaling_factor
+
+    # --- conditions ---------------------------------------------------------------------------------------------------
+
+    def conditions(self, rows: Rows) -> Condition:
+        """The keyword arguments of the network's calls for some rows, on the network's device.
+
+        Raises:
+            InputError: this kind of pipeline is not known.
+        """
+        raise self._unknown()
+
+    def null_condition(self, resolution: int) -> Condition | None:
+        """The condition that says nothing, first dimension 1; `None` where there is no such condition."""
+        return None
+
+    def part(self, condition: Condition, rows: slice) -> Condition:
+        """Some rows of a condition."""
+        return _each_tensor(lambda value: value[rows], condition)
+
+    def drop(self, condition: Condition, share: float, generator: torch.Generator, resolution: int) -> Condition:
+        """The condition with a random `share` of its rows, on average, replaced by the null condition."""
+        null = self.null_condition(resolution) if condition else None
+        if null is None:
+            return condition
+        first = _first_tensor(condition)
+        dropped = torch.rand(len(first), generator=generator, device=generator.device).to(first.device) < share
+
+        def replaced(value: Tensor, nothing: Tensor) -> Tensor:
+            return torch.where(dropped.reshape(-1, *[1] * (value.ndim - 1)), nothing.to(value), value)
+
+        return _each_tensor(replaced, condition, null)
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def require_trainable(self) -> None:
+        """Refuse a pipeline that cannot be trained.
+
+        Raises:
+            InputError: says what can.
+        """
+        raise self._unknown()
+
+    def before_training(self) -> None:
+        """Switch off what the training loop does itself."""
+
+    def trainable(self, network: nn.Module | None = None) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by their names in the state of the network.
+
+        Args:
+            network: the subject's network as it is trained, wrapped and sharded perhaps; by default as it is.
+        """
+        return dict(unwrap(self.network if network is None else network).named_parameters())
+
+    def state(self, network: nn.Module | None = None) -> dict[str, Tensor]:
+        """All that a checkpoint holds of the network: what is trained, and buffers."""
+        model = unwrap(self.network if network is None else network)
+        frozen = dict(model.named_parameters()).keys() - self.trainable(model).keys()
+        return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+    def with_weights(self, state: Mapping[str, Tensor], average: Sequence[Tensor] | None = None) -> Subject:
+        """The subject of a copy of the pipeline with these weights in its network.
+
+        The network is built anew: accelerate replaces `forward` of the one it wraps, and a deep copy would keep calling
+        it. The copy shares what is not trained.
+
+        Args:
+            state: as `state` returns it.
+            average: values of the trainable parameters that take the place of those in `state`.
+        """
+        network: Any = self.network
+        with torch.random.fork_rng(devices=[]):
+            trained = type(network).from_config(network.config)
+        trained.load_state_dict(network.state_dict() | dict(state))
+        trained.to(network.device)
+        if average is not None:
+            for parameter, averaged in zip(self.trainable(trained).values(), average, strict=True):
+                parameter.data.copy_(averaged)
+        own = {self.name: trained.eval(), "scheduler": copy.deepcopy(self.pipeline.scheduler)}
+        copied = type(self.pipeline)(**self.pipeline.components | own | self._settings())
+        copied.set_progress_bar_config(disable=True)
+        return type(self)(copied, self.name)
+
+    def _settings(self) -> dict[str, Any]:
+        """The arguments of the pipeline's class that are no components."""
+        return {}
+
+    # --- sampling -----------------------------------------------------------------------------------------------------
+
+    def sampler(self) -> DiffusionPipeline:
+        """The pipeline, or one with the same network that takes schedulers which this one would sample wrongly with."""
+        return self.pipeline
+
+    def with_scheduler(self, scheduler: Any) -> DiffusionPipeline:
+        """The pipeline with this scheduler, or, where its class would replace that by another, one that keeps it.
+
+        Raises:
+            NotKept: no pipeline does.
+        """
+        own = {"scheduler": copy.copy(scheduler)}
+        kept = type(self.pipeline)(**self.pipeline.components | own | self._settings())
+        if type(kept.scheduler) is not type(scheduler):
+            return self._keeping(scheduler)
+        self.pipeline.scheduler = scheduler
+        return self.pipeline
+
+    def _keeping(self, scheduler: Any) -> DiffusionPipeline:
+        raise NotKept(f"{type(self.pipeline).__name__} does not keep a {type(scheduler).__name__}")
+
+    def refusal_of(self, scheduler: Any) -> str | None:
+        """Why the pipeline samples wrongly with a scheduler; `None` if it does not."""
+        return None
+
+    def call(
+        self,
+        n: int,
+        *,
+        labels: Sequence[int] | None = None,
+        captions: Sequence[str] | None = None,
+        guidance_scale: float = 1.0,
+        resolution: int | None = None,
+    ) -> dict[str, Any]:
+        """The arguments of the pipeline's call for n images.
+
+        Args:
+            labels: of the images; by default the classes in turn.
+            captions: prompts of the images; by default empty ones.
+            guidance_scale: 1 is the conditional model.
+            resolution: height and width, for pipelines that take them.
+        """
+        raise self._unknown()
+
+    def sample(
+        self, n: int, num_inference_steps: int = 50, seed: int = 0, labels: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """Images (n, H, W, C) in [0, 1], drawn by the pipeline without guidance."""
+        generator = torch.Generator().manual_seed(seed)
+        options = {"num_inference_steps": num_inference_steps, "generator": generator, "output_type": "np"}
+        return self.pipeline(**self.call(n, labels=labels), **options).images
+
+    def unit_range(self, sample: Tensor) -> Tensor:
+        """A sample of the pipeline's last step, or a decoded one, with its values from 0 to 1."""
+        own = getattr(self.pipeline, "_in_unit_range", None)
+        return sample / 2 + 0.5 if own is None else own(sample)
+
+    def save(self, folder: str | Path) -> None:
+        """`save_pretrained`, written aside and moved into place; other files in the folder stay."""
+        with replacing_entries(folder) as aside:
+            self.pipeline.save_pretrained(aside)
+
+    def _unknown(self) -> InputError:
+        return InputError(
+            f"{type(self.pipeline).__name__} cannot be trained here: it needs a UNet2DModel (`unet`) or a "
+            f"DiTTransformer2DModel (`transformer`), unconditional or conditioned on class labels"
+        )
+
+
+def _each_tensor(function: Callable[..., Tensor], condition: Any, *others: Any) -> Any:
+    """A tree with a function of the tensors of trees of one shape."""
+    if isinstance(condition, Mapping):
+        return {k: _each_tensor(function, v, *(other[k] for other in others)) for k, v in condition.items()}
+    return function(condition, *others)
+
+
+def _first_tensor(condition: Any) -> Tensor:
+    while isinstance(condition, Mapping):
+        condition = next(iter(condition.values()))
+    return condition

@@ -1,0 +1,31 @@
+"""Load a pipeline, and say what was wrong where that fails."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..errors import InputError
+
+
+def load_pipeline(
+    name: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> DiffusionPipeline:
+    """A pretrained pipeline, its networks in `dtype`.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    try:
+        return DiffusionPipeline.from_pretrained(
+            name, revision=revision, variant=variant, cache_dir=cache_dir, torch_dtype=dtype
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the pipeline {name!r} could not be loaded; it must be the name of a diffusers pipeline on the Hub or a "
+            f"folder with a model_index.json: {error}"
+        ) from error
