@@ -73,8 +73,8 @@ def questions(path):
     """Where a file asks what a pipeline is: its components by name, and its class or that of its network."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and node.attr in OF_A_PIPELINE:
-            if not ast.unparse(node.value).startswith(("self", "subject", "calibration.config")):
-                yield f"line {node.lineno}: {ast.unparse(node)}"
+            answered = ast.unparse(node.value).startswith(("self", "subject", "calibration.config"))
+            yield from () if answered else (f"line {node.lineno}: {ast.unparse(node)}",)
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "isinstance"):
             words = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
             words |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}

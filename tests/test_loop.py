@@ -23,7 +23,7 @@ from test_models import tiny_unet
 from test_train_consistency import SCRIPT, assert_same_weights, log_of, script, small, weights_of  # noqa: F401
 
 from diffusers_ext.commands import parse_arguments
-from diffusers_ext.data.batches import Place, micro_batches
+from diffusers_ext.data.batches import Position, micro_batches
 from diffusers_ext.data.images import Transform
 from diffusers_ext.data.sources import load_images
 from diffusers_ext.errors import InputError
@@ -465,7 +465,9 @@ def test_devices_share_a_stream_without_overlap(numbered):
     for world in (1, 2):
         seen = []
         for rank in range(world):
-            batches = micro_batches(args, source, Transform(8, 1), rank, world, 12 // world // 5 + 1, place=Place(0, 0))
+            batches = micro_batches(
+                args, source, Transform(8, 1), rank, world, 12 // world // 5 + 1, position=Position(0, 0)
+            )
             values = [v for b in batches for v in ((b.images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()]
             seen += values[: 12 // world]
         counted = Counter(seen)

@@ -306,7 +306,7 @@ def test_a_failed_or_killed_write_leaves_the_last_best(observation, small, tmp_p
         observation.ObservationArguments,
         [*map(str, [*small, *TINY]), "--output_dir", str(out), "--overwrite_output_dir"],
     )
-    Best(TrainingLoop(args, "test", observation.PAPER), steps=2, samples=8, patience=None)
+    TrainingLoop(args, "test", observation.PAPER).keep(Best(steps=2, samples=8, patience=None))
     assert json.loads((out / "best" / "best.json").read_text())["step"] == 1
 
 
@@ -318,7 +318,8 @@ def test_the_distance_is_that_of_the_pixels(observation, small, tmp_path):  # no
     argv = [*small, *TINY, "--max_validation_samples", 200, "--frechet_samples", 100, "--train_batch_size", 100]
     args = parse_arguments(observation.ObservationArguments, [*map(str, argv), "--output_dir", str(tmp_path / "out")])
     loop = TrainingLoop(args, "test", observation.PAPER)
-    judge = Best(loop, steps=3, samples=100, patience=None)
+    judge = Best(steps=3, samples=100, patience=None)
+    loop.keep(judge)
     trained = loop.trained()
     generator = torch.Generator().manual_seed(seed_for(0, 5, 0))
     images = trained.pipeline(batch_size=100, num_inference_steps=3, generator=generator, output_type="np").images
@@ -377,7 +378,8 @@ def test_a_step_that_is_not_finite_is_left_out(observation, small, tmp_path):  #
     args = parse_arguments(observation.ObservationArguments, argv)
     loop = TrainingLoop(args, "test", observation.PAPER)
     rates = {"learning_rate": 0.1, "betas": (0.0, 0.99), "max_logit": 1.0}
-    adversary = Adversary(loop, observation.new_discriminator(loop, args.discriminator_channels), **rates)
+    adversary = Adversary(observation.new_discriminator(loop, args.discriminator_channels), **rates)
+    loop.keep(adversary)
     for batch in loop:
         before = {k: v.clone() for k, v in adversary.network.state_dict().items()}
         observation.step(args, loop, loop.denoiser, adversary, batch)

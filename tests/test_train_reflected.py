@@ -48,7 +48,7 @@ def test_the_validated_loss_of_a_zero_network_is_the_norm_of_the_score(reflected
     for parameter in loop.pipeline.unet.conv_out.parameters():
         torch.nn.init.zeros_(parameter)
     loop.ema.shadow_params = [p.detach().clone() for p in loop.pipeline.unet.parameters()]
-    measured = loop._loss_by_sigma(loop.trained())
+    measured = loop.outcome.losses(loop.trained())
     first, last = measured["sigmas"].index(max(measured["sigmas"])), measured["sigmas"].index(min(measured["sigmas"]))
     assert measured["eps_mse"][last] == pytest.approx(1.0, abs=5 * (2 / (64 * 64)) ** 0.5)
     assert measured["eps_mse"][first] < 1e-6

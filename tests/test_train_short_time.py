@@ -67,7 +67,7 @@ def test_noise_levels_are_those_of_the_short_times(short_time, small, tmp_path):
     loop = TrainingLoop(args, "test", short_time.PAPER)
     abar = DDIMScheduler().alphas_cumprod[399].double()
     assert loop.schedule.sigma_max == pytest.approx(((1 - abar) / abar).sqrt().item())
-    assert max(loop._loss_by_sigma(loop.trained())["sigmas"]) <= loop.schedule.sigma_max * 1.0001
+    assert max(loop.outcome.losses(loop.trained())["sigmas"]) <= loop.schedule.sigma_max * 1.0001
     batch = next(iter(loop))
     generator = torch.Generator().set_state(batch.generator.get_state())
     timesteps = torch.randint(400, (8,), generator=generator)

@@ -26,7 +26,7 @@ from accelerate import Accelerator
 
 from diffusers_ext import estimate_calibration
 from diffusers_ext.commands import parse_arguments
-from diffusers_ext.data.batches import Place, micro_batches
+from diffusers_ext.data.batches import Position, micro_batches
 from diffusers_ext.data.images import Transform
 from diffusers_ext.data.sources import DataArguments, HubStream, Numbered, load_images
 from diffusers_ext.errors import InputError, TrainingStopped, command
@@ -88,8 +88,10 @@ def batches(
     if classes is not None and (source.class_names is None or len(source.class_names) > classes):
         have = "no labels" if source.class_names is None else f"{len(source.class_names)} classes"
         raise InputError(f"the model takes labels of {classes} classes, the data have {have}: see --label_column")
-    for i, batch in enumerate(micro_batches(everything, source, transform, rank, world, count, place=Place(0, 0))):
-        if batch.place is not None and batch.place.epoch > 0:
+    for i, batch in enumerate(
+        micro_batches(everything, source, transform, rank, world, count, position=Position(0, 0))
+    ):
+        if batch.position is not None and batch.position.epoch > 0:
             taken = i * args.train_batch_size * world
             raise InputError(f"the stream has {taken} images in whole batches: repeat with --max_train_samples {taken}")
         generator = torch.Generator(device).manual_seed(seed_for(args.seed, _ENCODE, i * world + rank))

@@ -132,15 +132,15 @@ def main() -> None:
     denoiser, adversary = loop.denoiser, None
     if args.observation_weight > 0:
         adversary = Adversary(
-            loop,
             new_discriminator(loop, args.discriminator_channels),
             learning_rate=args.discriminator_learning_rate,
             betas=(args.discriminator_beta1, args.discriminator_beta2),
             max_logit=args.max_logit,
             saved=args.push_discriminator,
         )
+        loop.keep(adversary)
     if args.frechet_samples > 0:
-        Best(loop, steps=args.frechet_steps, samples=args.frechet_samples, patience=args.patience)
+        loop.keep(Best(steps=args.frechet_steps, samples=args.frechet_samples, patience=args.patience))
 
     for batch in loop:
         step(args, loop, denoiser, adversary, batch)

@@ -6,8 +6,8 @@ are then a function of (seed, b, m) alone: any number of worker processes reads 
 go on, and over several devices each takes every k-th micro-batch.
 
 A data set that is streamed (`--streaming`) cannot be looked up by number. Its rows come in the order that `datasets`
-gives them, shuffled within a buffer, each device reading its own share; the place in it is (epoch, row). A run goes on
-at that place exactly, by reading the epoch's earlier rows again without decoding them.
+gives them, shuffled within a buffer, each device reading its own share; the position in it is (epoch, row). A run goes
+on at that position exactly, by reading the epoch's earlier rows again without decoding them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..randomness import seed_for
 from .images import Transform
 from .sources import DataArguments, HubStream, ImageSource, open_encoded
 
-# So many neighbours of an unreadable image are tried in its place.
+# So many neighbours of an unreadable image are tried in its position.
 MAX_UNREADABLE_IN_A_ROW = 100
 
 
@@ -102,13 +102,13 @@ class MicroBatches(Sampler[list[int]]):
 
 @dataclass(frozen=True)
 class Images:
-    """A micro-batch: images (B, C, H, W), labels (B,), names of unreadable images, of a stream the place behind it, and
-    captions where there are some."""
+    """A micro-batch: images (B, C, H, W), labels (B,), names of unreadable images; of a stream the position behind it;
+    captions, where there are some."""
 
     images: Tensor
     labels: Tensor
     unreadable: list[str]
-    place: Place | None = None
+    position: Position | None = None
     captions: Sequence[str] | None = None
 
     def pin_memory(self) -> Images:
@@ -126,7 +126,7 @@ def first_images(source: ImageSource | HubStream, n: int, transform: Transform) 
     """The first `n` images and labels, cropped in the centre and not mirrored."""
     still = Transform(transform.resolution, transform.channels)
     if isinstance(source, HubStream):
-        stream = stream_samples(source, still, 0, Place(0, 0), endless=False)
+        stream = stream_samples(source, still, 0, Position(0, 0), endless=False)
         samples = [sample for sample, _ in itertools.islice(stream, n)]
     else:
         n = min(n, len(source))
@@ -137,7 +137,7 @@ def first_images(source: ImageSource | HubStream, n: int, transform: Transform) 
 # --- streams ----------------------------------------------------------------------------------------------------------
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """The next row of a stream."""
 
     epoch: int
@@ -145,9 +145,9 @@ class Place(NamedTuple):
 
 
 def stream_samples(
-    source: HubStream, transform: Transform, seed: int, place: Place, threads: int = 0, endless: bool = True
-) -> Iterator[tuple[Sample, Place]]:
-    """Samples of a stream from `place` on, each with the place behind it; images are decoded by `threads` threads.
+    source: HubStream, transform: Transform, seed: int, position: Position, threads: int = 0, endless: bool = True
+) -> Iterator[tuple[Sample, Position]]:
+    """Samples of a stream from `position` on, each with the position behind it, decoded by `threads` threads.
 
     An unreadable image is replaced by the next readable one, so that what comes does not depend on where one began.
 
@@ -155,15 +155,15 @@ def stream_samples(
         InputError: the stream is empty, or `MAX_UNREADABLE_IN_A_ROW` images in a row cannot be read.
     """
 
-    def decode(where: Place, cell: dict[str, Any], label: int, name: str) -> Sample | str:
+    def decode(where: Position, cell: dict[str, Any], label: int, name: str) -> Sample | str:
         generator = torch.Generator().manual_seed(seed_for(seed, 1, *where))
         try:
             return Sample(transform(open_encoded(cell), generator), label, [])
         except Exception as error:  # Pillow raises whatever its decoders do
             return f"{name}: {type(error).__name__}: {error}"
 
-    rows = ((Place(e, i), *row) for e in _epochs(place, endless) for i, row in _numbered(source, e, place))
-    bad: list[tuple[Place, str]] = []
+    rows = ((Position(e, i), *row) for e in _epochs(position, endless) for i, row in _numbered(source, e, position))
+    bad: list[tuple[Position, str]] = []
     for where, decoded in _ordered_map(decode, rows, threads):
         if isinstance(decoded, str):
             bad.append((where, decoded))
@@ -172,17 +172,19 @@ def stream_samples(
                 raise InputError(f"{len(bad)} images in a row cannot be read, the first:\n  {listed}")
             continue
         for missed, name in bad:
-            yield Sample(decoded.image, decoded.label, [name]), Place(missed.epoch, missed.row + 1)
+            yield Sample(decoded.image, decoded.label, [name]), Position(missed.epoch, missed.row + 1)
         bad.clear()
-        yield decoded, Place(where.epoch, where.row + 1)
+        yield decoded, Position(where.epoch, where.row + 1)
 
 
-def _epochs(place: Place, endless: bool) -> Iterator[int]:
-    return itertools.count(place.epoch) if endless else iter([place.epoch])
+def _epochs(position: Position, endless: bool) -> Iterator[int]:
+    return itertools.count(position.epoch) if endless else iter([position.epoch])
 
 
-def _numbered(source: HubStream, epoch: int, place: Place) -> Iterator[tuple[int, tuple[dict[str, Any], int, str]]]:
-    first = place.row if epoch == place.epoch else 0
+def _numbered(
+    source: HubStream, epoch: int, position: Position
+) -> Iterator[tuple[int, tuple[dict[str, Any], int, str]]]:
+    first = position.row if epoch == position.epoch else 0
     empty = True
     for numbered in enumerate(source.rows(epoch, first), first):
         empty = False
@@ -192,14 +194,14 @@ def _numbered(source: HubStream, epoch: int, place: Place) -> Iterator[tuple[int
 
 
 def _ordered_map(
-    function: Callable[..., Sample | str], rows: Iterator[tuple[Place, Any, int, str]], threads: int
-) -> Iterator[tuple[Place, Sample | str]]:
-    """(place, function(*row)) in the order of the rows, computed ahead by some threads."""
+    function: Callable[..., Sample | str], rows: Iterator[tuple[Position, Any, int, str]], threads: int
+) -> Iterator[tuple[Position, Sample | str]]:
+    """(position, function(*row)) in the order of the rows, computed ahead by some threads."""
     if threads == 0:
         for row in rows:
             yield row[0], function(*row)
         return
-    waiting: deque[tuple[Place, Future[Sample | str]]] = deque()
+    waiting: deque[tuple[Position, Future[Sample | str]]] = deque()
     pool = ThreadPoolExecutor(threads)
     try:
         for row in rows:
@@ -221,13 +223,13 @@ def micro_batches(
     world: int,
     count: int,
     *,
-    place: Place,
+    position: Position,
     pin_memory: bool = False,
 ) -> Iterable[Images]:
-    """The micro-batches first, first + world, ... of a run, `count` of them; of a stream, those after `place`."""
+    """The micro-batches first, first + world, ... of a run, `count` of them; of a stream, those after `position`."""
     if isinstance(source, HubStream):
         share = source.share(first % world, world)
-        samples = stream_samples(share, transform, args.seed, place, args.dataloader_num_workers)
+        samples = stream_samples(share, transform, args.seed, position, args.dataloader_num_workers)
         batches = itertools.islice(_batched(samples, args.train_batch_size), count)
         return (batch.pin_memory() for batch in batches) if pin_memory else batches
     return DataLoader(
@@ -240,10 +242,10 @@ def micro_batches(
     )
 
 
-def _batched(samples: Iterator[tuple[Sample, Place]], batch_size: int) -> Iterator[Images]:
+def _batched(samples: Iterator[tuple[Sample, Position]], batch_size: int) -> Iterator[Images]:
     while True:
         batch = list(itertools.islice(samples, batch_size))
-        yield replace(collate([sample for sample, _ in batch]), place=batch[-1][1])
+        yield replace(collate([sample for sample, _ in batch]), position=batch[-1][1])
 
 
 def _leave_signals_to_the_main_process(_: int) -> None:

@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..files import shown
 from ..randomness import seed_for
 from ..subjects import Subject
-from .batches import Place, micro_batches
+from .batches import Position, micro_batches
 from .images import Transform
 from .sources import DataArguments, HubStream, ImageSource
 
@@ -56,7 +56,7 @@ class EncodedImages:
         self.num_classes = subject.num_classes
 
     def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        batches = micro_batches(self.args, self.source, self.transform, 0, 1, self.count, place=Place(0, 0))
+        batches = micro_batches(self.args, self.source, self.transform, 0, 1, self.count, position=Position(0, 0))
         for i, batch in enumerate(batches):
             generator = torch.Generator(self.device).manual_seed(seed_for(self.args.seed, _ENCODE, i))
             x0 = self.subject.encode(batch.images.to(self.device, self.subject.pipeline.dtype), generator).float()

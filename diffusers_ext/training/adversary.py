@@ -1,6 +1,6 @@
 """A second network that plays against the first one: its optimiser, its state, and when the game is lost.
 
-    adversary = Adversary(loop, discriminator, learning_rate=2e-4, betas=(0.0, 0.99), max_logit=100.0)
+    adversary = loop.keep(Adversary(discriminator, learning_rate=2e-4, betas=(0.0, 0.99), max_logit=100.0))
     for batch in loop:
         judged = discriminator_loss(denoiser, adversary.network, ...)
         loss = ... + gamma * observation_loss(denoiser, adversary.network, ...).mean()
@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -37,9 +37,7 @@ from ..discriminator import NoiseLevelDiscriminator
 from ..errors import TrainingStopped
 from ..losses import DiscriminatorLoss
 from ..randomness import seed_for
-
-if TYPE_CHECKING:
-    from .loop import TrainingLoop
+from .parts import Run
 
 DIVERGED_RECORDS = 3
 NAME = "discriminator"
@@ -52,20 +50,20 @@ IMAGE_STD, LATENT_STD = 0.5, 1.0
 _WEIGHTS = 6  # the stream of `seed_for`; the loop and its other parts use 0 to 5
 
 
-def new_discriminator(loop: TrainingLoop, channels: str) -> NoiseLevelDiscriminator:
+def new_discriminator(run: Run, channels: str) -> NoiseLevelDiscriminator:
     """Fitting what the loop trains, labels included; the same on all devices.
 
     Args:
         channels: features at each resolution, separated by commas.
     """
-    subject = loop.subject
+    subject = run.subject
     classes = subject.num_classes
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for(loop.args.seed, _WEIGHTS))
+        torch.manual_seed(seed_for(run.args.seed, _WEIGHTS))
         return NoiseLevelDiscriminator(
             subject.network.config.in_channels,
             [int(width) for width in channels.split(",")],
-            sigma_data=loop.schedule.sigma_data or (IMAGE_STD if subject.autoencoder is None else LATENT_STD),
+            sigma_data=run.schedule.sigma_data or (IMAGE_STD if subject.autoencoder is None else LATENT_STD),
             num_class_embeds=None if classes is None else classes + (subject.null_class is not None),
         )
 
@@ -74,7 +72,6 @@ class Adversary:
     """See the module's docstring. Its learning rate follows the run's schedule, and its gradient is clipped alike.
 
     Args:
-        loop: the run that this network joins: it goes into the checkpoints, and comes from the one that is resumed.
         network: in float32, the same on all devices.
         learning_rate: the peak.
         betas: of AdamW.
@@ -82,9 +79,10 @@ class Adversary:
         saved: write the network beside the pipeline, and push it with that.
     """
 
+    name = NAME
+
     def __init__(
         self,
-        loop: TrainingLoop,
         network: ModelMixin,
         *,
         learning_rate: float,
@@ -92,24 +90,31 @@ class Adversary:
         max_logit: float,
         saved: bool = False,
     ) -> None:
-        self.loop, self.network, self.saved = loop, network.to(loop.accelerator.device).train(), saved
-        if loop.args.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
+        self.network, self.learning_rate, self.betas, self.saved = network, learning_rate, betas, saved
         self.bounds = {"real_logits": max_logit, "fake_logits": max_logit, "r1": max_logit**2}
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=learning_rate, betas=betas, weight_decay=0.0, eps=loop.args.adam_epsilon, fused=True
-        )
-        self.lr_scheduler = get_scheduler(
-            loop.args.lr_scheduler,
-            self.optimizer,
-            num_warmup_steps=loop.args.lr_warmup_steps,
-            num_training_steps=loop.total_steps,
-        )
-        if loop.accelerator.mixed_precision == "bf16":
-            network.forward = torch.autocast(loop.accelerator.device.type, torch.bfloat16)(network.forward)
         self.diverged_records = 0
-        loop.add(NAME, self)
+
+    def join(self, run: Run) -> None:
+        """Move to the run's device, and follow its schedule of the learning rate."""
+        self.run, args, network = run, run.args, self.network.to(run.accelerator.device).train()
+        if args.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        rates: dict[str, Any] = {
+            "lr": self.learning_rate,
+            "betas": self.betas,
+            "weight_decay": 0.0,
+            "eps": args.adam_epsilon,
+        }
+        self.optimizer = torch.optim.AdamW(self.parameters, **rates, fused=True)
+        self.lr_scheduler = get_scheduler(
+            args.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=run.total_steps,
+        )
+        if run.accelerator.mixed_precision == "bf16":
+            network.forward = torch.autocast(run.accelerator.device.type, torch.bfloat16)(network.forward)
 
     def update(self, judged: DiscriminatorLoss, *, sigma: torch.Tensor) -> None:
         """Backward pass and, at the end of an accumulation, optimiser step; call it after `loop.update`.
@@ -118,26 +123,26 @@ class Adversary:
             judged: the loss and its parts, each (B,).
             sigma: noise level of each sample, (B,), for the log.
         """
-        loop = self.loop
-        loop.log.record(sigma, {NAME: judged.loss, **{name: getattr(judged, name) for name in self.bounds}})
-        (judged.loss.mean() / loop.args.gradient_accumulation_steps).backward()
-        if not loop.accelerator.sync_gradients:
+        run = self.run
+        run.log.record(sigma, {NAME: judged.loss, **{name: getattr(judged, name) for name in self.bounds}})
+        (judged.loss.mean() / run.args.gradient_accumulation_steps).backward()
+        if not run.accelerator.sync_gradients:
             return
         self._average_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, loop.args.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, run.args.max_grad_norm)
         # In the way that gradient scalers take: a step whose gradient is not finite is left out, without a wait.
         setattr(self.optimizer, "found_inf", (~norm.isfinite()).float())  # noqa: B010
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.lr_scheduler.step()
-        loop.log.record_value(f"{NAME}_norm", norm)
-        loop.log.record_value("generator_norm", loop.grad_norm)
+        run.log.record_value(f"{NAME}_norm", norm)
+        run.log.record_value("generator_norm", run.grad_norm)
 
     def _average_gradients(self) -> None:
-        if self.loop.accelerator.num_processes == 1:
+        if self.run.accelerator.num_processes == 1:
             return
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        mean = self.loop.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+        mean = self.run.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
         for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
@@ -159,7 +164,7 @@ class Adversary:
         values = ", ".join(f"{name} {means[name]:.4g}" for name in dict.fromkeys(broken + beyond))
         how = "not finite" if broken else f"beyond its bound in {self.diverged_records} records of the log in a row"
         raise TrainingStopped(
-            f"the adversarial game diverged before step {self.loop.step}: {values} ({how}). A lower "
+            f"the adversarial game diverged before step {self.run.step}: {values} ({how}). A lower "
             f"--observation_weight or --discriminator_learning_rate, or a higher --r1_weight may help",
             code=1,
         )

@@ -1,6 +1,6 @@
 """Early stopping: the pipeline whose samples of few steps are nearest to held-out images becomes the result.
 
-    Best(loop, steps=10, samples=500, patience=5)
+    loop.keep(Best(steps=10, samples=500, patience=5))
 
 At every validation `samples` images are drawn in `steps` steps by the pipeline's own sampler, always from the same
 noise, and the Frechet distance of their pixels (`diffusers_ext.extractors.pixel_features`) to the run's validation
@@ -18,7 +18,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -28,9 +28,7 @@ from ..files import recover_folder, replacing_entries, replacing_folder
 from ..metrics import frechet_distance
 from ..randomness import seed_for
 from ..subjects import Subject
-
-if TYPE_CHECKING:
-    from .loop import TrainingLoop
+from .parts import Run
 
 NAME = "best"
 _DRAWS = 5  # the stream of `seed_for`; the loop's own are 0 to 4
@@ -40,7 +38,6 @@ class Best:
     """See the module's docstring.
 
     Args:
-        loop: the run; it calls `offer` on the main process.
         steps: of the sampler.
         samples: images that are drawn.
         patience: the run ends after so many validations in a row without a nearer pipeline; `None`: never.
@@ -51,60 +48,51 @@ class Best:
         stale: measurements since the nearest.
     """
 
-    saved = False
+    name, saved = NAME, False
 
-    def __init__(self, loop: TrainingLoop, *, steps: int, samples: int, patience: int | None) -> None:
-        self.loop, self.steps, self.samples, self.patience = loop, steps, samples, patience
-        self.folder = loop.output_dir / NAME
+    def __init__(self, *, steps: int, samples: int, patience: int | None) -> None:
+        self.steps, self.samples, self.patience = steps, samples, patience
         self.step: int | None = None
         self.distance, self.metrics = math.inf, dict[str, Any]()
         self.measured, self.stale = 0, 0
-        self.real = pixel_features(loop.validation.images)
-        if loop.accelerator.is_main_process:
+
+    def join(self, run: Run) -> None:
+        """Look at the run's validation images; a folder of an earlier run that was killed is put back."""
+        self.run, self.folder = run, run.output_dir / NAME
+        self.real = pixel_features(run.validation.images)
+        if run.accelerator.is_main_process:
             recover_folder(self.folder)
-        loop.best = self
-        loop.add(NAME, self)
 
     def ends(self) -> bool:
         """Whether the nearest pipeline is too long ago; all processes must call it together."""
         (ends,) = broadcast_object_list([self.patience is not None and self.stale >= self.patience])
-        if ends and self.loop.accelerator.is_main_process:
-            print(f"\nno nearer samples in {self.stale} validations: training ends at step {self.loop.step}")
+        if ends and self.run.accelerator.is_main_process:
+            print(f"\nno nearer samples in {self.stale} validations: training ends at step {self.run.step}")
         return ends
-
-    def catch_up(self) -> bool:
-        """A checkpoint is written before the validation of its step: make up for it, if the run goes on from there.
-        Says whether training ends; all processes must call it together."""
-        if self.loop.step in (0, self.loop.total_steps) or not self.loop.validation_is_due():
-            return False
-        trained = self.loop.trained()
-        if trained is not None and self.measured != self.loop.step:
-            with self.loop.goes_on_without("the sample grid or the pipeline"):
-                self.loop.validate(trained)
-        return self.ends()
 
     def measure(self, subject: Subject) -> float:
         """The distance of the pipeline's samples; infinite if they are not finite."""
-        classes, size, drawn = subject.num_classes, self.loop.args.train_batch_size, []
+        classes, size, drawn = subject.num_classes, self.run.args.train_batch_size, []
         for first in range(0, self.samples, size):
             numbers = range(first, min(first + size, self.samples))
             labels = None if classes is None else [i % classes for i in numbers]
-            seed = seed_for(self.loop.args.seed, _DRAWS, first)
+            seed = seed_for(self.run.args.seed, _DRAWS, first)
             drawn.append(torch.from_numpy(subject.sample(len(numbers), self.steps, seed, labels)))
         images = torch.cat(drawn).movedim(3, 1) * 2 - 1
         if not images.isfinite().all():
             return math.inf
         return frechet_distance(pixel_features(images), self.real)
 
-    def offer(self, subject: Subject, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Measure the pipeline of a step and keep it if it is the nearest; its metrics with the distance.
+    def offer(self, subject: Subject, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Measure the pipeline of the run's step and keep it if it is the nearest; its metrics with the distance.
 
         A sampler that cannot take so few steps is a warning, and no measurement.
         """
+        step = self.run.step
         try:
             distance = self.measure(subject)
         except (ValueError, RuntimeError, IndexError) as error:
-            self.loop.warn(f"no Frechet distance at step {step}, {type(error).__name__} in the sampler: {error}")
+            self.run.log.warn(f"no Frechet distance at step {step}, {type(error).__name__} in the sampler: {error}")
             return dict(metrics)
         metrics = {**metrics, "frechet_distance": distance}
         self.measured, self.stale = step, self.stale + 1
@@ -117,7 +105,7 @@ class Best:
         """Raises: OSError, with the last one in place."""
         with replacing_folder(self.folder) as aside:
             subject.pipeline.save_pretrained(aside)
-            for part in self.loop.parts.values():
+            for part in self.run.parts.values():
                 part.save(aside)
             (aside / "best.json").write_text(json.dumps(described))
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,7 @@ class RunLog:
         self._counts: dict[str, Tensor] = {}
         self._values: dict[str, list[Tensor]] = {}
         self._unreadable: set[str] = set()
+        self.warnings: list[str] = []
 
     def start(self, project: str, step: int) -> None:
         """Open everything at `step`; what a killed run has logged beyond it is dropped, as it will come again."""
@@ -125,6 +128,19 @@ class RunLog:
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
+
+    def warn(self, message: str) -> None:
+        """Say and remember what goes on in spite of a failure."""
+        self.warnings.append(message)
+        print(f"\nwarning: {message}")
+
+    @contextmanager
+    def goes_on_without(self, what: str, step: int) -> Iterator[None]:
+        """Turn a failed write, on a full disk say, into a warning."""
+        try:
+            yield
+        except OSError as error:
+            self.warn(f"{what} of step {step} could not be written: {error}")
 
     def close(self) -> None:
         """The end of training, or of this part of it."""

@@ -1,7 +1,8 @@
-"""What a run measures on held-out images and says about its result."""
+"""What a run leaves behind: measurements and sample grids on the way; at the end its pipeline, card and push."""
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -9,31 +10,165 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..errors import TrainingStopped
+from ..evaluation.measures import loss_by_sigma
+from ..files import shown
 from ..reports.card import write_model_card
-from ..subjects.base import Subject
-from .arguments import TrainingArguments
+from ..reports.hub import make_pusher
+from ..reports.pictures import image_grid
+from ..subjects import Subject
+from .best import Best
+from .parts import Run
 
 
-def describe(
-    folder: Path,
-    name: str,
-    subject: Subject,
-    args: TrainingArguments,
-    paper: tuple[str, str],
-    metrics: Mapping[str, Any],
-    sample: Path,
-) -> None:
-    """Write the model card of the pipeline in a folder; `sample` is a picture that may be missing."""
-    data = args.train_data_dir
-    write_model_card(
-        folder,
-        name=name,
-        arguments=asdict(args),
-        command=f"accelerate launch {shlex.join(sys.argv)}",
-        data=f"the images of {Path(data).name}" if data else f"{args.dataset_name}",
-        metrics=metrics,
-        sample=sample if sample.is_file() else None,
-        pipeline_class=type(subject.pipeline).__name__,
-        needs_package=subject.needs_package,
-        paper=paper,
-    )
+class Outcome:
+    """The results of a run in its output folder, and on the Hub.
+
+    The subjects that its methods get are copies with the weights of the moment, on the main process; on the others they
+    are `None`, and nothing is done.
+
+    Args:
+        run: the run.
+        paper: title and arXiv id of the method, for the model card.
+
+    Attributes:
+        best: decides which pipeline is the result, where there is such a part.
+
+    Raises:
+        InputError: the repository's name is none.
+    """
+
+    def __init__(self, run: Run, paper: tuple[str, str]) -> None:
+        self.run, self.paper, self.best = run, paper, None
+        self.pusher = make_pusher(run.args, run.output_dir, run.accelerator.is_main_process)
+
+    best: Best | None
+
+    # --- on the way ---------------------------------------------------------------------------------------------------
+
+    def is_due(self) -> bool:
+        """Whether a validation follows the step that is done."""
+        every = self.run.args.validation_steps
+        return every is not None and self.run.step % every == 0
+
+    def on_the_way(self, trained: Subject | None, push: bool) -> None:
+        """Validate; `push` the pipeline, too."""
+        if trained is not None:
+            with self.run.log.goes_on_without("the sample grid or the pipeline", self.run.step):
+                metrics = self.validate(trained)
+                if push:
+                    self._push(*self._install(trained, metrics))
+        self.run.accelerator.wait_for_everyone()
+
+    def validate(self, trained: Subject) -> dict[str, Any]:
+        """Draw a sample grid in `samples/` and measure the denoising loss by noise level, which is returned."""
+        run = self.run
+        if run.args.num_validation_images > 0:
+            self._draw_sample_grid(trained)
+        metrics = self.losses(trained) | {"measured_on": run.validation_name}
+        if self.best is not None and self.best.measured != run.step:
+            metrics = self.best.offer(trained, metrics)
+        run.log.write({"step": run.step, "validation": metrics})
+        return metrics
+
+    def losses(self, trained: Subject) -> dict[str, Any]:
+        """The denoising loss by noise level."""
+        return loss_by_sigma(trained, self.run.validation, self.run.args, self.run.log.sigma_range)
+
+    def _draw_sample_grid(self, trained: Subject) -> None:
+        args, step = self.run.args, self.run.step
+        try:
+            images = trained.sample(args.num_validation_images, args.num_inference_steps, args.seed)
+        except (ValueError, RuntimeError, IndexError) as error:  # some samplers cannot take few steps
+            failure = f"no sample grid at step {step}, {type(error).__name__} in the sampler: {error}"
+            self.run.log.warn(f"{failure}; try another --num_inference_steps")
+            return
+        path = self._sample_grid(step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image_grid(images).save(path)
+
+    def _sample_grid(self, step: int) -> Path:
+        return self.run.output_dir / "samples" / f"step-{step:08d}.png"
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def _install(self, trained: Subject, metrics: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """Put the result so far into the output folder: the best pipeline if one was measured, else that of now. Its
+        metrics and its step."""
+        if self.best is None or self.best.step is None:
+            trained.save(self.run.output_dir)
+            for part in self.run.parts.values():
+                part.save(self.run.output_dir)
+            return metrics, self.run.step
+        self.best.install(self.run.output_dir)
+        if (sample := self._sample_grid(self.best.step)).is_file():
+            os.utime(sample)  # the newest grid is the one that is pushed
+        return self.best.metrics, self.best.step
+
+    def _push(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Write the model card of the saved pipeline and hand both over to the pusher."""
+        if self.pusher is None:
+            return
+        run = self.run
+        self._write_card(self.pusher.repo_id, {"step": step, "images": step * run.images_per_step, **metrics}, step)
+        self.pusher.push(run.output_dir, f"step {step}", [name for name, part in run.parts.items() if part.saved])
+
+    def _write_card(self, name: str, metrics: Mapping[str, Any], step: int) -> None:
+        args, subject, sample = self.run.args, self.run.subject, self._sample_grid(step)
+        data = args.train_data_dir
+        write_model_card(
+            self.run.output_dir,
+            name=name,
+            arguments=asdict(args),
+            command=f"accelerate launch {shlex.join(sys.argv)}",
+            data=f"the images of {shown(str(Path(data)))}" if data else f"{args.dataset_name}",
+            metrics=metrics,
+            sample=sample if sample.is_file() else None,
+            pipeline_class=type(subject.pipeline).__name__,
+            needs_package=subject.needs_package,
+            paper=self.paper,
+        )
+
+    def finish(self, trained: Subject | None) -> None:
+        """Put the pipeline into the output folder, validate, and push if that was asked for.
+
+        Raises:
+            TrainingStopped: the pipeline is in the output folder, but could not be pushed; says how to push it.
+        """
+        run = self.run
+        if trained is not None:
+            unmeasured = self.best is not None and self.best.measured != run.step
+            metrics: dict[str, Any] = {}
+            with run.log.goes_on_without("the best pipeline", run.step):
+                metrics = self.validate(trained) if unmeasured else metrics
+            metrics, step = self._install(trained, metrics)
+            how = "; `import diffusers_ext` before you open it" if run.subject.needs_package else ""
+            which = "" if step == run.step else f", of step {step}, the best,"
+            print(f"the trained pipeline{which} is in {run.output_dir}{how}")
+            self._push(self.validate(trained) if self.best is None else metrics, step)
+        failure = self._wait_for_push(run.args.hub_timeout)
+        run.accelerator.wait_for_everyone()
+        run.accelerator.end_training()
+        if failure is not None:
+            raise TrainingStopped(failure, code=3)
+
+    def leave(self, stopped: TrainingStopped, failed: bool, timeout: float) -> TrainingStopped:
+        """Close what an early end leaves open; what was not pushed in time is added to the message.
+
+        Args:
+            stopped: why the run ends.
+            failed: the run went wrong: its best pipeline, if it has one, is put into the output folder.
+            timeout: in seconds, for a push that is under way.
+        """
+        run = self.run
+        if failed and run.accelerator.is_main_process and self.best is not None and self.best.step is not None:
+            with run.log.goes_on_without("the best pipeline", run.step):
+                self.best.install(run.output_dir)
+                kept = f"the best pipeline, of step {self.best.step}, is in {run.output_dir}"
+                stopped = TrainingStopped(f"{stopped}\n{kept}", stopped.code)
+        failure = self._wait_for_push(min(run.args.hub_timeout, timeout))
+        run.accelerator.end_training()
+        return stopped if failure is None else TrainingStopped(f"{stopped}\n{failure}", stopped.code)
+
+    def _wait_for_push(self, timeout: float) -> str | None:
+        return None if self.pusher is None else self.pusher.finish(timeout)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, whether it is one of the same run, and how its tensors come to their place."""
+"""The checkpoints of a run: when one is written, which one a run goes on from, and whether it is of the same run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 
+from ..data.batches import Position
 from ..errors import InputError
+from ..interop import unwrap
 from .arguments import TrainingArguments
-from .checkpoint import list_checkpoints
-from .sharding import place_like
+from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from .parts import Run
+from .sharding import spread_like, whole
 
 # A run is continued with the values that it was started with; these may change. (Accumulation and devices only
 # together: the images of a step must stay.)
@@ -25,6 +30,75 @@ _MAY_CHANGE = (
     *("patience", "max_logit", "push_discriminator"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "hub_strategy", "hub_timeout"),
 )
+
+
+class Checkpoints:
+    """Writes the checkpoints of a run, and goes on from one.
+
+    Args:
+        args: of the run.
+        accelerator: the checkpoint to go on from is the one that its main process sees.
+
+    Raises:
+        InputError: there is no checkpoint where the arguments say, or the output folder holds a run that they do not
+            say to continue.
+    """
+
+    def __init__(self, args: TrainingArguments, accelerator: Accelerator) -> None:
+        self.args, self.accelerator, self.output_dir = args, accelerator, Path(args.output_dir)
+        (self.resume_from,) = broadcast_object_list([checkpoint_to_resume(args)])
+        if args.resume_from_checkpoint == "latest" and self.resume_from is None and accelerator.is_main_process:
+            print(f"no checkpoint in {self.output_dir} yet: starting from the beginning")
+
+    def are_due(self, step: int) -> bool:
+        """Whether one is written after a step."""
+        return self.args.checkpointing_steps is not None and step % self.args.checkpointing_steps == 0
+
+    def write(self, run: Run) -> bool:
+        """Write a checkpoint; on a full disk say so and go on, with the last one as it was. Says whether it was
+        written, on the main process."""
+        keep, positions = self.accelerator.is_main_process, gather_object([list(run.position)])
+        before = len(run.log.warnings)
+        state = {
+            "step": run.step,
+            "images_per_step": run.images_per_step,
+            "processes": self.accelerator.num_processes,
+            "places": positions,
+            "arguments": {k: v for k, v in asdict(self.args).items() if "token" not in k},
+            "model": whole(run.subject.state(run.model), keep),
+            **{name: whole(part.state_dict(), keep) for name, part in run.stateful().items()},
+        }
+        if keep:
+            with run.log.goes_on_without("the checkpoint", run.step):
+                save_checkpoint(self.output_dir, run.step, state, self.args.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+        return len(run.log.warnings) == before
+
+    def resume(self, run: Run) -> dict[str, Any]:
+        """Bring a run to the state of its checkpoint, if it goes on from one. The states of parts that have not joined
+        yet are returned by their names.
+
+        Raises:
+            InputError: the checkpoint cannot be read, or is of another run.
+        """
+        if (folder := self.resume_from) is None:
+            return {}
+        try:
+            state = load_checkpoint(folder)
+        except OSError as error:
+            raise InputError(f"the checkpoint {folder} cannot be read: {error}") from error
+        shares = self.accelerator.num_processes if run.streamed else None
+        check_same_run(folder, state, self.args, run.images_per_step, shares)
+        run.step = state["step"]
+        if run.streamed:
+            run.position = Position(*state["places"][self.accelerator.process_index])
+        load_weights(state, run)
+        own = run.stateful()
+        for name, part in own.items():
+            part.load_state_dict(state[name])
+        if self.accelerator.is_main_process:
+            print(f"going on from {folder}, step {run.step} of {run.total_steps}")
+        return {name: value for name, value in state.items() if name != "model" and name not in own}
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> Path | None:
@@ -89,18 +163,19 @@ def check_same_run(
         )
 
 
-def place_state(state: Mapping[str, Any], model: torch.nn.Module, averaged: bool) -> None:
-    """Load the weights of a checkpoint into the model, and give the moments of its optimiser and its moving average, if
-    it has one, the place and the layout of its parameters, in the state itself."""
-    own, parameters = model.state_dict(), list(model.parameters())
-    model.load_state_dict({name: place_like(value, own[name]) for name, value in state["model"].items()})
+def load_weights(state: Mapping[str, Any], run: Run) -> None:
+    """Load the weights of a checkpoint into the model, and bring the moments of its optimiser and its moving average,
+    in the state itself, onto the devices and into the layout of its parameters."""
+    model = unwrap(run.model)
+    own, parameters = model.state_dict(), list(run.subject.trainable(model).values())
+    model.load_state_dict(own | {name: spread_like(value, own[name]) for name, value in state["model"].items()})
     for i, moments in state["optimizer"]["state"].items():
         for name, value in moments.items():
-            if value.shape == parameters[i].shape:
-                moments[name] = place_like(value, parameters[i])
-    if averaged:
+            if isinstance(value, torch.Tensor) and value.shape == parameters[i].shape:
+                moments[name] = spread_like(value, parameters[i])
+    if "ema" in run.stateful():
         average = state["ema"]["shadow_params"]
-        average[:] = [place_like(value, p) for value, p in zip(average, parameters, strict=True)]
+        average[:] = [spread_like(value, p) for value, p in zip(average, parameters, strict=True)]
 
 
 def _names(checkpoints: list[Path]) -> str:

@@ -27,7 +27,7 @@ def whole(state: Any, keep: bool) -> Any:
     return state
 
 
-def place_like(value: Tensor, like: Tensor) -> Tensor:
+def spread_like(value: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, the same in all processes, on the device of `like`, spread and laid out in memory as that is."""
     if isinstance(like, DTensor):
         value = distribute_tensor(value.to(like.device_mesh.device_type), like.device_mesh, like.placements)
