@@ -14,6 +14,10 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--renew", action="store_true", help="write tests/data/recorded.json anew (test_recorded.py)")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
