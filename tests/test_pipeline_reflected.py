@@ -15,6 +15,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from hub_server import TOKEN, HubServer
 from oracles import Folded, two_bumps
 from PIL import Image
+from precision import assert_same_images
 from test_pipelines import CONDITIONAL, OracleUNet, quiet, tiny_unet
 from test_reflected_process import inside, kolmogorov_smirnov, seeded
 from torch import Tensor
@@ -199,7 +200,7 @@ def test_guidance_scale_1_asks_the_conditional_model_alone() -> None:
     latents = starts(2, 3, 8)
     for w, labels in ((1.0 + 1e-9, [0, 3]), (0.0, [4, 4])):
         guided = images(pipe, [0, 3], guidance_scale=w, latents=latents, generator=seeded())
-        torch.testing.assert_close(guided, images(pipe, labels, latents=latents, generator=seeded()))
+        assert_same_images(guided, images(pipe, labels, latents=latents, generator=seeded()))
 
 
 @pytest.mark.parametrize("algorithm", ["sde", "heun"])
@@ -316,7 +317,7 @@ def test_a_saved_pipeline_loads_by_its_name_and_draws_the_same_images(settings: 
     assert type(loaded) is ReflectedPipeline
     assert type(loaded.scheduler) is ReflectedScheduler
     expected = images(pipe, [0, 1], guidance_scale=2.0, generator=seeded())
-    assert torch.equal(images(loaded, [0, 1], guidance_scale=2.0, generator=seeded()), expected)
+    assert_same_images(images(loaded, [0, 1], guidance_scale=2.0, generator=seeded()), expected)
 
 
 PUSH = "import diffusers_ext, sys\nfrom diffusers import DiffusionPipeline\n" + (
@@ -345,7 +346,7 @@ def test_a_stranger_gets_the_same_images_from_the_hub(tmp_path) -> None:
         assert "scheduler/scheduler_config.json" in hub.files("tester/reflected")
     *names, theirs = torch.load(tmp_path / "images.pt")
     assert names == ["ReflectedPipeline", "ReflectedScheduler"]
-    torch.testing.assert_close(theirs, images(pipe, [0, 1], guidance_scale=2.0, generator=seeded()))
+    assert_same_images(theirs, images(pipe, [0, 1], guidance_scale=2.0, generator=seeded()))
 
 
 # refusals

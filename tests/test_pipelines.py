@@ -27,6 +27,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from hub_server import HubServer
 from oracles import Gaussian, network_of
 from PIL import Image
+from precision import assert_same_images
 from torch import Tensor, nn
 
 from diffusers_ext import (
@@ -164,12 +165,10 @@ def test_guidance_is_two_passes_combined_linearly(name: str) -> None:
 
 def test_guidance_scale_1_is_the_conditional_model_and_0_the_null_class() -> None:
     pipe, noise = class_pipeline(), torch.randn(2, 3, 8, 8, generator=seeded())
-    torch.testing.assert_close(
+    assert_same_images(
         images(pipe, [0, 3], latents=noise), images(pipe, [0, 3], guidance_scale=1.0 + 1e-9, latents=noise)
     )
-    torch.testing.assert_close(
-        images(pipe, [4, 4], latents=noise), images(pipe, [0, 3], guidance_scale=0.0, latents=noise)
-    )
+    assert_same_images(images(pipe, [4, 4], latents=noise), images(pipe, [0, 3], guidance_scale=0.0, latents=noise))
     without_null = class_pipeline(null_class=None)
     assert torch.equal(images(without_null, [0, 3], latents=noise), images(pipe, [0, 3], latents=noise))
 
@@ -280,7 +279,7 @@ def test_a_saved_pipeline_loads_by_its_name_and_draws_the_same_images(tmp_path) 
     assert loaded.config.null_class == 4
     options = {"guidance_scale": 2.0, "generator": seeded()}
     expected = images(pipe, [0, 1], guidance_scale=2.0, generator=seeded())
-    assert torch.equal(images(loaded, [0, 1], **options), expected)
+    assert_same_images(images(loaded, [0, 1], **options), expected)
 
 
 def test_another_process_that_imports_the_package_loads_it(tmp_path) -> None:
@@ -299,7 +298,7 @@ def test_another_process_that_imports_the_package_loads_it(tmp_path) -> None:
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "model"), str(file)], check=True, cwd=tmp_path)
     name, theirs = torch.load(file)
     assert name == "ClassConditionalPipeline"
-    torch.testing.assert_close(theirs, images(pipe, [0], steps=2, guidance_scale=2.0, latents=latents))
+    assert_same_images(theirs, images(pipe, [0], steps=2, guidance_scale=2.0, latents=latents))
 
 
 def short_bridge() -> GaussianBridge:

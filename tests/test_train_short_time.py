@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline
+from precision import assert_resumed
 from test_calibrate_script import captioned, tiny_stable_diffusion  # noqa: F401
 from test_models import tiny_unet
 from test_train_consistency import assert_same_weights, log_of, small, weights_of  # noqa: F401
@@ -19,6 +20,7 @@ import diffusers_ext
 from diffusers_ext import GaussianBridge, ShortTimePipeline
 from diffusers_ext.commands import parse_arguments
 from diffusers_ext.training import TrainingLoop
+from diffusers_ext.training.checkpoint import load_checkpoint
 
 
 @pytest.fixture
@@ -82,9 +84,10 @@ def test_it_resumes_to_the_same_weights_and_bridge(short_time, small, tmp_path):
     short_time.run(*argv, "--output_dir", whole)
     short_time.run(*argv, "--output_dir", halves)
     shutil.rmtree(halves / "checkpoint-00000004")
+    start = load_checkpoint(halves / "checkpoint-00000002")["model"]
     short_time.run(*argv, "--output_dir", halves, "--resume_from_checkpoint", "latest")
-    for part in ("unet", "bridge"):
-        assert_same_weights(weights_of(whole, part), weights_of(halves, part))
+    assert_resumed(start, weights_of(whole), weights_of(halves))
+    assert_same_weights(weights_of(whole, "bridge"), weights_of(halves, "bridge"))
 
 
 def test_a_pretrained_pipeline_is_trained_on(short_time, small, tmp_path):  # noqa: F811
