@@ -44,9 +44,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .interop import NoiseSchedule, stored_schedule, time_scale, unwrap
+from .interop import NoiseSchedule, VPSchedule, stored_schedule, time_scale, unwrap
 from .process import GaussianProcess
-from .score import preconditioning
 
 ALL, CONDITIONAL, UNCONDITIONAL = "all", "conditional", "unconditional"
 
@@ -128,14 +127,15 @@ class Calibration(ModelMixin, ConfigMixin):
         for name in ("family", "prediction_type", "num_train_timesteps", "sigma_data"):
             if getattr(own, name) != getattr(schedule, name):
                 differ.append(f"{name} is {getattr(schedule, name)!r}, it was measured with {getattr(own, name)!r}")
-        comparable = own.family == schedule.family and own.num_train_timesteps == schedule.num_train_timesteps
-        n = min(len(own.sigmas), len(schedule.sigmas))
-        if comparable and own.max_diffusion_time < schedule.max_diffusion_time:
-            differ.append(f"it was measured up to the diffusion time {own.max_diffusion_time} only")
-        elif comparable and own.max_diffusion_time == schedule.max_diffusion_time and len(own.sigmas) != n:
-            differ.append("the noise schedule (zero terminal SNR) is another one")
-        if comparable and not torch.allclose(own.sigmas[:n], schedule.sigmas[:n], rtol=1e-4):
-            differ.append("the noise schedule (betas) is another one")
+        same_steps = own.num_train_timesteps == schedule.num_train_timesteps
+        if isinstance(own, VPSchedule) and isinstance(schedule, VPSchedule) and same_steps:
+            n = min(len(own.sigmas), len(schedule.sigmas))
+            if own.max_diffusion_time < schedule.max_diffusion_time:
+                differ.append(f"it was measured up to the diffusion time {own.max_diffusion_time} only")
+            elif own.max_diffusion_time == schedule.max_diffusion_time and len(own.sigmas) != n:
+                differ.append("the noise schedule (zero terminal SNR) is another one")
+            if not torch.allclose(own.sigmas[:n], schedule.sigmas[:n], rtol=1e-4):
+                differ.append("the noise schedule (betas) is another one")
         if shape is not None and tuple(shape) != tuple(self.config.shape):
             differ.append(f"samples have the shape {tuple(shape)}, it was measured with {tuple(self.config.shape)}")
         if differ:
@@ -195,7 +195,7 @@ class Calibration(ModelMixin, ConfigMixin):
         sigma = sigma.to(levels).clamp(levels[0], levels[-1])
         low = (torch.searchsorted(levels, sigma, right=True) - 1).clamp(0, n_levels - 2)
         fraction = (sigma / levels[low]).log() / (levels[low + 1] / levels[low]).log()
-        _, _, c_out = preconditioning(self.schedule.prediction_type, self.schedule.sigma_data)(sigma)
+        _, _, c_out = self.schedule.coefficients(sigma)
         # A sum over the two ends and the rows: (B, 2, rows) entries of the table, each with its share.
         ends = torch.stack([low, low + 1], 1)
         shares = torch.stack([1 - fraction, fraction], 1) * (-sigma / c_out)[:, None]

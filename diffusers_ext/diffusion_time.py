@@ -50,7 +50,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .interop import NoiseSchedule, denoiser_from, noise_schedule
+from .interop import VPSchedule, denoiser_from, noise_schedule, require_vp
 from .likelihood import LogPrior, bits_per_dim, nested_elbos
 from .process import GaussianProcess, randn_like
 
@@ -298,7 +298,7 @@ def diffusion_time_report(
             not above sigma_min or of the same timestep as another, n below the number of `times`, a bridge of another
             T, schedule or shape, no data, samples of several shapes or less than `MIN_SAMPLES` of them.
     """
-    schedule, times = noise_schedule(scheduler), tuple(sorted(times))
+    schedule, times = require_vp(noise_schedule(scheduler)), tuple(sorted(times))
     timesteps = tuple(schedule.last_timestep(T) for T in times)
     if not times or len(set(timesteps)) < len(times):
         raise ValueError(f"times must be one or more, of a timestep each: {times} are timesteps {timesteps}")
@@ -352,7 +352,7 @@ def diffusion_time_report(
 
 
 def _placed(
-    bridges: Mapping[str, Sequence[BridgeLike]], times: Sequence[float], schedule: NoiseSchedule
+    bridges: Mapping[str, Sequence[BridgeLike]], times: Sequence[float], schedule: VPSchedule
 ) -> dict[Cell, BridgeLike]:
     """Each bridge by that of `times` whose timestep is its own."""
     placed: dict[Cell, BridgeLike] = {}

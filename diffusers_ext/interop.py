@@ -17,9 +17,9 @@ visits, not what the network means at a time, so it does not enter here.
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -75,89 +75,117 @@ EDM_SCHEDULERS = frozenset(
 _TIME_IN_UNIT_INTERVAL = ("AuraFlow", "Chroma", "Flux", "LongCatImage", "NucleusMoE", "OvisImage", "QwenImage")
 
 
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """What a scheduler's configuration says about a network; made by `noise_schedule`.
+class NoiseSchedule(ABC):
+    """What a scheduler's configuration says about a network, by family; made by `noise_schedule`.
 
     Args:
-        family: `vp`, `flow`, `edm` or `reflected`.
         prediction_type: diffusers' name, `flow_prediction` for flow matching.
         num_train_timesteps: N of the table above.
-        sigmas: noise level of each trained timestep, increasing, float64 (empty for edm).
-        sigma_data: standard deviation of the data (edm).
         sigma_min, sigma_max: the range that the network was trained for.
-        process: the box (reflected).
-        max_diffusion_time: T, where the network is used on [0, T] alone (`ShortTimeScheduler`, vp).
+
+    Attributes:
+        family: the row of the table above.
+        process: how noise is added.
+        sigma_data: standard deviation of the data, where the network's preconditioning has one (edm).
+        max_diffusion_time: T in (0, 1], where the network is used on [0, T] alone (`ShortTimeScheduler`).
+        coefficients: sigma -> the network's row of the table of `score`.
+
+    Raises:
+        ValueError: the table of `score` has no row for this prediction type.
     """
 
-    family: str
-    prediction_type: str
-    num_train_timesteps: int
-    sigmas: Tensor
-    sigma_min: float
-    sigma_max: float
+    family: ClassVar[str]
+    process: Process = GaussianProcess()
     sigma_data: float | None = None
-    process: Process = field(default=GaussianProcess())
     max_diffusion_time: float = 1.0
-    _tables: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
+    def __init__(self, prediction_type: str, num_train_timesteps: int, sigma_min: float, sigma_max: float) -> None:
+        self.prediction_type, self.num_train_timesteps = prediction_type, num_train_timesteps
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.coefficients = preconditioning(prediction_type, self.sigma_data)
+
+    @abstractmethod
     def time(self, sigma: Tensor) -> Tensor:
         """The time that the network is told at `sigma`, of its shape; held at the ends of a table."""
-        if self.family == "edm":
-            return sigma.log() / 4
-        if self.family == "flow":
-            return self.num_train_timesteps * sigma / (1 + sigma)
+
+    def sigma(self, time: Tensor) -> Tensor:
+        """The noise level at a (fractional) time, of its shape, floating point; the inverse of `time`."""
+        return self._sigma(time if time.is_floating_point() else time.float())
+
+    @abstractmethod
+    def _sigma(self, time: Tensor) -> Tensor: ...
+
+    def scale(self, sigma: Tensor) -> Tensor:
+        """The scheduler's sample is scale x: alpha for vp, 1 - t/N for flow, else 1."""
+        return torch.ones_like(sigma)
+
+    @abstractmethod
+    def draw_sigmas(
+        self, n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """The usual training law, (n,): log-normal (edm), else uniform over the trained timesteps."""
+
+
+class EDMSchedule(NoiseSchedule):
+    """The network takes any noise level.
+
+    Args:
+        prediction_type, num_train_timesteps, sigma_min, sigma_max, sigma_data: of `NoiseSchedule`.
+    """
+
+    family = "edm"
+
+    def __init__(
+        self,
+        prediction_type: str,
+        num_train_timesteps: int,
+        sigma_min: float,
+        sigma_max: float,
+        sigma_data: float,
+    ) -> None:
+        self.sigma_data = sigma_data
+        super().__init__(prediction_type, num_train_timesteps, sigma_min, sigma_max)
+
+    def time(self, sigma: Tensor) -> Tensor:
+        return sigma.log() / 4
+
+    def _sigma(self, time: Tensor) -> Tensor:
+        return (4 * time).exp()
+
+    def draw_sigmas(
+        self, n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        return log_normal_sigmas(n, generator=generator, device=device)
+
+
+class TableSchedule(NoiseSchedule):
+    """The network is trained at a table of noise levels; times between them are interpolated in log sigma.
+
+    Args:
+        sigmas: noise level of each trained timestep, increasing, float64.
+        prediction_type, num_train_timesteps: of `NoiseSchedule`.
+    """
+
+    def __init__(self, prediction_type: str, num_train_timesteps: int, sigmas: Tensor) -> None:
+        super().__init__(prediction_type, num_train_timesteps, sigmas[0].item(), sigmas[-1].item())
+        self.sigmas = sigmas
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def time(self, sigma: Tensor) -> Tensor:
         table = self._log_sigmas(sigma)
         log_sigma = sigma.log().contiguous()
         low = (torch.searchsorted(table, log_sigma, right=True) - 1).clamp(0, len(table) - 2)
         fraction = (log_sigma - table[low]) / (table[low + 1] - table[low])
         return low + fraction.clamp(0, 1)
 
-    def sigma(self, time: Tensor) -> Tensor:
-        """The noise level at a (fractional) time, of its shape, floating point; the inverse of `time`."""
-        time = time if time.is_floating_point() else time.float()
-        if self.family == "edm":
-            return (4 * time).exp()
-        if self.family == "flow":
-            return time / (self.num_train_timesteps - time)
+    def _sigma(self, time: Tensor) -> Tensor:
         table = self._log_sigmas(time)
         low = time.floor().long().clamp(0, len(table) - 2)
         return torch.lerp(table[low], table[low + 1], (time - low).clamp(0, 1)).exp()
 
-    def last_timestep(self, max_diffusion_time: float) -> int:
-        """The last trained timestep of [0, T], T = `max_diffusion_time` in (0, 1]: round(N T) - 1.
-
-        Raises:
-            ValueError: T is outside (0, 1], or below half a timestep, or beyond that of this schedule; or the schedule
-                is not a `vp` one.
-        """
-        if self.family != "vp":
-            raise ValueError(f"diffusion up to a time T < 1 needs a schedule of family vp, this one is {self.family}")
-        if not 0 < max_diffusion_time <= 1 or round(self.num_train_timesteps * max_diffusion_time) < 1:
-            raise ValueError(f"max_diffusion_time must be in (0, 1], and reach a timestep: got {max_diffusion_time}")
-        if max_diffusion_time > self.max_diffusion_time:
-            raise ValueError(f"{max_diffusion_time=} is beyond that of the scheduler, {self.max_diffusion_time}")
-        return min(round(self.num_train_timesteps * max_diffusion_time), len(self.sigmas)) - 1
-
-    def shortened(self, max_diffusion_time: float) -> NoiseSchedule:
-        """This schedule on [0, T] alone. Raises as `last_timestep`."""
-        sigmas = self.sigmas[: self.last_timestep(max_diffusion_time) + 1]
-        return replace(
-            self, sigmas=sigmas, sigma_max=sigmas[-1].item(), max_diffusion_time=max_diffusion_time, _tables={}
-        )
-
-    def scale(self, sigma: Tensor) -> Tensor:
-        """The scheduler's sample is scale x: alpha for vp, 1 - t/N for flow, else 1."""
-        if self.family in ("edm", "reflected"):
-            return torch.ones_like(sigma)
-        return preconditioning(self.prediction_type)(sigma).c_in
-
     def draw_sigmas(
         self, n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """The usual training law, (n,): log-normal (edm), else uniform over the trained timesteps."""
-        if self.family == "edm":
-            return log_normal_sigmas(n, generator=generator, device=device)
         drawn_on = device if generator is None else generator.device
         index = torch.randint(len(self.sigmas), (n,), generator=generator, device=drawn_on).to(device)
         return self._log_sigmas(torch.empty(0, device=device))[index].exp()
@@ -169,8 +197,67 @@ class NoiseSchedule:
         return self._tables[key]
 
 
+class VPSchedule(TableSchedule):
+    """Variance-preserving; perhaps cut at T = `max_diffusion_time`, see `shortened`."""
+
+    family = "vp"
+
+    def scale(self, sigma: Tensor) -> Tensor:
+        return self.coefficients(sigma).c_in
+
+    def last_timestep(self, max_diffusion_time: float) -> int:
+        """The last trained timestep of [0, T], T = `max_diffusion_time` in (0, 1]: round(N T) - 1.
+
+        Raises:
+            ValueError: T is outside (0, 1], or below half a timestep, or beyond that of this schedule.
+        """
+        if not 0 < max_diffusion_time <= 1 or round(self.num_train_timesteps * max_diffusion_time) < 1:
+            raise ValueError(f"max_diffusion_time must be in (0, 1], and reach a timestep: got {max_diffusion_time}")
+        if max_diffusion_time > self.max_diffusion_time:
+            raise ValueError(f"{max_diffusion_time=} is beyond that of the scheduler, {self.max_diffusion_time}")
+        return min(round(self.num_train_timesteps * max_diffusion_time), len(self.sigmas)) - 1
+
+    def shortened(self, max_diffusion_time: float) -> VPSchedule:
+        """This schedule on [0, T] alone. Raises as `last_timestep`."""
+        sigmas = self.sigmas[: self.last_timestep(max_diffusion_time) + 1]
+        short = VPSchedule(self.prediction_type, self.num_train_timesteps, sigmas)
+        short.max_diffusion_time = max_diffusion_time
+        return short
+
+
+class FlowSchedule(TableSchedule):
+    """Flow matching, with the timesteps 1 to N - 1."""
+
+    family = "flow"
+
+    def __init__(self, num_train_timesteps: int) -> None:
+        t = torch.arange(1, num_train_timesteps, dtype=torch.float64)
+        super().__init__("flow_prediction", num_train_timesteps, t / (num_train_timesteps - t))
+
+    def time(self, sigma: Tensor) -> Tensor:
+        return self.num_train_timesteps * sigma / (1 + sigma)
+
+    def _sigma(self, time: Tensor) -> Tensor:
+        return time / (self.num_train_timesteps - time)
+
+    def scale(self, sigma: Tensor) -> Tensor:
+        return self.coefficients(sigma).c_in
+
+
+class ReflectedSchedule(TableSchedule):
+    """A reflected process in the box of `process`; the network predicts epsilon := -sigma score."""
+
+    family = "reflected"
+
+    def __init__(self, num_train_timesteps: int, sigma_min: float, sigma_max: float, process: ReflectedProcess) -> None:
+        super().__init__(
+            "epsilon", num_train_timesteps, log_linear_sigmas(num_train_timesteps, sigma_min, sigma_max).flip(0)
+        )
+        self.sigma_min, self.sigma_max, self.process = sigma_min, sigma_max, process  # the table's ends are rounded
+
+
 def noise_schedule(scheduler: Any) -> NoiseSchedule:
-    """Read a stock scheduler of diffusers, a subclass of one, or a `ReflectedScheduler`.
+    """Read a scheduler: what it says itself by a method `schedule_of_network()`, or a stock one of diffusers.
 
     Raises:
         TypeError: it is no scheduler.
@@ -178,8 +265,19 @@ def noise_schedule(scheduler: Any) -> NoiseSchedule:
     """
     if not isinstance(scheduler, SchedulerMixin):
         raise TypeError(f"the scheduler must be an instance of a diffusers scheduler, got {scheduler!r:.80}")
-    schedule = _read_schedule(scheduler)
-    preconditioning(schedule.prediction_type, schedule.sigma_data)
+    if hasattr(scheduler, "schedule_of_network"):
+        return scheduler.schedule_of_network()
+    return stock_schedule(scheduler)
+
+
+def require_vp(schedule: NoiseSchedule) -> VPSchedule:
+    """The schedule, of a variance-preserving network.
+
+    Raises:
+        ValueError: it is of another one.
+    """
+    if not isinstance(schedule, VPSchedule):
+        raise ValueError(f"diffusion up to a time T < 1 needs a schedule of family vp, this one is {schedule.family}")
     return schedule
 
 
@@ -196,36 +294,26 @@ def stored_schedule(stored: Mapping[str, Any]) -> NoiseSchedule:
     return noise_schedule(getattr(diffusers, config.pop("_class_name")).from_config(config))
 
 
-def _read_schedule(scheduler: Any) -> NoiseSchedule:
-    config = scheduler.config
-    names = {cls.__name__ for cls in type(scheduler).__mro__}
-    if names & EDM_SCHEDULERS:
-        none = torch.empty(0, dtype=torch.float64)
-        bounds = {"sigma_min": config.sigma_min, "sigma_max": config.sigma_max, "sigma_data": config.sigma_data}
-        return NoiseSchedule("edm", config.prediction_type, config.num_train_timesteps, none, **bounds)
+def stock_schedule(scheduler: Any) -> NoiseSchedule:
+    """Read a stock scheduler of diffusers, or a subclass of one, by the name of that class and its configuration.
 
-    n = config.get("num_train_timesteps", 1000)
-    ordinary = names & VP_SCHEDULERS or ("ReflectedScheduler" in names and hasattr(scheduler, "alphas_cumprod"))
-    if "ReflectedScheduler" in names and not ordinary:
-        sigmas = log_linear_sigmas(n, config.sigma_min, config.sigma_max).flip(0)
-        process = ReflectedProcess(config.low, config.high)
-        bounds = {"sigma_min": config.sigma_min, "sigma_max": config.sigma_max}
-        return NoiseSchedule("reflected", config.prediction_type, n, sigmas, **bounds, process=process)
-    flow = names & FLOW_SCHEDULERS or (ordinary and config.prediction_type == "flow_prediction")
+    Raises:
+        ValueError: as `noise_schedule`.
+    """
+    config, names = scheduler.config, {cls.__name__ for cls in type(scheduler).__mro__}
+    if names & EDM_SCHEDULERS:
+        bounds = (config.sigma_min, config.sigma_max)
+        return EDMSchedule(config.prediction_type, config.num_train_timesteps, *bounds, config.sigma_data)
+    n, vp = config.get("num_train_timesteps", 1000), names & VP_SCHEDULERS
+    flow = names & FLOW_SCHEDULERS or (vp and config.prediction_type == "flow_prediction")
     if flow and not config.get("invert_sigmas", False):
-        t = torch.arange(1, n, dtype=torch.float64)
-        sigmas, prediction_type = t / (n - t), "flow_prediction"
-    elif ordinary and config.get("timestep_type", "discrete") == "discrete":
-        abar = scheduler.alphas_cumprod.detach().to("cpu", torch.float64)
-        sigmas, prediction_type = ((1 - abar) / abar).sqrt(), config.prediction_type
-        zero_snr = config.get("rescale_betas_zero_snr", False)  # some schedulers put a tiny abar for 0
-        sigmas = sigmas[:-1] if zero_snr else sigmas[sigmas.isfinite()]
-    else:
+        return FlowSchedule(n)
+    if not vp or config.get("timestep_type", "discrete") != "discrete":
         raise ValueError(_unsupported(scheduler))
-    bounds = {"sigma_min": sigmas[0].item(), "sigma_max": sigmas[-1].item()}
-    schedule = NoiseSchedule("flow" if flow else "vp", prediction_type, n, sigmas, **bounds)
-    max_diffusion_time = config.max_diffusion_time if "ShortTimeScheduler" in names else 1.0
-    return schedule if max_diffusion_time == 1 else schedule.shortened(max_diffusion_time)
+    abar = scheduler.alphas_cumprod.detach().to("cpu", torch.float64)
+    sigmas = ((1 - abar) / abar).sqrt()
+    zero_snr = config.get("rescale_betas_zero_snr", False)  # some schedulers put a tiny abar for 0
+    return VPSchedule(config.prediction_type, n, sigmas[:-1] if zero_snr else sigmas[sigmas.isfinite()])
 
 
 def _unsupported(scheduler: Any) -> str:
@@ -315,4 +403,4 @@ def denoiser_from(model: Any, scheduler: Any) -> Denoiser:
     schedule = noise_schedule(scheduler)
     if isinstance(schedule.process, ReflectedProcess):
         raise ValueError("a model of a reflected process has a score and no denoiser: use score_model_from")
-    return Denoiser(Network(model), preconditioning(schedule.prediction_type, schedule.sigma_data), schedule.time)
+    return Denoiser(Network(model), schedule.coefficients, schedule.time)

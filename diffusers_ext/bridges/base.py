@@ -47,7 +47,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..interop import NoiseSchedule, noise_schedule, stored_schedule, stored_scheduler
+from ..interop import VPSchedule, noise_schedule, require_vp, stored_schedule, stored_scheduler
 from ..moments import (
     Law,
     count_classes,
@@ -131,9 +131,9 @@ class Bridge(ModelMixin, ConfigMixin, ABC):
         return self.config.get("latent_rank", self.config.rank)
 
     @property
-    def schedule(self) -> NoiseSchedule:
+    def schedule(self) -> VPSchedule:
         """The noise levels that this was fitted for."""
-        return stored_schedule(self.config.scheduler)
+        return require_vp(stored_schedule(self.config.scheduler))
 
     @property
     def timestep(self) -> int:
@@ -153,7 +153,7 @@ class Bridge(ModelMixin, ConfigMixin, ABC):
         Raises:
             ValueError: names what differs, or the schedule is not variance-preserving.
         """
-        schedule, own, fitted = noise_schedule(scheduler), self.schedule, self.config.max_diffusion_time
+        schedule, own, fitted = require_vp(noise_schedule(scheduler)), self.schedule, self.config.max_diffusion_time
         if max_diffusion_time is None:
             max_diffusion_time = scheduler.config.get("max_diffusion_time", fitted)
         differ, timestep = [], schedule.last_timestep(max_diffusion_time)
@@ -313,7 +313,7 @@ class GaussianBridge(Bridge):
             The bridge, on the CPU.
 
         Raises:
-            ValueError: T or the schedule is refused by `NoiseSchedule.last_timestep`; rank is out of range; data are
+            ValueError: T or the schedule is refused by `VPSchedule.last_timestep`; rank is out of range; data are
                 none, too few, not finite or of different shapes; labels are missing or out of range.
         """
         stored = _stored(scheduler, max_diffusion_time)
@@ -697,7 +697,7 @@ class Latents(NamedTuple):
 
 def _stored(scheduler: Any, max_diffusion_time: float) -> dict[str, Any]:
     """What is stored of the scheduler; a T or a schedule that cannot be had is refused before any pass over data."""
-    noise_schedule(scheduler).last_timestep(max_diffusion_time)
+    require_vp(noise_schedule(scheduler)).last_timestep(max_diffusion_time)
     return stored_scheduler(scheduler)
 
 

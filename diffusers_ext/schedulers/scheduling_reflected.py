@@ -40,10 +40,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..interop import noise_schedule
+from ..interop import NoiseSchedule, ReflectedSchedule, noise_schedule
 from ..noise_levels import karras_sigmas, log_linear_sigmas
 from ..process import ReflectedProcess, align
-from ..score import preconditioning
 
 SPACINGS = {"log_linear": log_linear_sigmas, "karras": karras_sigmas}
 ALGORITHMS = ("sde", "ode", "heun")
@@ -125,11 +124,12 @@ class ReflectedScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"{num_train_timesteps=} must be at least 2")
         self.process = ReflectedProcess(low, high)
         if beta_schedule is not None or trained_betas is not None:
-            self.alphas_cumprod = _stock({name: self.config[name] for name in _OF_THE_NETWORK}).alphas_cumprod
-        elif prediction_type != "epsilon":
+            trained = _stock({name: self.config[name] for name in _OF_THE_NETWORK})
+            self.alphas_cumprod, self.schedule = trained.alphas_cumprod, noise_schedule(trained)
+        elif prediction_type == "epsilon":
+            self.schedule = ReflectedSchedule(num_train_timesteps, sigma_min, sigma_max, self.process)
+        else:
             raise ValueError(f"the network of a reflected process predicts epsilon, not {prediction_type!r}")
-        self.schedule = noise_schedule(self)
-        self._coefficients = preconditioning(prediction_type)
         rounding = 1 + 1e-6
         if sigma_min * rounding < self.schedule.sigma_min or sigma_max > self.schedule.sigma_max * rounding:
             raise ValueError(
@@ -160,6 +160,10 @@ class ReflectedScheduler(SchedulerMixin, ConfigMixin):
             config["sigma_min"] = max(own["sigma_min"].default, trained.sigma_min)
             config["sigma_max"] = min(own["sigma_max"].default, trained.sigma_max)
         return super().from_config(config, **kwargs)
+
+    def schedule_of_network(self) -> NoiseSchedule:
+        """The noise levels of the table, or those of the model trained the ordinary way; for `noise_schedule`."""
+        return self.schedule
 
     @property
     def order(self) -> int:
@@ -256,7 +260,7 @@ class ReflectedScheduler(SchedulerMixin, ConfigMixin):
     def eps(self, model_output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """-sigma score, (B, ...), by the network's output at x; `sigma` has shape () or (1,). What a network says about
         its variance is left out."""
-        _, c_skip, c_out = self._coefficients(sigma)
+        _, c_skip, c_out = self.schedule.coefficients(sigma)
         return ((1 - c_skip) * x - c_out * model_output[:, : x.shape[1]].to(x.dtype)) / sigma
 
     def _index(self, timestep: Tensor | float, device: torch.device) -> Tensor:

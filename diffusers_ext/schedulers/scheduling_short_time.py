@@ -29,7 +29,7 @@ import torch
 from diffusers import SchedulerMixin
 from diffusers.configuration_utils import FrozenDict
 
-from ..interop import noise_schedule
+from ..interop import NoiseSchedule, require_vp, stock_schedule
 from .derived import derive
 
 TABLES = ("betas", "alphas", "alphas_cumprod", "alpha_t", "sigma_t", "lambda_t")
@@ -50,12 +50,17 @@ class ShortTimeScheduler(SchedulerMixin):
     timesteps: Any
     sigmas: Any
 
+    def schedule_of_network(self) -> NoiseSchedule:
+        """The noise levels up to T; for `diffusers_ext.noise_schedule`."""
+        whole, max_diffusion_time = stock_schedule(self), self.config.max_diffusion_time
+        return whole if max_diffusion_time == 1 else require_vp(whole).shortened(max_diffusion_time)
+
     def _shorten(self, max_diffusion_time: float) -> None:
         self.register_to_config(max_diffusion_time=max_diffusion_time)
         self._cut: dict[str, Any] = {}
         if max_diffusion_time == 1:
             return
-        schedule = noise_schedule(self)
+        schedule = require_vp(self.schedule_of_network())
         n = len(schedule.sigmas)
         config = dict(self.config) | {"num_train_timesteps": n}
         if config.get("timestep_spacing") == "leading":
