@@ -52,7 +52,8 @@ from tqdm.auto import tqdm
 
 from .interop import VPSchedule, denoiser_from, noise_schedule, require_vp
 from .likelihood import LogPrior, bits_per_dim, nested_elbos
-from .process import GaussianProcess, randn_like
+from .process import GaussianProcess
+from .randomness import randn_like
 
 STANDARD_NORMAL = "N(0, I)"
 MIN_SAMPLES = 4

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from .noise_levels import log_linear_sigmas, log_normal_sigmas
 from .process import GaussianProcess, Process, ReflectedProcess
+from .randomness import randint
 from .score import Denoiser, ReflectedModel, ScoreModel, preconditioning
 
 VP_SCHEDULERS = frozenset(
@@ -186,8 +187,7 @@ class TableSchedule(NoiseSchedule):
     def draw_sigmas(
         self, n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
-        drawn_on = device if generator is None else generator.device
-        index = torch.randint(len(self.sigmas), (n,), generator=generator, device=drawn_on).to(device)
+        index = randint(len(self.sigmas), (n,), generator, device=device)
         return self._log_sigmas(torch.empty(0, device=device))[index].exp()
 
     def _log_sigmas(self, like: Tensor) -> Tensor:

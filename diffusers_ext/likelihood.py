@@ -49,7 +49,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .process import Process, ReflectedProcess, align, randn_like
+from .process import Process, ReflectedProcess, align
+from .randomness import rand, randint, randn_like
 from .score import ScoreModel
 
 Field = Callable[[Tensor], Tensor]
@@ -92,7 +93,7 @@ def hutchinson_divergence(function: Field, x: Tensor, probes: Tensor) -> tuple[T
 
 def rademacher(n: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """`n` probes of random signs for a batch like x: (n, B, ...)."""
-    return 2 * _randint(2, (n, *x.shape), x, generator) - 1
+    return 2 * randint(2, (n, *x.shape), generator, device=x.device).to(x) - 1
 
 
 @torch.enable_grad()
@@ -287,7 +288,7 @@ def nested_elbos(
         raise ValueError(f"n must be at least {len(sigmas_max)}, got {n}")
     x, cuts = _prepare(model, x), [0.0, *(acosh(sigma_max / sigma_min) for sigma_max in sigmas_max)]
     shared = [round((n - len(sigmas_max)) * cut / cuts[-1]) for cut in cuts]
-    offset = torch.rand(len(x), generator=generator, device=_drawn_on(x, generator), dtype=x.dtype).to(x)
+    offset = rand((len(x),), generator, device=x.device, dtype=x.dtype)
     diffusion, elbos, drawn = torch.zeros_like(offset), [], 0
     for j, (sigma_max, log_prior) in enumerate(zip(sigmas_max, log_priors, strict=True)):
         strata = 1 + shared[j + 1] - shared[j]
@@ -359,7 +360,7 @@ def boundary_flux(
         raise ValueError(f"only a reflected model has faces, this one is of a {type(process).__name__}")
     points = _prepare(model, x).reshape(len(x), -1)
     distance = torch.minimum(points - process.low, process.high - points)
-    chance = torch.rand(points.shape, generator=generator, device=_drawn_on(x, generator)).to(points)
+    chance = rand(points.shape, generator, device=points.device).to(points)
     coordinate = torch.where(distance <= align(sigma, points), chance, 1 + distance).argmin(1, keepdim=True)
     normal = (2 * points.gather(1, coordinate) > process.low + process.high).to(points) * 2 - 1
     face = torch.full_like(normal, process.high).where(normal > 0, process.low)
@@ -376,15 +377,6 @@ def _prepare(model: ScoreModel, x: Tensor) -> Tensor:
     if isinstance(model.process, ReflectedProcess):
         model.process.require_inside(x, "x")
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _drawn_on(x: Tensor, generator: torch.Generator | None) -> torch.device:
-    return x.device if generator is None else generator.device
-
-
-def _randint(n: int, shape: Sequence[int], x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform on 0 .. n - 1, in the dtype and on the device of x."""
-    return torch.randint(n, tuple(shape), generator=generator, device=_drawn_on(x, generator)).to(x)
 
 
 # discrete data
@@ -417,7 +409,7 @@ def dequantize(
     parts = int(1 / (4 * levels * torch.finfo(images.dtype).eps))
     if parts < 1:
         raise ValueError(f"{images.dtype} is too coarse for {levels} levels")
-    u = (_randint(parts, images.shape, images, generator) + 0.5) / parts
+    u = (randint(parts, images.shape, generator, device=images.device).to(images) + 0.5) / parts
     return low + (k + u) * ((high - low) / levels)
 
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -29,7 +28,7 @@ from tqdm.auto import tqdm
 from .calibration import ALL, CONDITIONAL, UNCONDITIONAL, Calibration, require_gaussian
 from .interop import NoiseSchedule, denoiser_from, noise_schedule, stored_scheduler, unwrap
 from .noise_levels import log_linear_sigmas
-from .process import randn_like
+from .randomness import randn_like, seed_for
 from .score import Denoiser
 
 GROUPS = 16
@@ -252,7 +251,8 @@ class _Measurement:
         number, told = int(sums.batches), self._told(x0, cond)
         rank = 0 if self.accelerator is None else self.accelerator.process_index
         for level in levels:
-            noise = randn_like(x0, _generator(x0.device, self.seed, number, rank, level))
+            seed = seed_for(self.seed, number, rank, level)
+            noise = randn_like(x0, torch.Generator(x0.device).manual_seed(seed))
             for i, (row, given) in enumerate(told):
                 e = self._values(x0, noise, self.sigmas[level], given)
                 if self.control_variate and not self.antithetic:
@@ -324,12 +324,6 @@ def _for_each(cond: Any, x0: Tensor) -> Any:
 
 def _of_process(path: Path, rank: int, world: int) -> Path:
     return path if world == 1 else path.with_name(f"{path.stem}-{rank}-of-{world}{path.suffix}")
-
-
-def _generator(device: torch.device, *parts: int) -> torch.Generator:
-    """Noise of its own for each choice of `parts`; they are mixed, for torch reads the low 32 bits of a seed only."""
-    seed = int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    return torch.Generator(device).manual_seed(seed)
 
 
 def _save(path: Path, sums: Sums, run: Mapping[str, Any], accelerator: Any) -> None:

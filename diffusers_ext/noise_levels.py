@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .randomness import rand_like, randn
+
 RHO = 7.0
 
 
@@ -47,8 +49,7 @@ def log_normal_sigmas(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Training law of EDM: ln sigma ~ N(mean, std^2); shape (n,)."""
-    drawn_on = device if generator is None else generator.device
-    return (mean + std * torch.randn(n, generator=generator, device=drawn_on)).exp().to(device)
+    return (mean + std * randn((n,), generator, device=device)).exp()
 
 
 def lower_sigma(
@@ -68,8 +69,7 @@ def lower_sigma(
     """
     if width < 0 or (relative and width >= 1):
         raise ValueError(f"width {width} must be >= 0, and below 1 where it is relative")
-    drawn_on = sigma.device if generator is None else generator.device
-    drop = width * torch.rand(sigma.shape, generator=generator, device=drawn_on, dtype=sigma.dtype).to(sigma.device)
+    drop = width * rand_like(sigma, generator)
     lower = sigma * (1 - drop) if relative else sigma - drop
     return torch.minimum(lower.clamp(min=floor), sigma)
 
@@ -97,8 +97,7 @@ def look_ahead_sigma(
     """
     if k < 0 or not 0 < sigma_min < sigma_max:
         raise ValueError(f"needs k >= 0 and 0 < sigma_min < sigma_max, got {k=}, {sigma_min=}, {sigma_max=}")
-    drawn_on = sigma.device if generator is None else generator.device
-    u = torch.rand(sigma.shape, generator=generator, device=drawn_on, dtype=sigma.dtype).to(sigma.device)
+    u = rand_like(sigma, generator)
     width = sigma_max ** (1 / rho) - sigma_min ** (1 / rho)
     root = sigma.clamp(sigma_min, sigma_max) ** (1 / rho) - k * u * width
     ahead = root.clamp(min=sigma_min ** (1 / rho)) ** rho

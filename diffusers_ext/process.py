@@ -28,25 +28,8 @@ import torch
 from torch import Tensor
 
 from .hypercube import heat_kernel_score, reflect
+from .randomness import rand, randn, randn_like
 from .shapes import align as align
-
-
-def randn(
-    shape: Sequence[int],
-    generator: torch.Generator | None = None,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Standard normal noise on `device`, drawn on the generator's own device: a CPU generator gives the same noise
-    whatever the accelerator."""
-    drawn_on = device if generator is None else generator.device
-    return torch.randn(tuple(shape), generator=generator, device=drawn_on, dtype=dtype).to(device)
-
-
-def randn_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard normal noise of the shape, dtype and device of `x`."""
-    return randn(x.shape, generator, device=x.device, dtype=x.dtype)
 
 
 class Process(ABC):
@@ -159,8 +142,7 @@ class ReflectedProcess(Process):
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """Draw from the uniform law of the box, whatever `sigma_max`."""
-        drawn_on = device if generator is None else generator.device
-        uniform = torch.rand(tuple(shape), generator=generator, device=drawn_on, dtype=dtype).to(device)
+        uniform = rand(shape, generator, device=device, dtype=dtype)
         return (self.low + self.width * uniform).clamp(self.low, self.high)
 
     def log_prior(self, x: Tensor, sigma_max: float) -> Tensor:

@@ -28,7 +28,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .process import align, randn_like
+from .process import align
+from .randomness import randn_like
 from .score import Denoiser, ScoreModel
 
 

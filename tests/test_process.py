@@ -6,7 +6,7 @@ from oracles import Gaussian, Mixture, image_mixture, two_bumps
 from torch.distributions import Normal
 
 from diffusers_ext import GaussianProcess
-from diffusers_ext.process import align, randn, randn_like
+from diffusers_ext.process import align
 
 GENERIC = {"line": two_bumps(), "vector": image_mixture(5), "image": image_mixture(2, 3, 3)}
 
@@ -103,19 +103,3 @@ def test_align_gives_each_sample_its_own_sigma(shape: tuple[int, ...]) -> None:
 def test_align_refuses_a_sigma_that_would_broadcast_over_something_else(sigma: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"needs \(\) or \(3,\)"):
         align(sigma, torch.ones(3, 2, 2))
-
-
-def test_noise_comes_from_the_generator_and_leaves_the_global_state_alone() -> None:
-    state = torch.get_rng_state()
-    first, again, other = (randn((64,), seeded(s)) for s in (3, 3, 4))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    x = torch.zeros(64, dtype=torch.float64)
-    like = randn_like(x, seeded(3))
-    assert like.dtype == torch.float64
-    assert torch.equal(like, torch.randn(64, dtype=torch.float64, generator=seeded(3)))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_noise_is_drawn_where_the_generator_lives_and_moved_to_the_device() -> None:
-    assert randn((4,), seeded(), device="meta").device.type == "meta"

@@ -58,7 +58,7 @@ from ..moments import (
     require_repeatable,
     split_by_class,
 )
-from ..process import randn
+from ..randomness import categorical, randn
 
 LATENT_RANK = 32
 """Leading directions that a mixture or a flow models."""
@@ -485,8 +485,7 @@ class MixtureBridge(Bridge):
         return bridge.to("cpu")
 
     def _sample_latent(self, noise: Tensor, k: int, generator: torch.Generator | None) -> Tensor:
-        weights = self.weights[k] if generator is None else self.weights[k].to(generator.device)
-        c = torch.multinomial(weights, len(noise), replacement=True, generator=generator).to(noise.device)
+        c = categorical(self.weights[k], len(noise), generator)
         return self.means[k][c] + (self.cholesky[k][c] @ noise[..., None])[..., 0]
 
     def _latent_log_prob(self, w: Tensor, k: int) -> Tensor:
