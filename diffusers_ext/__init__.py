@@ -8,7 +8,7 @@ import diffusers
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.pipelines import pipeline_loading_utils
 
-from .bridges.base import Bridge, FlowBridge, GaussianBridge, MixtureBridge
+from .bridges import Bridge, FlowBridge, GaussianBridge, MixtureBridge
 from .calibration import Calibration, calibrate_denoiser
 from .conversion import calibrate_pipeline, short_time_pipeline
 from .diffusion_time import DiffusionTimeReport, diffusion_time_report

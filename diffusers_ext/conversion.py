@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diffusers import DiffusionPipeline
 
-from .bridges.base import Bridge
+from .bridges import Bridge
 from .calibration import ALL, CONDITIONAL, UNCONDITIONAL, Calibration, calibrate_denoiser, stop_calibrating
 from .interop import noise_schedule
 from .pipelines.pipeline_short_time import ShortTimePipeline

@@ -17,7 +17,7 @@ ORDER = [
     {"score"},
     {"noise_levels"},
     {"solvers"},
-    {"interop", "moments"},
+    {"interop"},
     {"losses", "discriminator", "extractors", "metrics", "likelihood", "calibration", "bridges"},
     {"mean_error", "diffusion_time"},
     {"schedulers"},

@@ -1,4 +1,4 @@
-"""`bridge` and `moments`. Truth: Gaussian laws in closed form (torch.distributions), the exact density of a diffused
+"""`bridges`. Truth: Gaussian laws in closed form (torch.distributions), the exact density of a diffused
 mixture (`oracles.Mixture`), quadrature on grids, and scikit-learn's estimators."""
 
 import builtins
@@ -12,9 +12,10 @@ from oracles import Gaussian, Mixture
 from sklearn.covariance import OAS
 from torch.distributions import MultivariateNormal
 
-from diffusers_ext import FlowBridge, GaussianBridge, MixtureBridge, moments
-from diffusers_ext.bridges import base as bridge
-from diffusers_ext.moments import Moments
+from diffusers_ext import FlowBridge, GaussianBridge, MixtureBridge
+from diffusers_ext.bridges import moments
+from diffusers_ext.bridges.moments import Moments
+from diffusers_ext.interop import stored_scheduler
 
 SCHEDULER = DDPMScheduler()
 T = 0.4
@@ -132,7 +133,7 @@ def test_kl_of_the_standard_normal_has_the_two_terms_of_the_expansion():
     remainders, rates = [], []
     for time in (0.5, 0.6, 0.7, 0.8):
         rate = -2 * log(at(time)[0])
-        standard = GaussianBridge([1], time, bridge.stored_scheduler(SCHEDULER), 1)  # as constructed: N(0, I)
+        standard = GaussianBridge([1], time, stored_scheduler(SCHEDULER), 1)  # as constructed: N(0, I)
         written = 0.5 * mean.square() * np.exp(-rate) + 0.25 * (variance - 1).square() * np.exp(-2 * rate)
         remainders.append(abs(expected_log_ratio(law, standard, time) - written.item()))
         rates.append(rate)
@@ -174,10 +175,10 @@ def test_samples_follow_the_density(planar, kind, r):
         density = model.log_prob(torch.cartesian_prod(line, line)).double().exp() * (2 * half / fine) ** 2
     expected = density.reshape(cells, 30, cells, 30).sum((1, 3)) * n
     drawn = model.sample(n, seeded(7))
-    place = ((drawn + half) / (2 * half) * cells).floor().long()
-    place = place[((place >= 0) & (place < cells)).all(1)]
+    cell = ((drawn + half) / (2 * half) * cells).floor().long()
+    cell = cell[((cell >= 0) & (cell < cells)).all(1)]
     found = torch.zeros(cells, cells, dtype=torch.float64)
-    found.index_put_((place[:, 0], place[:, 1]), torch.ones(len(place), dtype=torch.float64), accumulate=True)
+    found.index_put_((cell[:, 0], cell[:, 1]), torch.ones(len(cell), dtype=torch.float64), accumulate=True)
     many = expected > 8
     chi2 = ((found - expected) ** 2 / expected)[many].sum()
     assert many.sum() > 30
@@ -211,7 +212,7 @@ def test_a_mixture_finds_a_mixture(planar):
 
 def test_correlated_components():
     """A mixture made by hand, against torch.distributions; the moments of its samples by hand."""
-    model = MixtureBridge([2], T, bridge.stored_scheduler(SCHEDULER), 2, 2, num_components=2)
+    model = MixtureBridge([2], T, stored_scheduler(SCHEDULER), 2, 2, num_components=2)
     weights, means = torch.tensor([0.3, 0.7]), torch.tensor([[1.0, -1.0], [0.0, 0.5]])
     factors = torch.tensor([[[0.5, 0.0], [1.5, 0.2]], [[1.0, 0.0], [-0.8, 0.3]]])
     model.weights[0], model.means[0], model.cholesky[0] = weights, means, factors
@@ -256,7 +257,7 @@ def test_a_flow_is_better_than_the_gaussian_it_starts_from(planar):
 
 def test_a_new_flow_is_the_standard_normal():
     for r, classes in ((1, None), (3, None), (1, 2), (3, 2)):
-        model = FlowBridge([3], T, bridge.stored_scheduler(SCHEDULER), r, max(1, r - 1), classes)
+        model = FlowBridge([3], T, stored_scheduler(SCHEDULER), r, max(1, r - 1), classes)
         x = torch.randn(20, 3, generator=seeded())
         labels = torch.zeros(20, dtype=torch.long)
         truth = torch.distributions.Normal(0.0, 1.0).log_prob(x).sum(1)
@@ -668,7 +669,7 @@ def test_a_flow_of_gaussian_data_stops_early_and_stays_near_the_gaussian():
 
 def test_non_finite_losses_stop_training(monkeypatch):
     evaluated = iter([1.0, 0.8, float("nan"), 0.1])
-    monkeypatch.setattr(FlowBridge, "_held_out", lambda self, data: next(evaluated))
+    monkeypatch.setattr("diffusers_ext.bridges.flow.held_out_loss", lambda log_prob, batch: next(evaluated))
     with pytest.warns(UserWarning, match="diverged by step 100: that of step 50"):
         model = FlowBridge.fit(GOOD, SCHEDULER, T, **SMALL_FLOW)
     assert model.config.measured_on["steps"] == 50
@@ -677,5 +678,5 @@ def test_non_finite_losses_stop_training(monkeypatch):
 
 def test_log_of_two_pi_is_there():
     """The density of N(0, I) at 0, by hand."""
-    model = GaussianBridge([3], T, bridge.stored_scheduler(SCHEDULER), 2)
+    model = GaussianBridge([3], T, stored_scheduler(SCHEDULER), 2)
     assert model.log_prob(torch.zeros(1, 3)).item() == pytest.approx(-1.5 * log(2 * pi))

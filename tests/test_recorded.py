@@ -24,7 +24,7 @@ RECORD = Path(__file__).parent / "data" / "recorded.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 # Differences are shares of the largest number of a list. Under other instruction sets, another mode of MKL and other
-# numbers of threads none was above 5e-6. (Adam's epsilon lies above the gradients that are mere rounding.) The exception
+# numbers of threads none was above 5e-6. (Adam's epsilon lies above gradients that are mere rounding.) The exception
 # is an adaptive solver, which then accepts another step: 2e-3. Another stream of random numbers moves some by 1e-2.
 RTOL, LOOSE = 5e-4, {"ode": 1e-2}
 

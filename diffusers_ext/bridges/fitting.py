@@ -8,12 +8,15 @@ from typing import Any, Literal
 
 from ..errors import InputError
 from ..fields import arg
-from .base import Bridge, FlowBridge, GaussianBridge, MixtureBridge
+from .base import Bridge
+from .flow import FlowBridge
+from .gaussian import GaussianBridge
+from .mixture import MixtureBridge
 
 
 @dataclass
 class BridgeArguments:
-    """Which auxiliary model of the diffused data, and where it stands."""
+    """Arguments of a script that name the bridge and its diffusion time T."""
 
     max_diffusion_time: float = arg(0.6, "T: the model is used on the diffusion times [0, T] alone.")
     bridge: Literal["gaussian", "mixture", "flow", "none"] = arg(
@@ -42,10 +45,12 @@ def fit_bridge(
     seed: int,
     measured_on: Mapping[str, Any],
 ) -> Bridge | None:
-    """Fit the bridge that the arguments ask for; `None` if they ask for none. The other arguments are those of `fit`.
+    """Fit the bridge that the arguments ask for, and return `None` if they ask for none.
+
+    `batches`, `scheduler`, `num_classes`, `seed` and `measured_on` are those of `fit` of the bridges.
 
     Raises:
-        InputError: the data, the scheduler or the arguments do not suit it.
+        InputError: the bridge refuses the data, the scheduler or the arguments.
     """
     if args.bridge == "none":
         return None

@@ -17,7 +17,7 @@ import torch
 from diffusers import SchedulerMixin, UNet2DModel
 from torch import Tensor
 
-from ..bridges.base import Bridge
+from ..bridges import Bridge
 from .pipeline_class_conditional import ClassConditionalPipeline
 
 

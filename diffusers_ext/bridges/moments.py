@@ -1,11 +1,11 @@
-r"""Mean and principal directions of data that come in batches.
+r"""Estimates of the mean and the principal directions of data that come in batches.
 
 A batch of m samples adds rows to a matrix X whose scatter matrix X'X is n times the covariance S: its samples minus
 their mean, and one for the shift of the mean, (n m / (n + m))^1/2 (mean of the batch - mean so far). While d x d
 numbers are few, X'X is added up; beyond, X is replaced by its leading singular rows after each batch, which is exact
 for data of that rank and close for decaying spectra. The trace is exact in either case.
 
-Estimated eigenvalues are too far apart; shrinkage brings them together,
+Estimated eigenvalues are spread too far apart; shrinkage brings them together,
 
     Cov = (1 - rho) S + rho tr(S)/d I,
 
@@ -27,15 +27,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 FULL_COVARIANCE_LIMIT = 4096
-"""Up to d sqrt(K) of this, K covariances are kept whole while they are estimated."""
+"""K whole covariance matrices are kept while they are estimated where d sqrt(K) is at most this."""
 DEFAULT_RANK = 256
-"""Principal directions of larger data."""
+"""By default larger data get this many principal directions."""
 KEPT_PER_DIRECTION = 2
-"""Singular rows kept of larger data, for each principal direction."""
+"""This many singular rows of larger data are kept for each principal direction."""
 
 
 class Law(NamedTuple):
-    """Moments of x0 in its principal directions: mean (d,), directions (r, d), variances (r,), floor ()."""
+    """The moments of x0 in its principal directions: mean (d,), directions (r, d), variances (r,), floor ()."""
 
     mean: Tensor
     directions: Tensor
@@ -44,14 +44,12 @@ class Law(NamedTuple):
 
 
 class Moments:
-    """Mean and scatter matrix X'X of centred samples that come in batches, in float64.
-
-    A batch adds rows to X: its centred samples, and one for the shift of the mean. The scatter matrix adds up their
-    products; with `kept` the rows are replaced by the leading singular ones of all so far instead.
+    """The mean and the scatter matrix X'X of samples that come in batches, in float64.
 
     Args:
-        d: dimensions.
-        kept: rows; `None` for the scatter matrix.
+        d: the number of dimensions.
+        kept: how many leading singular rows stand for X; with `None` X'X itself is added up.
+        device: where the sums are kept.
     """
 
     def __init__(self, d: int, kept: int | None, device: torch.device) -> None:
@@ -61,7 +59,7 @@ class Moments:
         self.trace = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, x0: Tensor) -> None:
-        """Take in a batch (m, d)."""
+        """Add a batch (m, d)."""
         m, n = len(x0), self.count + len(x0)
         centre = x0.mean(0)
         shift = centre - self.mean
@@ -76,7 +74,7 @@ class Moments:
         self.count = n
 
     def law(self, rank: int, shrink: bool) -> Law:
-        """The moments in the first `rank` principal directions."""
+        """Return the moments in the first `rank` principal directions."""
         n, d = self.count, len(self.mean)
         if self.kept is None:
             variances, directions = _eigenvalues(self.scatter / n)
@@ -92,7 +90,7 @@ class Moments:
 
 
 def oas_shrinkage(trace: Tensor, trace_of_square: Tensor, d: int, n: int) -> Tensor:
-    """rho of the oracle approximating shrinkage, in [0, 1], from tr S and tr S^2 of n samples in d dimensions."""
+    """Return rho of the oracle approximating shrinkage, in [0, 1], from tr S, tr S^2 and n samples in d dimensions."""
     spread = trace_of_square - trace**2 / d
     rho = (trace_of_square + trace**2) / ((n + 1) * spread)
     return torch.where(spread > 0, rho, 1.0).clamp(max=1)
@@ -100,7 +98,7 @@ def oas_shrinkage(trace: Tensor, trace_of_square: Tensor, d: int, n: int) -> Ten
 
 @dataclass
 class DataMoments:
-    """Moments of the data of each class, and what was asked for."""
+    """The moments of the data of each class, the shape of a sample and the rank r."""
 
     shape: list[int]
     rank: int
@@ -112,16 +110,16 @@ class DataMoments:
         return min(moments.count for moments in self.classes)
 
     def laws(self, shrink: bool) -> Iterator[Law]:
-        """Of each class."""
+        """Return the moments of each class in its principal directions."""
         return (moments.law(self.rank, shrink) for moments in self.classes)
 
     def notes(self, measured_on: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """What is stored for people."""
+        """Return the note for people that is stored with a bridge."""
         return dict(measured_on or {}) | {"num_samples": sum(m.count for m in self.classes)} | dict(settings)
 
 
 def data_moments(batches: Iterable[Any], rank: int | None, num_classes: int | None, progress: bool) -> DataMoments:
-    """Go through the data once. Without `rank` it is d, or DEFAULT_RANK of large data.
+    """Estimate the moments of each class in one pass. By default the rank is d, or DEFAULT_RANK for large data.
 
     Raises:
         ValueError: rank is out of range; data are none, too few, not finite or of different shapes.
@@ -157,7 +155,7 @@ def data_moments(batches: Iterable[Any], rank: int | None, num_classes: int | No
 def read_batches(
     batches: Iterable[Any], num_classes: int | None, progress: bool, what: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """x0, (B, *shape), and the labels on the CPU, (B,), of each batch; labels are 0 without classes."""
+    """Yield x0, (B, *shape), and the labels on the CPU, (B,), of each batch; labels are 0 without classes."""
     for batch in tqdm(batches, disable=not progress, desc=what, unit="batch"):
         x0, cond = (batch, {}) if isinstance(batch, Tensor) else batch
         if num_classes is None:
@@ -167,7 +165,7 @@ def read_batches(
 
 
 def read_labels(class_labels: Tensor | None, n: int, num_classes: int) -> Tensor:
-    """The labels on the CPU, (n,).
+    """Return the labels on the CPU, (n,).
 
     Raises:
         ValueError: they are missing, not n integers, or out of range.
@@ -183,16 +181,16 @@ def read_labels(class_labels: Tensor | None, n: int, num_classes: int) -> Tensor
 
 
 def split_by_class(x: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, ...]:
-    """The samples of each class, in their order."""
+    """Return the samples of each class, in their order."""
     order = labels.argsort(stable=True).to(x.device)
     return x[order].split(labels.bincount(minlength=classes).tolist())
 
 
 def count_classes(num_classes: int | None) -> int:
-    """K, 1 without classes.
+    """Return K, which is 1 without classes.
 
     Raises:
-        ValueError: there is no class.
+        ValueError: num_classes is below 1.
     """
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes must be None or at least 1, got {num_classes}")
@@ -200,22 +198,22 @@ def count_classes(num_classes: int | None) -> int:
 
 
 def require_repeatable(batches: Iterable[Any]) -> None:
-    """Refuse an iterator: it would be empty when the data are gone through again.
+    """Refuse an iterator: it would be empty in the second pass over the data.
 
     Raises:
-        ValueError: it is one.
+        ValueError: `batches` is an iterator.
     """
     if iter(batches) is batches:
         raise ValueError("the data are gone through twice: give a list, a DataLoader or the like, not an iterator")
 
 
 def _eigenvalues(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, decreasing, (d,), and eigenvectors as rows, (d, d)."""
+    """Return the eigenvalues, decreasing, (d,), and the eigenvectors as rows, (d, d)."""
     values, vectors = torch.linalg.eigh(covariance)
     return values.flip(0), vectors.flip(1).T
 
 
 def principal_law(mean: Tensor, covariance: Tensor, rank: int) -> Law:
-    """The law of given moments, (d,) and (d, d)."""
+    """Return given moments, (d,) and (d, d), in the first `rank` principal directions."""
     values, directions = _eigenvalues(covariance)
     return Law(mean, directions[:rank], values[:rank], values[rank:].sum() / max(len(values) - rank, 1))

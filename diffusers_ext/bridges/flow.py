@@ -1,0 +1,267 @@
+r"""The bridge whose leading whitened coordinates follow a normalising flow.
+
+An invertible map f, given the class, takes w to u = f(w) ~ N(0, I), so that
+
+    log q(w) = log N(f(w); 0, I) + log |det df/dw|,        w = f^-1(u),
+
+and f maximises the mean of log q(w) over diffused data. f composes autoregressive transforms by rational-quadratic
+splines. A new f is the identity, q = N(0, I): training starts from the Gaussian bridge and never ends with less.
+
+References: A Study on Diffusion Times (arXiv 2206.05173, see the package); Neural Spline Flows (Durkan, Bekasov,
+Murray, Papamakarios, 2019, arXiv 1906.04032).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import isfinite
+from typing import Any, ClassVar
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .base import Bridge, checked_scheduler, default_latent_rank, require_latent_rank, standard_log_prob
+from .moments import data_moments, require_repeatable
+
+EVALUATE_EVERY = 50
+"""A flow is evaluated every so many steps of its training."""
+HELD_OUT_DRAWS = 4
+"""The noise of each held-out sample is drawn so often."""
+
+Batch = tuple[Tensor, Tensor]
+"""w, (n, l), and labels, (n,)."""
+
+
+class FlowBridge(Bridge):
+    """q is a neural spline flow (zuko's NSF) of the whitened coordinates, given the class.
+
+    Args:
+        latent_rank: l, from 1 to r.
+        transforms: the number of transforms that are composed.
+        hidden_features: widths of the layers of the networks that give the splines of a transform.
+        bins: of a spline; beyond 5 standard deviations it is the identity.
+        seed: the seed of the initial weights.
+        shape, max_diffusion_time, scheduler, rank, num_classes, measured_on: as for `Bridge`.
+
+    Attributes:
+        flow: `zuko.flows.NSF`, from w to N(0, I).
+
+    Raises:
+        ValueError: as `Bridge` does.
+        ImportError: zuko is not installed.
+    """
+
+    _keep_in_fp32_modules: ClassVar = [*Bridge._keep_in_fp32_modules, "flow"]
+
+    @register_to_config
+    def __init__(
+        self,
+        shape: Sequence[int],
+        max_diffusion_time: float,
+        scheduler: Mapping[str, Any],
+        rank: int,
+        latent_rank: int,
+        num_classes: int | None = None,
+        transforms: int = 3,
+        hidden_features: Sequence[int] = (128, 128),
+        bins: int = 8,
+        seed: int = 0,
+        measured_on: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(shape, max_diffusion_time, scheduler, rank, num_classes, measured_on)
+        require_latent_rank(latent_rank, rank)
+        layers = tuple(hidden_features)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the accelerators, too
+            self.flow = _flows().NSF(
+                latent_rank, num_classes or 0, bins=bins, transforms=transforms, hidden_features=layers
+            )
+        for spline in self.flow.transform.transforms:
+            last = spline.hyper[-1].parameters() if hasattr(spline, "hyper") else spline.parameters()
+            for parameter in last:
+                nn.init.zeros_(parameter)
+
+    @classmethod
+    def fit(
+        cls,
+        batches: Iterable[Any],
+        scheduler: Any,
+        max_diffusion_time: float,
+        *,
+        rank: int | None = None,
+        latent_rank: int | None = None,
+        num_classes: int | None = None,
+        shrink: bool = True,
+        transforms: int = 3,
+        hidden_features: Sequence[int] = (128, 128),
+        bins: int = 8,
+        max_steps: int = 5000,
+        batch_size: int = 256,
+        learning_rate: float = 1e-3,
+        held_out: float = 0.1,
+        patience: int = 10,
+        seed: int = 0,
+        measured_on: Mapping[str, Any] | None = None,
+        progress: bool = True,
+    ) -> FlowBridge:
+        """Estimate the moments, then train the flow on diffused data, with new noise at each step (`train_flow`).
+
+        Args:
+            batches: as for `GaussianBridge.fit`; they are read twice. It holds N l numbers.
+            rank: r, as for `GaussianBridge.fit`.
+            latent_rank: l; LATENT_RANK by default, r at most.
+            transforms, hidden_features, bins: as for the class.
+            max_steps, learning_rate, patience: as for `train_flow`.
+            batch_size: samples of a step.
+            held_out: the share of the samples that is kept for evaluation, in (0, 1).
+            seed: the seed of initial weights, batches and noise.
+            scheduler, max_diffusion_time, num_classes, shrink, measured_on, progress: as for `GaussianBridge.fit`.
+
+        Returns:
+            The bridge, on the CPU; trained on the device of the data. `measured_on["gain_over_gaussian"]` is the gain
+            on held-out data in nats.
+
+        Raises:
+            ValueError: held_out leaves nothing to train or to evaluate on, batches can be read once only; or as
+                `GaussianBridge.fit` does.
+            ImportError: zuko is not installed.
+        """
+        _flows()
+        require_repeatable(batches)
+        stored, layers = checked_scheduler(scheduler, max_diffusion_time), list(hidden_features)
+        data = data_moments(batches, rank, num_classes, progress)
+        latent_rank = default_latent_rank(data.rank) if latent_rank is None else latent_rank
+        bridge = cls(
+            data.shape, max_diffusion_time, stored, data.rank, latent_rank, num_classes, transforms, layers, bins, seed
+        )
+        bridge._set_moments(data.laws(shrink))
+        latents, generator = bridge._latents(batches, progress), torch.Generator().manual_seed(seed)
+        training, evaluation = _split(len(latents.labels), held_out, generator)
+
+        def draw() -> Batch:
+            return latents.draw(training[torch.randint(len(training), (batch_size,), generator=generator)], generator)
+
+        steps, gain = train_flow(
+            bridge.flow,
+            bridge._flow_log_prob,
+            draw,
+            latents.draw(evaluation.repeat(HELD_OUT_DRAWS), generator),
+            learning_rate,
+            max_steps=max_steps,
+            patience=patience,
+            progress=progress,
+        )
+        settings = {"shrink": shrink, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
+        settings |= {"held_out": held_out, "steps": steps, "gain_over_gaussian": gain}
+        bridge.register_to_config(measured_on=data.notes(measured_on, settings))
+        return bridge.to("cpu").eval()
+
+    def _transform(self, labels: Tensor, like: Tensor) -> Any:
+        """Return f given the classes, as zuko's transform."""
+        classes = self.config.num_classes
+        return self.flow.transform(None if classes is None else nn.functional.one_hot(labels, classes).to(like))
+
+    def _flow_log_prob(self, w: Tensor, labels: Tensor) -> Tensor:
+        u, log_determinant = self._transform(labels, w).call_and_ladj(w)
+        return standard_log_prob(u) + log_determinant
+
+    def _sample_latent(self, noise: Tensor, k: int, generator: torch.Generator | None) -> Tensor:
+        return self._transform(_constant(k, noise), noise).inv(noise)
+
+    def _latent_log_prob(self, w: Tensor, k: int) -> Tensor:
+        return self._flow_log_prob(w, _constant(k, w))
+
+
+def train_flow(
+    flow: nn.Module,
+    log_prob: Callable[[Tensor, Tensor], Tensor],
+    draw: Callable[[], Batch],
+    held_out: Batch,
+    learning_rate: float,
+    *,
+    max_steps: int,
+    patience: int,
+    progress: bool,
+) -> tuple[int, float]:
+    """Maximise the mean of log q(w) over drawn batches by Adam, and keep the weights that are best on held-out data.
+
+    Training stops after `patience` evaluations without a better one, or at the first that is not finite. The best
+    weights may be those it starts from, which are those of a Gaussian; then it warns.
+
+    Args:
+        flow: the module that is trained.
+        log_prob: returns log q(w), (n,), of w and labels.
+        draw: draws a batch.
+        held_out: the batch of every evaluation.
+        learning_rate: of Adam.
+        max_steps: the most steps; EVALUATE_EVERY of them lie between evaluations.
+        patience: a number of evaluations.
+        progress: whether a progress bar is shown.
+
+    Returns:
+        The step of the best weights, and by how much they are better than the first, in nats for each sample.
+    """
+    optimizer = torch.optim.Adam(flow.parameters(), learning_rate)
+    best, best_step, waited = _copy(flow), 0, 0
+    start = lowest = held_out_loss(log_prob, held_out)
+    bar = tqdm(range(1, max_steps + 1), disable=not progress, desc="training the flow")
+    for step in bar:
+        loss = -log_prob(*draw()).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % EVALUATE_EVERY and step != max_steps:
+            continue
+        found = held_out_loss(log_prob, held_out)
+        bar.set_postfix(gain_over_gaussian=start - found)
+        if found < lowest:
+            best, best_step, lowest, waited = _copy(flow), step, found, 0
+            continue
+        waited += 1
+        if not isfinite(found):
+            warnings.warn(f"the flow diverged by step {step}: that of step {best_step} is kept", stacklevel=3)
+        if not isfinite(found) or waited == patience:
+            break
+    bar.close()
+    flow.load_state_dict(best)
+    if best_step == 0:
+        warnings.warn("no flow was better than the Gaussian on held-out data: the Gaussian is kept", stacklevel=3)
+    return best_step, start - lowest
+
+
+@torch.no_grad()
+def held_out_loss(log_prob: Callable[[Tensor, Tensor], Tensor], batch: Batch) -> float:
+    """Return the mean of -log q(w) in nats."""
+    return -log_prob(*batch).mean().item()
+
+
+def _split(n: int, held_out: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Divide the indices of n samples at random: those to train on, and a share `held_out` to evaluate on.
+
+    Raises:
+        ValueError: one of the two is empty.
+    """
+    order, evaluated = torch.randperm(n, generator=generator), round(held_out * n)
+    if not 0 < evaluated < n:
+        raise ValueError(f"{held_out=} of {n} samples leaves none to train on, or none to evaluate on")
+    return order[evaluated:], order[:evaluated]
+
+
+def _flows() -> Any:
+    try:
+        from zuko import flows
+    except ImportError as error:
+        raise ImportError('FlowBridge needs zuko: pip install "diffusers_ext[bridge]"') from error
+    return flows
+
+
+def _constant(k: int, like: Tensor) -> Tensor:
+    """Return the label k for each row."""
+    return torch.full((len(like),), k, device=like.device)
+
+
+def _copy(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
