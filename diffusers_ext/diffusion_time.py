@@ -50,6 +50,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .figures import agg_figure
 from .interop import VPSchedule, denoiser_from, noise_schedule, require_vp
 from .likelihood import LogPrior, bits_per_dim, nested_elbos
 from .process import GaussianProcess
@@ -216,14 +217,8 @@ class DiffusionTimeReport:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("a picture of the report needs matplotlib: pip install matplotlib") from error
         start, score = self.start_terms - self.start_terms[:, -1:, :1], self.score_terms - self.score_terms[:, -1:]
-        figure = Figure(figsize=(13, 4.2), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = agg_figure(13, 4.2)
         left, middle, right = figure.subplots(1, 3)
         for j, name in enumerate(self.starts):
             places = [i for i, T in enumerate(self.times) if (T, name) in self.cells]

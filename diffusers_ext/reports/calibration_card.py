@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration import ALL, CONDITIONAL, UNCONDITIONAL, Calibration
+from ..figures import agg_figure
 from ..schedulers.scheduling_calibrated import CALIBRATED_SCHEDULERS
 from .card import save_card, shown_command, table
 
@@ -68,23 +69,22 @@ def verdict(calibration: Calibration) -> str:
 
 
 def plot(calibration: Calibration, path: Path) -> None:
-    """The mean error by noise level with its noise floor, and the offsets of some levels as pictures.
-
-    Without matplotlib a line says that there is no picture.
-    """
+    """Write `offsets_figure` to a file. Without matplotlib print a line that says that there is no picture."""
     try:
-        import matplotlib
+        figure = offsets_figure(calibration)
     except ImportError:
         print("no picture of the offsets: it needs matplotlib (pip install matplotlib)")
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    figure.savefig(path, dpi=100)
 
+
+def offsets_figure(calibration: Calibration) -> Any:
+    """Draw the mean error by noise level with its noise floor, and the offsets of some levels as pictures."""
     numbers = summary(calibration)
     sigma, n_rows = numbers["sigma"], len(numbers["rows"])
     picture = calibration.offsets.ndim == 5
     shown = sorted({round(i * (len(sigma) - 1) / 5) for i in range(6)}) if picture else []
-    figure = plt.figure(figsize=(11, 4 + (2.2 if picture else 0)), layout="constrained")
+    figure = agg_figure(11, 4 + (2.2 if picture else 0))
     grid = figure.add_gridspec(2 if picture else 1, 6, height_ratios=[4, 2] if picture else [1])
     axis = figure.add_subplot(grid[0, :])
     for i, row in enumerate(numbers["rows"][:6]):
@@ -105,8 +105,7 @@ def plot(calibration: Calibration, path: Path) -> None:
         axis.imshow(image, cmap="RdBu", vmin=-bound, vmax=bound)
         axis.set_title(f"sigma {sigma[level]:.2g}, ±{bound:.1g}", fontsize=8)
         axis.axis("off")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    return figure
 
 
 def _example(calibration: Calibration, name: str) -> str:

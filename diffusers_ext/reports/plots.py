@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..figures import agg_figure
 from ..files import shown
 from ..metrics import Interval
 from .measured import Cell, Evaluation
@@ -41,15 +42,6 @@ def plots(evaluation: Evaluation) -> dict[str, bytes]:
     return drawn
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def quality_figure(evaluation: Evaluation, place: Callable[[Cell], float], label: str, *, marked: bool = False) -> Any:
     """The distance against `place` of a cell: a panel for each scheduler, a line for each model.
 
@@ -61,7 +53,7 @@ def quality_figure(evaluation: Evaluation, place: Callable[[Cell], float], label
     models, schedulers = evaluation.model_names, evaluation.schedulers
     columns = 2 if len(schedulers) == 4 else min(3, len(schedulers))
     rows = -(-len(schedulers) // columns)
-    figure = _figure(max(5.5, 4.4 * columns), 3.5 * rows + 0.5 + 0.2 * -(-(len(models) + 1) // 3))
+    figure = agg_figure(max(5.5, 4.4 * columns), 3.5 * rows + 0.5 + 0.2 * -(-(len(models) + 1) // 3))
     axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
     handles: dict[str, Any] = {}
     floor = evaluation.distance(evaluation.floor) if evaluation.floor is not None else None
@@ -198,7 +190,7 @@ def loss_figure(evaluation: Evaluation) -> Any:
     losses, models = losses_of(evaluation), evaluation.model_names
     several = len(losses) > 1
     height = (6.2 if several else 4.0) + 0.2 * -(-len(losses) // 3)
-    figure = _figure(7.5, height)
+    figure = agg_figure(7.5, height)
     axes = figure.subplots(2 if several else 1, 1, squeeze=False, sharex=True, height_ratios=[3, 2][: 1 + several])[
         :, 0
     ]
