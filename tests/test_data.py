@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from diffusers_ext.data.batches import MicroBatches, StreamDataset, collate
 from diffusers_ext.data.images import Transform, convert, to_tensor
-from diffusers_ext.data.sources import Digits, ImageFolder, load_images, load_validation_images
+from diffusers_ext.data.sources import Digits, load_images, load_validation_images
 from diffusers_ext.errors import InputError
 from diffusers_ext.training import TrainingArguments
 
@@ -164,16 +164,31 @@ def test_folders_are_classes(tmp_path):
             path.write_text("no image")
         else:
             Image.new("L", (8, 8), value).save(path)
-    folder = ImageFolder(tmp_path)
-    assert (len(folder), folder.class_names, folder.labels) == (2, ["cats", "dogs"], [0, 1])
+    folder = load_images(arguments(tmp_path, train_data_dir=str(tmp_path)), "train")
+    assert (len(folder), folder.class_names, list(folder.labels)) == (2, ["cats", "dogs"], [0, 1])
     assert np.asarray(folder.open(0)).mean() == 10
+    one = load_images(arguments(tmp_path, train_data_dir=str(tmp_path / "cats")), "train")
+    assert (one.class_names, list(one.labels)) == (["cats"], [0])
+
+
+def test_the_splits_of_a_folder_are_never_mixed(tmp_path):
+    for value, name in enumerate(("train/cat/a.png", "train/dog/b.png", "test/cat/c.png", "test/dog/d.png")):
+        path = tmp_path / "faces" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), value).save(path)
+    args = arguments(tmp_path, train_data_dir=str(tmp_path / "faces"))
+    seen, held_out = load_images(args, "train"), load_validation_images(args)
+    for source, expected in ((seen, [0, 1]), (held_out, [2, 3])):
+        assert [np.asarray(source.open(i)).mean() for i in range(len(source))] == expected
+        assert (source.class_names, list(source.labels)) == (["cat", "dog"], [0, 1])
 
 
 def test_an_empty_or_missing_folder_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"no images below .*\.png"):
-        ImageFolder(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"the images below --train_data_dir .*empty .* It must be a folder of images"):
+        load_images(arguments(tmp_path, train_data_dir=str(tmp_path / "empty")), "train")
     with pytest.raises(InputError, match="is not a folder"):
-        ImageFolder(tmp_path / "nowhere")
+        load_images(arguments(tmp_path, train_data_dir=str(tmp_path / "nowhere")), "train")
 
 
 @pytest.fixture

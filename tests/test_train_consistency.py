@@ -17,6 +17,7 @@ import diffusers_ext
 from diffusers_ext import score_matching_loss
 from diffusers_ext.commands import parse_arguments
 from diffusers_ext.training import TrainingLoop
+from diffusers_ext.training.outcome import Outcome
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "training" / "train_consistency.py"
@@ -218,7 +219,7 @@ def test_every_evaluation_of_a_sample_sees_the_same_label(script, small, tmp_pat
 
     monkeypatch.setattr(diffusers_ext.interop.Network, "forward", spy)
     options = ["--class_conditional", "--label_drop", 0.5, "--consistency_fraction", 1, "--rollout_steps", 2]
-    monkeypatch.setattr(TrainingLoop, "validate", lambda self, pipeline: {})
+    monkeypatch.setattr(Outcome, "validate", lambda self, trained: {})
     script.run(*small, *options, "--output_dir", tmp_path / "out")
     steps = [seen[1 + 5 * i : 6 + 5 * i] for i in range(3)]  # the first is the probe of the image size
     for labels in steps:

