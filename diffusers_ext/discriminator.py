@@ -46,19 +46,19 @@ VARIANCE_FLOOR = 1e-8  # keeps the derivative of a standard deviation finite whe
 
 
 class NoiseLevelDiscriminator(ModelMixin, ConfigMixin):
-    """Logits of samples and their noise levels; for images or latents of any size.
+    """A network that gives logits of samples and their noise levels; for images or latents of any size.
 
-    Computes in float32 outside the layers that autocast touches; supports gradient checkpointing, and twice
+    It computes in float32 outside the layers that autocast touches; supports gradient checkpointing, and twice
     differentiation (not through `torch.compile`, which has none).
 
     Args:
-        in_channels: of the samples.
+        in_channels: channels of the samples.
         block_out_channels: features at each resolution; the resolution halves (rounded up) from one to the next.
         sigma_data: standard deviation of the data, in their own units.
         num_class_embeds: number of class labels, a null class included if there is one; `None` without labels.
         group_size: samples in a group of the minibatch standard deviation; `None` leaves it out, and samples do not
             see each other.
-        num_frequencies: of the Fourier features of each of the two noise levels.
+        num_frequencies: Fourier features of each of the two noise levels.
         fourier_scale: standard deviation of these frequencies, in periods for each factor e of the noise level.
 
     Raises:
@@ -103,7 +103,7 @@ class NoiseLevelDiscriminator(ModelMixin, ConfigMixin):
         sigma_next: Tensor | float,
         class_labels: Tensor | None = None,
     ) -> Tensor:
-        """Logits, (B,), in float32 at least.
+        """Return logits, (B,), in float32 at least.
 
         Args:
             x_next: samples at `sigma_next`, (B, in_channels, H, W).
@@ -122,12 +122,12 @@ class NoiseLevelDiscriminator(ModelMixin, ConfigMixin):
         return (phi.to(dtype) * c.to(dtype)).sum(1) * phi.shape[1] ** -0.5
 
     def scale(self, x_next: Tensor, sigma_next: Tensor | float) -> Tensor:
-        """y, x_next in the units that the network sees."""
+        """Return y, which is x_next in the units that the network sees."""
         x_next = x_next.to(torch.promote_types(x_next.dtype, torch.float32))
         return edm_epsilon(align(sigma_next, x_next), self.config.sigma_data).c_in * x_next
 
     def features(self, y: Tensor) -> Tensor:
-        """phi, (B, C)."""
+        """Return phi, (B, C)."""
         h = activate(self.conv_in(y.to(self.conv_in.weight.dtype)))
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -142,7 +142,7 @@ class NoiseLevelDiscriminator(ModelMixin, ConfigMixin):
     def condition(
         self, x_next: Tensor, sigma: Tensor | float, sigma_next: Tensor | float, class_labels: Tensor | None
     ) -> Tensor:
-        """c, (B, C)."""
+        """Return c, (B, C)."""
         if (class_labels is None) != (self.class_embedding is None):
             given = "missing" if class_labels is None else "given"
             raise ValueError(f"class_labels are {given}, with num_class_embeds={self.config.num_class_embeds}")
@@ -173,14 +173,17 @@ def activate(h: Tensor) -> Tensor:
 
 
 def initialise(conv: nn.Conv2d, nonlinearity: str) -> None:
-    """Weights that keep the second moment through the convolution and what follows; bias 0."""
+    """Set weights that keep the second moment through the convolution and what follows, and a bias of 0."""
     nn.init.kaiming_normal_(conv.weight, SLOPE, nonlinearity=nonlinearity)  # type: ignore[arg-type]
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
 
 
 def group_deviation(h: Tensor, group_size: int) -> Tensor:
-    """Mean over the elements of the standard deviation of h over each sample's group, (B, ...) -> (B,), in float32 at
-    least; see the module's docstring for the groups. It is that of a population, divided by the size of the group."""
+    """Return the standard deviation of h (B, ...) over each sample's group, averaged over its elements, (B,).
+
+    The module's docstring says what a group is. The variance is that of a population, divided by the size of the group.
+    The result is in float32 at least.
+    """
     h = h.to(torch.promote_types(h.dtype, torch.float32)).flatten(1)
     n, size = len(h), min(group_size, len(h))
     left = n % size
@@ -189,5 +192,5 @@ def group_deviation(h: Tensor, group_size: int) -> Tensor:
 
 
 def _deviation(groups: Tensor) -> Tensor:
-    """(groups, size, elements) -> (groups,)."""
+    """Return the mean standard deviation, (groups,), of (groups, size, elements)."""
     return (groups.var(1, correction=0) + VARIANCE_FLOOR).sqrt().mean(1)

@@ -39,14 +39,14 @@ SIDE = 16  # of `pixel_features`
 
 @dataclass(frozen=True)
 class Extractor:
-    """Features of images, with a name for people.
+    """A map from images to features, with a name for people.
 
     Attributes:
-        label: what the features are of; `dataclasses.replace` gives it another, such as the name of the data.
+        label: the name; `dataclasses.replace` gives it another, such as that of the training data.
         network: (B, C, H, W) in [-1, 1], float32 and on `device` -> (B, d).
-        device: where it runs.
+        device: the device that the network runs on.
         is_fid: whether a Frechet distance of these features is the FID.
-        batch_size: images that it sees at a time; the features do not depend on it, but for rounding.
+        batch_size: the network gets so many images at a time; the features depend on it by rounding alone.
     """
 
     label: str
@@ -57,7 +57,7 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features (n, d) of images (n, C, H, W) in [-1, 1], on the images' device.
+        """Return the features (n, d) of images (n, C, H, W) in [-1, 1], on the images' device.
 
         Raises:
             ValueError: the images are not of 1 or 3 channels and floating point, or the network does not give (n, d).
@@ -76,8 +76,11 @@ class Extractor:
 
 
 def default_extractor(channels: int, resolution: int, has_labels: bool) -> str:
-    """A name for `make_extractor`: "classifier" for labelled grey images of at most 32 pixels, which are far from what
-    ImageNet shows; "efficientnet" for all others."""
+    """Return a name for `make_extractor`.
+
+    It is "classifier" for labelled grey images of at most 32 pixels, which are far from what ImageNet shows, and
+    "efficientnet" for all others.
+    """
     return "classifier" if channels == 1 and resolution <= 32 and has_labels else "efficientnet"
 
 
@@ -90,18 +93,18 @@ def make_extractor(
     classes: int | None = None,
     batch_size: int = 64,
 ) -> Extractor:
-    """The same extractor for the same arguments, whatever was drawn before; the global random state stays as it is.
+    """Make an extractor, the same one for the same arguments, and leave the global random state as it is.
 
     Args:
         name: see the module's docstring.
-        device: where it runs.
+        device: the device that it runs on.
         train_images, train_labels: (n, C, H, W) in [-1, 1] and (n,), integer; for "classifier" only.
-        classes: number of labels; the greatest of `train_labels` and 1 by default.
-        batch_size: of the extractor.
+        classes: number of labels; by default one more than the greatest of `train_labels`.
+        batch_size: as for `Extractor`.
 
     Raises:
         ValueError: an unknown name, missing or wrong training data, or a path that leads to no module.
-        ImportError: an optional package, its weights, or the path's module cannot be had; the message says what to do.
+        ImportError: an optional package, its weights, or the path's module is missing; the message says what to do.
     """
     device = torch.device(device)
     with torch.random.fork_rng():
@@ -121,7 +124,7 @@ def make_extractor(
 
 
 def pixel_features(images: Tensor) -> Tensor:
-    """(n, C, H, W) -> (n, features), of at most SIDE x SIDE positions."""
+    """Average images (n, C, H, W) over at most SIDE x SIDE squares, and return the averages, (n, d)."""
     side = min(SIDE, *images.shape[2:])
     return adaptive_avg_pool2d(images.double(), side).flatten(1)
 
@@ -143,7 +146,7 @@ class Classifier(nn.Module):
 
 
 def train_classifier(images: Tensor, labels: Tensor, classes: int, epochs: int = 15) -> Classifier:
-    """The same classifier for the same images, whatever ran before."""
+    """Train a classifier, the same one for the same images, and leave the global random state as it is."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Classifier(images.shape[1], classes).to(images.device)
@@ -206,7 +209,7 @@ def _efficientnet(device: torch.device) -> Callable[[Tensor], Tensor]:
 
 
 def _inception(device: torch.device) -> Callable[[Tensor], Tensor]:
-    """torch-fidelity resizes as the network of 2015 did, which `interpolate` cannot, and normalises."""
+    """Load FID's network; torch-fidelity normalises, and resizes as that of 2015 did, which `interpolate` cannot."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except (ImportError, RuntimeError) as error:  # the latter: torchvision for another torch

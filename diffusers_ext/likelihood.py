@@ -63,7 +63,7 @@ ADAPTIVE_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 
 @torch.enable_grad()
 def exact_divergence(function: Field, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The value of a field, (B, ...), and its divergence, (B,), by one backward pass for each dimension.
+    """Return the value of a field, (B, ...), and its divergence, (B,), by one backward pass for each dimension.
 
     The samples of the batch must not influence each other (batch normalisation in training mode makes them).
 
@@ -78,7 +78,7 @@ def exact_divergence(function: Field, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def hutchinson_divergence(function: Field, x: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
-    """The value of a field, (B, ...), and an estimate of its divergence, (B,), by one backward pass for each probe.
+    """Return the value of a field, (B, ...), and estimate its divergence, (B,), by one backward pass for each probe.
 
     Args:
         probes: (n, B, ...), of mean 0 and covariance I, as `rademacher` draws them; the estimate is their mean.
@@ -92,7 +92,7 @@ def hutchinson_divergence(function: Field, x: Tensor, probes: Tensor) -> tuple[T
 
 
 def rademacher(n: int, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """`n` probes of random signs for a batch like x: (n, B, ...)."""
+    """Draw `n` probes of random signs for a batch like x: (n, B, ...)."""
     return 2 * randint(2, (n, *x.shape), generator, device=x.device).to(x) - 1
 
 
@@ -109,7 +109,7 @@ def _with_graph(function: Field, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum over all dimensions but the first, (B,)."""
+    """Return the inner products over all dimensions but the first, (B,)."""
     return (a * b).reshape(len(a), -1).sum(1)
 
 
@@ -133,7 +133,7 @@ def log_likelihood(
     log_prior: LogPrior | None = None,
     **cond: Any,
 ) -> Tensor:
-    """log p_sigma_min(x) of the probability-flow ODE, (B,), in nats; computed in float32 at least.
+    """Return log p_sigma_min(x) of the probability-flow ODE, (B,), in nats; computed in float32 at least.
 
     Args:
         x: points at noise level `sigma_min`, (B, ...), with two dimensions at least for the processes' own priors.
@@ -195,7 +195,7 @@ def _orientation(process: Process, y: Tensor) -> Tensor | float:
 
 
 def _worst_sample(state: tuple[Tensor, Tensor]) -> Tensor:
-    """The error norm: the largest over the batch of the root mean square of x and of |log p| per dimension."""
+    """Return the error norm: the largest over the batch of the root mean square of x and of |log p| per dimension."""
     x, gain = state
     return torch.maximum(x.reshape(len(x), -1).square().mean(1).sqrt(), gain.abs()).max()
 
@@ -237,7 +237,7 @@ def elbo(
     log_prior: LogPrior | None = None,
     **cond: Any,
 ) -> Elbo:
-    """An unbiased estimate of the bound on log p_sigma_min(x) of the reverse SDE; computed in float32 at least.
+    """Estimate the bound on log p_sigma_min(x) of the reverse SDE without bias; computed in float32 at least.
 
     The range [0, V] of v, V = arcosh(sigma_max / sigma_min), is cut into n strata with one level in each: at the
     fraction U ~ U(0, 1), drawn for each sample, or 1 - U in every other one, so that what is linear in v is
@@ -269,7 +269,7 @@ def nested_elbos(
     log_priors: Sequence[LogPrior],
     **cond: Any,
 ) -> list[Elbo]:
-    """`elbo` for each of several levels where the process starts, with the evaluations of the highest one alone.
+    """Estimate `elbo` for several levels where the process starts, at the cost of the highest one alone.
 
     The range of v is cut at each level. The parts between share the n strata by their widths, with one at least; the
     integrals over them add up. The noise of a part's strata gives the points x_max at its end, too.
@@ -296,8 +296,8 @@ def nested_elbos(
         prior = torch.zeros_like(offset)
         for k in range(strata):
             noise = randn_like(x, generator)
-            place = width * (k + (offset if drawn % 2 else 1 - offset))
-            tau = sigma_min * torch.sinh(cuts[j] + place)  # never 0
+            v = cuts[j] + width * (k + (offset if drawn % 2 else 1 - offset))
+            tau = sigma_min * torch.sinh(v)  # never 0
             rate = bound_rate(model, x, tau, sigma_min, noise, **cond)
             diffusion = (diffusion - width * rate).to(x.dtype)
             x_max = model.process.constrain(x + tau_max * noise)
@@ -311,7 +311,7 @@ def nested_elbos(
 def bound_rate(
     model: ScoreModel, x: Tensor, tau: Tensor | float, sigma_min: float, noise: Tensor, **cond: Any
 ) -> Tensor:
-    """sigma tau (|s|^2 - 2 s . grad log p(x_sigma | x)), (B,): what the bound loses for each unit of v, in nats.
+    """Return sigma tau (|s|^2 - 2 s . grad log p(x_sigma | x)), (B,), the bound's loss for each unit of v, in nats.
 
     x_sigma is x + tau noise, folded into the box of a reflected process, and sigma^2 = sigma_min^2 + tau^2. For each
     unit of ln sigma multiply by sigma / tau.
@@ -334,7 +334,7 @@ def bound_rate(
 
 
 def _excess(process: Process, noise: Tensor) -> Tensor | float:
-    """|noise|^2 - D, of mean 0; not in a box, where the bound is no longer quadratic in the noise."""
+    """Return |noise|^2 - D, of mean 0; but 0 in a box, where the bound is no longer quadratic in the noise."""
     return 0.0 if isinstance(process, ReflectedProcess) else _dot(noise, noise) - prod(noise.shape[1:])
 
 
@@ -342,9 +342,9 @@ def _excess(process: Process, noise: Tensor) -> Tensor | float:
 def boundary_flux(
     model: ScoreModel, x: Tensor, sigma: Tensor | float, *, generator: torch.Generator | None = None, **cond: Any
 ) -> Tensor:
-    """sigma times the score's outward normal component on a face of the box, (B,); 0 for the exact score.
+    """Return sigma times the score's outward normal component on a face of the box, (B,); 0 for the exact score.
 
-    Of each sample one coordinate is moved to its nearest face: one that is drawn among those within sigma of it, or the
+    In each sample one coordinate is moved to its nearest face: one that is drawn among those within sigma of it, or the
     closest where there is none. Faces that the data never come near do not count.
 
     Args:
@@ -390,7 +390,7 @@ def dequantize(
     low: float = -1.0,
     high: float = 1.0,
 ) -> Tensor:
-    """Uniform dequantisation: x = low + (k + u) (high - low) / levels, u ~ U(0, 1), in [low, high); float32 at least.
+    """Draw x = low + (k + u) (high - low) / levels, u ~ U(0, 1), in [low, high), in float32 at least.
 
     Args:
         images: low + k (high - low) / (levels - 1), k = 0 .. levels - 1: bytes on [low, high], both ends included.
@@ -402,9 +402,9 @@ def dequantize(
         ValueError: images are off these values by a quarter of a step or more, or the dtype is too coarse for `levels`.
     """
     images = images.to(torch.promote_types(images.dtype, torch.float32))
-    place = (images - low) / (high - low) * (levels - 1)
-    k = place.round().clamp(0, levels - 1)
-    if not bool(((place - k).abs() < 0.25).all()):
+    value = (images - low) / (high - low) * (levels - 1)
+    k = value.round().clamp(0, levels - 1)
+    if not bool(((value - k).abs() < 0.25).all()):
         raise ValueError(f"images are not on {levels} equidistant levels from {low} to {high}, the ends included")
     parts = int(1 / (4 * levels * torch.finfo(images.dtype).eps))
     if parts < 1:
@@ -416,8 +416,10 @@ def dequantize(
 def bits_per_dim(
     log_prob: Tensor, shape: int | Sequence[int], *, levels: int = 256, low: float = -1.0, high: float = 1.0
 ) -> Tensor:
-    """-(log p(x) / D + log w) / log 2, w = (high - low) / levels: an upper bound on the bits for each dimension of the
-    discrete data, on average over uniform dequantisation; log2(levels) for the uniform density on [low, high]^D.
+    """Return -(log p(x) / D + log w) / log 2, w = (high - low) / levels.
+
+    On average over uniform dequantisation this is an upper bound on the bits for each dimension of the discrete data;
+    for the uniform density on [low, high]^D it is log2(levels).
 
     Args:
         log_prob: log density of dequantised points (`dequantize`, with the same `levels`, `low` and `high`), in nats,

@@ -1,4 +1,4 @@
-r"""Distances between sets of images, what one covers of the other, and what is copied from it.
+r"""Distances between sets of images, how much of one set the other covers, and how much is copied from it.
 
 The Frechet distance of two sets of features is that of the Gaussians with their moments,
 
@@ -50,7 +50,7 @@ _ENTRIES = 2**23  # of a block of a matrix of all pairs: 64 MB in float64
 
 
 def frechet_distance(features_1: Tensor, features_2: Tensor) -> float:
-    """d^2 of two sets of features, (n_1, d) and (n_2, d); computed in float64.
+    """Return d^2 of two sets of features, (n_1, d) and (n_2, d); computed in float64.
 
     Raises:
         ValueError: the sets are not two-dimensional, of different d, or of fewer than 2 samples.
@@ -66,7 +66,7 @@ def frechet_distance(features_1: Tensor, features_2: Tensor) -> float:
 
 
 def kernel_distance(features_1: Tensor, features_2: Tensor) -> float:
-    """Squared maximum mean discrepancy of two sets of features, (n, d) and (m, d), without bias; computed in float64.
+    """Estimate the squared maximum mean discrepancy of features (n, d) and (m, d) without bias, in float64.
 
     Raises:
         ValueError: the sets are not two-dimensional, of different d, or of fewer than 2 samples.
@@ -77,13 +77,13 @@ def kernel_distance(features_1: Tensor, features_2: Tensor) -> float:
 
 
 def _kernel_sum(x: Tensor, y: Tensor) -> Tensor:
-    """Sum of k(x_i, y_j) over all i and j."""
+    """Return the sum of k(x_i, y_j) over all i and j."""
     blocks = ((part @ y.T).div_(x.shape[1]).add_(1).pow_(3).sum() for part in _blocks(x, y))
     return torch.stack(list(blocks)).sum()
 
 
 def _mean_over_pairs(x: Tensor) -> Tensor:
-    """Mean of k(x_i, x_j) over i != j."""
+    """Return the mean of k(x_i, x_j) over i != j."""
     diagonal = (x.square().sum(1) / x.shape[1] + 1).pow(3).sum()
     return (_kernel_sum(x, x) - diagonal) / (len(x) * (len(x) - 1))
 
@@ -104,13 +104,13 @@ def jackknife(
     groups: int = 10,
     level: float = 0.95,
 ) -> Interval:
-    """A function of two sets of samples, such as `frechet_distance`, with its bias of order 1/n taken off.
+    """Remove the bias of order 1/n from a function of two sets of samples, such as `frechet_distance`.
 
-    Of `kernel_distance`, which has none, it gives the interval; too wide a one where the two laws are the same.
+    `kernel_distance` has no bias, but gets an interval, which is too wide where the two laws are the same.
 
     Args:
-        features_1, features_2, groups: of `pseudo_values`, which says what is raised.
-        level: of the interval.
+        features_1, features_2, groups: as for `pseudo_values`, which raises the same errors.
+        level: the probability that the interval covers the truth.
     """
     return student_interval(pseudo_values(function, features_1, features_2, groups=groups), level)
 
@@ -118,14 +118,15 @@ def jackknife(
 def pseudo_values(
     function: Callable[[Tensor, Tensor], float], features_1: Tensor, features_2: Tensor, *, groups: int = 10
 ) -> Tensor:
-    """The v_j of the module's docstring, (groups,), in float64.
+    """Return the v_j of the module's docstring, (groups,), in float64.
 
-    Two sets of n samples are dealt alike. So for features whose row i comes from the same noise as row i of others, the
-    differences of the two sets of values make a paired comparison: `student_interval(values - others)`.
+    Any two sets of n samples are divided into groups in the same way. So for features whose row i comes from the same
+    noise as row i of others, the differences of their values make a paired comparison: `student_interval(values -
+    others)`.
 
     Args:
-        features_1, features_2: (n_1, d) and (n_2, d), independent samples; each set is dealt out to the groups at
-            random, always alike.
+        features_1, features_2: (n_1, d) and (n_2, d), independent samples; each set is divided at random, in the
+            same way at every call.
         groups: g of the module's docstring; the function is called g + 1 times.
 
     Raises:
@@ -143,7 +144,7 @@ def pseudo_values(
 
 
 def student_interval(values: Tensor, level: float = 0.95) -> Interval:
-    """The mean of independent values (n,), and an interval by Student's t of n - 1 degrees of freedom.
+    """Return the mean of independent values (n,), and an interval by Student's t of n - 1 degrees of freedom.
 
     Raises:
         ValueError: fewer than 2 values.
@@ -156,7 +157,7 @@ def student_interval(values: Tensor, level: float = 0.95) -> Interval:
 
 
 def _student_quantile(level: float, degrees: int) -> float:
-    """q with P(|t| <= q) = level, by integration of the density over the angle of t = degrees^1/2 tan(angle)."""
+    """Return q with P(|t| <= q) = level, by integration over the angle of t = degrees^1/2 tan(angle)."""
     angle = torch.linspace(0, torch.pi / 2, 100_001, dtype=torch.float64)
     mass = torch.cumulative_trapezoid(angle.cos() ** (degrees - 1), angle)
     i = int(torch.searchsorted(mass / mass[-1], level)) + 1
@@ -164,7 +165,7 @@ def _student_quantile(level: float, degrees: int) -> float:
 
 
 def precision_recall(features: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
-    """Precision and recall of features (n, d) of generated samples, against those of real ones (m, d); in float64.
+    """Return precision and recall of generated samples (n, d) against real ones (m, d), computed in float64.
 
     Raises:
         ValueError: the sets are not two-dimensional, of different d, or of k samples or fewer; or k is below 1.
@@ -177,7 +178,7 @@ def precision_recall(features: Tensor, real: Tensor, k: int = 3) -> tuple[float,
 
 
 def _covered(points: Tensor, manifold: Tensor, k: int) -> float:
-    """The share of the points that lie in the manifold of a set."""
+    """Return the share of the points that lie in the manifold of a set."""
     to_itself = (_distances(part, manifold) for part in _blocks(manifold, manifold))
     radii = torch.cat([distances.kthvalue(k + 1, dim=1).values for distances in to_itself])
     inside = [(_distances(part, manifold) <= radii).any(1) for part in _blocks(points, manifold)]
@@ -192,7 +193,7 @@ class Nearest(NamedTuple):
 
 
 def nearest(features: Tensor, reference: Tensor) -> Nearest:
-    """The nearest of the reference samples (m, d) to each of the features (n, d), by comparison with all; in float64.
+    """Find the nearest reference sample (m, d) of each of the features (n, d) by comparison with all, in float64.
 
     Raises:
         ValueError: the sets are not two-dimensional, of different d, or empty.
@@ -206,11 +207,11 @@ def nearest(features: Tensor, reference: Tensor) -> Nearest:
 
 
 def copies(features: Tensor, training: Tensor, held_out: Tensor, level: float = 0.01) -> float:
-    """The share of samples that are nearer to a training sample than all but `level` of the held-out samples are.
+    """Return the share of samples nearer to a training sample than all but `level` of the held-out samples are.
 
     It is about `level` for samples of the law that the training and the held-out ones are from, and 1 for copies. More
-    than `level` tells of memorised images only if the samples are as various as the held-out ones: a model that draws
-    the most common images alone is near to training samples, too.
+    than `level` is a sign of memorised images only if the samples are as various as the held-out ones: a model that
+    draws the most common images alone is near to training samples, too.
 
     Args:
         features: (n, d), of generated samples.
@@ -226,7 +227,7 @@ def copies(features: Tensor, training: Tensor, held_out: Tensor, level: float = 
 
 
 def copy_threshold(training: Tensor, held_out: Tensor, level: float = 0.01) -> float:
-    """The distance to a training sample below which `copies` counts a sample.
+    """Return the distance to a training sample up to which `copies` counts a sample.
 
     Raises:
         ValueError: as `copies`.
@@ -241,12 +242,12 @@ def copy_threshold(training: Tensor, held_out: Tensor, level: float = 0.01) -> f
 
 
 def _blocks(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """x in parts of so many rows that a part's pairs with all rows of y are at most _ENTRIES."""
+    """Split x so that the pairs of a part with all rows of y are at most _ENTRIES."""
     return x.split(max(1, _ENTRIES // len(y)))
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
-    """Euclidean, (n, m); not by a matrix product, so that a sample is at distance 0 of itself."""
+    """Return Euclidean distances, (n, m); without a matrix product, so that a sample is at distance 0 of itself."""
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -259,5 +260,5 @@ def _check(features_1: Tensor, features_2: Tensor, *, at_least: int, what: str) 
 
 
 def _square(a: Tensor) -> Tensor:
-    """R (d, d) with R^T R = A^T A, where A has more rows than columns; A itself otherwise."""
+    """Return R (d, d) with R^T R = A^T A where A has more rows than columns, and A itself otherwise."""
     return torch.linalg.qr(a, mode="r").R if len(a) > a.shape[1] else a

@@ -13,7 +13,7 @@ from .card import save_card, shown_command, table
 def write_bridge_card(
     folder: Path, bridge: Any, name: str, arguments: Mapping[str, Any], command: str, report: str | None = None
 ) -> None:
-    """Write `README.md`: of what the bridge is, how to sample from it, and what was measured."""
+    """Write `README.md`: what data the bridge models, how to sample from it, and what was measured."""
     kind, time = type(bridge).__name__, bridge.config.max_diffusion_time
     stock = bridge.config.scheduler["_class_name"].removeprefix("ShortTime")
     alone = not (folder / "model_index.json").is_file()

@@ -1,4 +1,4 @@
-"""What a calibration says about a model, in words, numbers and a picture."""
+"""The card of a calibration: what it says about a model, in words, numbers and a picture."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..figures import agg_figure
 from ..schedulers.scheduling_calibrated import CALIBRATED_SCHEDULERS
 from .card import save_card, shown_command, table
 
-# Below this a likelihood gain is no news to anyone, in bits per dimension; below that an offset is lost in a step.
+# A gain below the first, in bits per dimension, from offsets below the second, in eps, makes no visible difference.
 _SMALL_GAIN, _SMALL_OFFSET = 1e-3, 3e-3
 
 
 def summary(calibration: Calibration) -> dict[str, Any]:
-    """Numbers by row and level, ready for JSON; offsets as root mean square over the coordinates, in eps."""
+    """Return numbers by row and level, ready for JSON; offsets are root mean squares over the coordinates, in eps."""
     dimensions = calibration.offsets[0, 0].numel()
     rms = (calibration.squared_norm.clamp(min=0) / dimensions).sqrt()
     return {
@@ -31,7 +31,7 @@ def summary(calibration: Calibration) -> dict[str, Any]:
 
 
 def verdict(calibration: Calibration) -> str:
-    """Whether calibration is worth using for this model."""
+    """Say in words whether calibration is worth using for this model."""
     numbers, lines = summary(calibration), []
     for i, row in enumerate(numbers["rows"]):
         used = [level for level, share in enumerate(numbers["used_share"][i]) if share > 0]
@@ -109,7 +109,7 @@ def offsets_figure(calibration: Calibration) -> Any:
 
 
 def _example(calibration: Calibration, name: str) -> str:
-    """How to use it: by a calibrated scheduler where one can, else as `calibrate_pipeline` finds."""
+    """Return an example that uses a calibrated scheduler where there is one, and `calibrate_pipeline` otherwise."""
     scheduler, rows = f"Calibrated{calibration.config.scheduler['_class_name']}", tuple(calibration.config.rows)
     guided = ", guidance_scale=7.5" if UNCONDITIONAL in rows else ""
     linear = rows in ((ALL,), (CONDITIONAL, UNCONDITIONAL))

@@ -29,7 +29,7 @@ def write_model_card(
     paper: tuple[str, str],
     license: str | None = None,
 ) -> Path:
-    """Write `README.md`, the Hub's model card, from what a run knows; written aside and moved into place.
+    """Write `README.md`, the Hub's model card, from what a run knows.
 
     Local folders appear by their base name only, in the command also; the token and `cache_dir` do not appear.
 
@@ -40,10 +40,10 @@ def write_model_card(
             from become metadata where they are names of the Hub.
         command: the command line of the run, quoted as by `shlex.join`.
         data: what it was trained on, in words.
-        metrics: numbers and texts make one table, lists of one length another one with a row for each place.
+        metrics: numbers and texts make one table, lists of equal length another one, with a row for each index.
         sample: picture of samples, in `folder`.
         pipeline_class: name of the pipeline's class.
-        needs_package: the class is ours, so that loading it needs `import diffusers_ext`.
+        needs_package: whether the class is ours, so that loading it needs `import diffusers_ext`.
         paper: the method's title, and its arXiv id or address.
         license: the Hub's name of a licence.
 
@@ -122,7 +122,7 @@ def _metrics_section(metrics: Mapping[str, object]) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines)
 
@@ -146,14 +146,14 @@ def _address(paper: str) -> str:
 
 
 def hub_name(value: object) -> str | None:
-    """The value if it is a name of the Hub, `owner/name`."""
+    """Return the value if it is a name of the Hub, `owner/name`, and else `None`."""
     if not isinstance(value, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
         return None
     return None if is_local(value) or value.endswith(".parquet") else value
 
 
 def shown_command(command: str) -> str:
-    """The command line without secrets, with local paths by their base name; the script keeps a relative path."""
+    """Return the command line without secrets, local paths cut to their base name; the script keeps a relative path."""
     kept: list[str] = []
     words = iter(shlex.split(command))
     for word in words:
@@ -168,7 +168,7 @@ def shown_command(command: str) -> str:
 
 
 def _without_secrets(text: str, arguments: Mapping[str, object]) -> str:
-    """The text with the token blotted out, and absolute paths among the arguments cut to their base name."""
+    """Remove the token from the text, and cut absolute paths among the arguments to their base name."""
     values = [str(v) for v in arguments.values() if isinstance(v, str | Path)]
     for path in sorted((v for v in values if os.path.isabs(v) and len(v) > 1), key=len, reverse=True):
         text = text.replace(path, os.path.basename(os.path.abspath(path)))

@@ -70,7 +70,7 @@ _PATIENCE = 3.0  # seconds that `finish` waits before it says what it waits for
 
 @dataclass
 class HubArguments:
-    """Where on the Hub the result goes."""
+    """Arguments of a script that say where on the Hub the result goes."""
 
     push_to_hub: bool = arg(False, "Push the result to the Hub.")
     hub_model_id: str | None = arg(None, "Repository, `user/name`; by default the output folder's name.")
@@ -83,15 +83,15 @@ class HubArguments:
 
 
 def pushed_files(folder: Path, also: Sequence[str] = ()) -> list[Path]:
-    """What inference needs of a folder, relative to it, sorted: the allow list of every push.
+    """Return the files of a folder that inference needs, relative to it, sorted: the allow list of every push.
+
+    For a pipeline these are `model_index.json` and the configurations and safetensors of the components that it names,
+    for a calibration its `config.json`, tables and scheduler; in either case the model card, the newest sample grid,
+    `pipeline.py`, `metrics.json` and the pictures where there are any.
 
     Args:
-        folder: of a pipeline, a calibration or a bridge.
+        folder: the folder of a pipeline, a calibration or a bridge.
         also: models in folders of their own beside it, which the pipeline does not name.
-
-    Of a pipeline `model_index.json` and the configurations and safetensors of the components that it names; of a
-    calibration its `config.json`, tables and scheduler; the model card, the newest sample grid, `pipeline.py`,
-    `metrics.json` and the picture of a calibration where there are any.
 
     Raises:
         FileNotFoundError: the folder holds neither a pipeline nor a calibration: nobody could load what is pushed.
@@ -112,22 +112,22 @@ def pushed_files(folder: Path, also: Sequence[str] = ()) -> list[Path]:
 @dataclass(eq=False)
 class _Push:
     folder: Path
-    """Where the user finds the files."""
+    """The user finds the files here."""
     message: str
     files: list[Path]
     snapshot: tempfile.TemporaryDirectory[str] | None
     """The files as they were when the push was asked for."""
     failure: str | None = None
-    """Why the last attempt failed."""
+    """The reason why the last attempt failed."""
     done: bool = False
 
 
 class _Refusal(Exception):
-    """We do not push, and trying again would not help."""
+    """The push is refused on this side, and trying again would not help."""
 
 
 class HubPusher:
-    """Pushes of a pipeline's folder to one repository of the Hub, in the background; the newest one matters.
+    """Pushes a pipeline's folder to one repository of the Hub, in the background; a newer push replaces one that waits.
 
     The constructor does not touch the network. It removes the snapshots of a former run that was killed.
 
@@ -176,8 +176,9 @@ class HubPusher:
     def push(self, folder: Path, message: str, also: Sequence[str] = ()) -> None:
         """Take a snapshot of what inference needs, and push it in the background as one commit.
 
-        Returns before anything is sent, and raises for no reason of the network or the disk: `finish` tells. A push
-        that still waits, for its turn or for its next attempt, is dropped for this one. `also`: see `pushed_files`.
+        This returns before anything is sent. A failure of the network or the disk raises nothing here: `finish` reports
+        it. A push that still waits, for its turn or for its next attempt, is dropped for this one. For `also` see
+        `pushed_files`.
 
         Raises:
             FileNotFoundError: there is no `model_index.json` in the folder.
@@ -224,7 +225,7 @@ class HubPusher:
         return None if reason is None else self._failure_message(push, reason)
 
     def _wait_for(self, push: _Push, timeout: float | None) -> str | None:
-        """Why the push has not gone up in time, if it has not."""
+        """Return why the push has not gone up in time, or `None` if it has."""
         patience = _PATIENCE if timeout is None else min(_PATIENCE, timeout)
         with self._changed:
             if self._changed.wait_for(lambda: push.done, patience):
@@ -321,7 +322,7 @@ class HubPusher:
         )
 
     def _command(self, push: _Push) -> str:
-        """The shell command that does what the push should have done."""
+        """Return the shell command that does what the push should have done."""
         words = ["hf", "upload", self._repo_id, str(push.folder), "."]
         for file in push.files:
             words += ["--include", glob.escape(file.as_posix())]
@@ -335,10 +336,10 @@ class HubPusher:
 
 
 def make_pusher(args: HubArguments, folder: Path, is_main_process: bool) -> HubPusher | None:
-    """The pusher that the arguments ask for, on the main process alone.
+    """Make the pusher that the arguments ask for, on the main process alone.
 
     Raises:
-        InputError: the repository's name is none.
+        InputError: the name of the repository is not valid.
     """
     if not (args.push_to_hub and is_main_process):
         return None
@@ -349,14 +350,14 @@ def make_pusher(args: HubArguments, folder: Path, is_main_process: bool) -> HubP
 
 
 def _repository_name(folder: Path) -> str:
-    """The folder's name in the Hub's alphabet."""
+    """Return the folder's name in the Hub's alphabet."""
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", folder.resolve().name)
     name = re.sub(r"([-.])[-.]+", r"\1", name)[:96]
     return name.removesuffix(".git").strip("-.") or "model"
 
 
 def _snapshot(folder: Path, files: list[Path], beside: Path) -> tempfile.TemporaryDirectory[str]:
-    """The files in a hidden folder: weights as hard links (they are replaced by rename), the others as copies."""
+    """Keep the files in a hidden folder: weights as hard links (they are replaced by rename), the others as copies."""
     beside.mkdir(parents=True, exist_ok=True)
     snapshot = tempfile.TemporaryDirectory(dir=beside, prefix=_SNAPSHOT_PREFIX, ignore_cleanup_errors=True)
     try:
@@ -399,7 +400,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it was raised from: the client wraps errors of large files."""
+    """Yield the error and what it was raised from: the client wraps errors of large files."""
     while error is not None:
         yield error
         error = error.__cause__
@@ -416,7 +417,7 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def _describe(error: Exception) -> str:
-    """One line: the error, and the first cause where the client has wrapped it."""
+    """Describe the error in one line, with its cause where the client has wrapped it."""
     causes = [error, error.__cause__] if isinstance(error, RuntimeError) else [error]
     texts = [str(c) or type(c).__name__ for c in causes if c is not None]
     return textwrap.shorten(": ".join(texts), 600, placeholder=" ...").rstrip(".")

@@ -27,7 +27,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Quality:
-    """Of a set of images, against the reference images, in the features of the extractor.
+    """Measures of a set of images against the reference images, in the features of the extractor.
 
     Attributes:
         frechet, kernel: distances without their bias of order 1/n, with intervals; they may be below 0.
@@ -49,18 +49,18 @@ class Quality:
 
 @dataclass(frozen=True)
 class Cell:
-    """Samples of one model with one scheduler and number of steps.
+    """Measures of the samples of one model with one scheduler and number of steps.
 
     Attributes:
         model: name of the model in the evaluation.
         scheduler: its class, without "Scheduler".
         steps: `num_inference_steps`.
         nfe: evaluations of the network for one image (twice the steps with classifier-free guidance).
-        seconds: per image.
+        seconds: time for one image.
         out_of_range: share of the values of the pipeline's last state (decoded, of a latent model) that are outside
             [-1, 1] by more than half a grey level, or not finite.
-        num_samples: images.
-        quality: of them.
+        num_samples: the number of images.
+        quality: the measures of these images.
     """
 
     model: str
@@ -75,12 +75,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of held-out images under one model, in bits per dimension.
+    """The likelihood of held-out images under one model, in bits per dimension.
 
     Attributes:
         ode: by the probability flow; `None` if it was not measured.
         bound: an upper bound, by denoising.
-        sigmas, eps_mse: mean square error of the predicted noise by noise level.
+        sigmas, eps_mse: noise levels, and the mean square error of the predicted noise at each.
     """
 
     ode: Interval | None = None
@@ -89,7 +89,7 @@ class Likelihood:
     eps_mse: list[float] = field(default_factory=list)
 
     def save(self, path: str | os.PathLike) -> None:
-        """As JSON, written aside and renamed."""
+        """Write this as JSON; the file is complete, or as it was before."""
         write_file(path, json.dumps(_stored(asdict(self)), allow_nan=False))
 
     @classmethod
@@ -105,13 +105,13 @@ class Evaluation:
     Attributes:
         data: name of the data set, shown to people.
         reference: what the samples are compared with, e.g. "250 held-out images".
-        num_reference: images of it.
+        num_reference: the number of these images.
         extractor: label of the features; "FID" appears in the outputs only where it says Inception on standard weights.
-        num_features: of the extractor; the Frechet distance of fewer images is NaN.
+        num_features: d of the extractor; the Frechet distance of fewer images is NaN.
         is_fid: whether the Frechet distance is FID.
         floor: the measures of real images that are not in the reference, `num_floor` of them.
         models: name -> Hub name or folder.
-        seed, command, versions: of the run.
+        seed, command, versions: those of the run.
     """
 
     data: str
@@ -131,23 +131,23 @@ class Evaluation:
 
     @property
     def by_kernel(self) -> bool:
-        """Whether there is no Frechet distance, the images being fewer than the features."""
+        """Whether the images are fewer than the features, so that there is no Frechet distance."""
         counts = [self.num_reference, self.num_floor, *(cell.num_samples for cell in self.cells)]
         return min(counts) < self.num_features
 
     @property
     def distance_name(self) -> str:
-        """What the distance may be called, with the extractor."""
+        """The name of the distance, with the extractor."""
         kind = "kernel distance" if self.by_kernel else "FID" if self.is_fid else "Frechet distance"
         return f"{kind} ({self.extractor})"
 
     def distance(self, quality: Quality) -> Interval:
-        """The one that there is."""
+        """Return the distance that this evaluation is about: `by_kernel` says which."""
         return quality.kernel if self.by_kernel else quality.frechet
 
     @property
     def model_names(self) -> list[str]:
-        """The first is the baseline."""
+        """The names of the models, of which the first is the baseline."""
         return list(dict.fromkeys([*self.models, *(cell.model for cell in self.cells)]))
 
     @property
@@ -155,13 +155,13 @@ class Evaluation:
         return list(dict.fromkeys(cell.scheduler for cell in self.cells))
 
     def ordered(self) -> list[Cell]:
-        """Cells by model, scheduler and NFE; the first two in the order of the evaluation."""
+        """Return the cells sorted by model, scheduler and NFE; the first two in the order of the evaluation."""
         models, schedulers = self.model_names, self.schedulers
         return sorted(self.cells, key=lambda c: (models.index(c.model), schedulers.index(c.scheduler), c.nfe))
 
     def change(self, cell: Cell) -> tuple[Cell, Interval] | None:
-        """The baseline of a cell, and the distance less the baseline's. The interval is of the pairs: both sides are
-        drawn from the same noise, so that it is narrower, as a rule, than those of the two distances.
+        """Return the baseline of a cell, and the distance less the baseline's. The interval is that of the pairs: both
+        sides are drawn from the same noise, so that it is narrower, as a rule, than those of the two distances.
 
         The baseline is of the first model and the same NFE, with the same scheduler, or with what that one is derived
         from (DDIM for CalibratedDDIM), or else with the first. `None` for a baseline itself, and where the values of
@@ -180,7 +180,7 @@ class Evaluation:
         return (baseline, student_interval(ours - theirs)) if len(ours) == len(theirs) > 1 else None
 
     def save(self, path: str | os.PathLike) -> None:
-        """As JSON, written aside and renamed."""
+        """Write this as JSON; the file is complete, or as it was before."""
         values = _stored({"format_version": FORMAT_VERSION} | asdict(self))
         write_file(path, json.dumps(values, indent=1, allow_nan=False))
 
@@ -202,7 +202,7 @@ class Evaluation:
 
 
 def _stored(value: Any) -> Any:
-    """The value as JSON takes it."""
+    """Return the value as JSON takes it."""
     if isinstance(value, dict):
         return {key: _stored(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -211,7 +211,7 @@ def _stored(value: Any) -> Any:
 
 
 def _number(stored: Any) -> Any:
-    """Inverse of `_stored` for a number."""
+    """Invert `_stored` for a number."""
     return float(stored) if isinstance(stored, str) else stored
 
 

@@ -37,7 +37,7 @@ _KEY = "model-index"
 
 
 def model_index(evaluation: Evaluation, model: str) -> list[EvalResult]:
-    """One result for every measure of every cell of one model, and its bits per dimension.
+    """Return one result for every measure of every cell of one model, and its bits per dimension.
 
     The type is "fid" only where the evaluation says that it is; the name states scheduler, steps and extractor. What
     was not measured, or is not finite, has no result.
@@ -77,7 +77,7 @@ def model_index(evaluation: Evaluation, model: str) -> list[EvalResult]:
 def _result(
     evaluation: Evaluation, kind: str, name: str, value: Interval | float | None, config: str, args: dict[str, Any]
 ) -> list[EvalResult]:
-    """The result, or none."""
+    """Return a list of the result, which is empty for a value that is missing or not finite."""
     estimate = value.estimate if isinstance(value, Interval) else value
     if estimate is None or not math.isfinite(estimate):
         return []
@@ -101,7 +101,7 @@ def _result(
 
 
 def write_model_index(evaluation: Evaluation, model: str, card_path: str | os.PathLike) -> None:
-    """Merge the results of a model into a card, `README.md`; made if there is none. Written aside and renamed.
+    """Merge the results of a model into a card, `README.md`, which is made if there is none.
 
     Raises:
         ValueError: the evaluation has no such model, or the card's metadata cannot be read.
@@ -115,14 +115,14 @@ def write_model_index(evaluation: Evaluation, model: str, card_path: str | os.Pa
 def push_model_index(
     evaluation: Evaluation, model: str, repo_id: str, token: str | None, folder: str | os.PathLike
 ) -> None:
-    """Merge the results of a model into the card of a repository on the Hub, as one commit; none if nothing changes.
+    """Merge the results of a model into the card of a repository on the Hub by one commit, or none if nothing changes.
 
     Args:
         token: `None` takes that of `hf auth login` or `HF_TOKEN`.
-        folder: with the evaluation's `results.json`; the message of a failure names it.
+        folder: it holds the evaluation's `results.json`; the message of a failure names it.
 
     Raises:
-        RuntimeError: it did not work. The message tells why and how to push later, without the token.
+        RuntimeError: it did not work. The message says why and how to push later, without the token.
     """
     try:
         api = HfApi(token=token)
@@ -171,7 +171,7 @@ def _without_token(text: str, token: str | None) -> str:
 
 
 def merged_card(text: str, evaluation: Evaluation, model: str) -> str:
-    """A card's text with the results of a model in its metadata; "" makes a card.
+    """Return a card's text with the results of a model in its metadata; "" makes a card.
 
     Raises:
         ValueError: the evaluation has no such model, or the card's metadata cannot be read.
@@ -198,7 +198,7 @@ def merged_card(text: str, evaluation: Evaluation, model: str) -> str:
 
 
 def _merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries of a `model-index` with our results at the end of the first one."""
+    """Return the entries of a `model-index` with our results at the end of the first one."""
     replaced = {_identity(result, metric) for result in new[0]["results"] for metric in result["metrics"]}
     kept = []
     for entry in old:
@@ -228,13 +228,13 @@ def _identity(result: dict[str, Any], metric: dict[str, Any]) -> str:
 
 
 def _with_index(header: str, metadata: dict[str, Any], index: list[dict[str, Any]], newline: str) -> str:
-    """The YAML header with another `model-index`; its other lines stay as they are, where YAML lets them."""
+    """Return the YAML header with another `model-index`; its other lines stay as they are, where YAML lets them."""
     block = yaml_dump({_KEY: index}, sort_keys=False, line_break=newline).rstrip()
     root = yaml.compose(header, Loader=yaml.SafeLoader)
     pairs = root.value if isinstance(root, yaml.MappingNode) else []
-    places = [(key.start_mark.index, _end(value)) for key, value in pairs if key.value == _KEY]
-    if places:
-        start, end = places[0]
+    spans = [(key.start_mark.index, _end(value)) for key, value in pairs if key.value == _KEY]
+    if spans:
+        start, end = spans[0]
         spliced = header[:start] + block + header[end:]
     else:
         spliced = f"{header}{newline}{block}" if header.strip() else block
@@ -248,7 +248,7 @@ def _with_index(header: str, metadata: dict[str, Any], index: list[dict[str, Any
 
 
 def _end(node: yaml.Node) -> int:
-    """Where the last value below a node ends; a block's own mark lies behind the comments that follow it."""
+    """Return where the last value below a node ends; a block's own mark lies behind the comments that follow it."""
     if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
         last = node.value[-1]
         return _end(last[1] if isinstance(node, yaml.MappingNode) else last)

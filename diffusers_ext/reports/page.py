@@ -27,10 +27,10 @@ _PLOTS = (QUALITY_NFE, QUALITY_SECONDS, LOSS_BY_SIGMA)
 
 
 def write_report(evaluation: Evaluation, folder: Path, pictures: Mapping[str, Image.Image] | None = None) -> None:
-    """Write the files into a folder, each aside and renamed; plots of an earlier report that are not drawn now go.
+    """Write the files into a folder, and remove plots of an earlier report that are not drawn now.
 
     Args:
-        pictures: title -> sample grids and other pictures that the page shows below the results, in this order.
+        pictures: title -> sample grid or other picture; the page shows them below the results, in this order.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn = plots(evaluation)
@@ -65,7 +65,7 @@ code { font-size: .85rem; white-space: pre-wrap; }
 
 
 def html_page(evaluation: Evaluation, drawn: Mapping[str, bytes], pictures: Mapping[str, Image.Image]) -> str:
-    """The page: tables, plots and pictures inside of one file."""
+    """Return the page, with tables, plots and pictures inside of one file."""
     of_distance, others = ([one.html() for one in some] for some in tables(evaluation))
     captions = _captions(evaluation)
     figures = {name: _img(drawn[name], captions[name]) for name in _PLOTS if name in drawn}
@@ -126,8 +126,8 @@ def _png(picture: Image.Image) -> bytes:
 
 
 def _footer(evaluation: Evaluation) -> str:
-    named = {name: shown(place) for name, place in evaluation.models.items()}
-    models = "; ".join(name if name == place else f"{name}: {place}" for name, place in named.items())
+    named = {name: shown(path) for name, path in evaluation.models.items()}
+    models = "; ".join(name if name == path else f"{name}: {path}" for name, path in named.items())
     versions = ", ".join(f"{name} {version}" for name, version in evaluation.versions.items())
     return (
         f"<footer><h2>This run</h2>\n<p>Models: {escape(models)}. Seed {evaluation.seed}. {escape(versions)}.</p>\n"

@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def image_grid(images: np.ndarray, columns: int | None = None, min_size: int = 64) -> Image.Image:
-    """Images (n, H, W, C) in [0, 1] side by side; small ones enlarged by a whole factor to at least `min_size`."""
+    """Put images (n, H, W, C) in [0, 1] side by side; enlarge small ones by a whole factor to at least `min_size`."""
     n, height, width, _ = images.shape
     columns = columns or int(np.ceil(np.sqrt(n)))
     factor = max(1, -(-min_size // height))

@@ -22,7 +22,10 @@ _MARKERS, _LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", ":")
 
 
 def plots(evaluation: Evaluation) -> dict[str, bytes]:
-    """File name -> PNG of the plots that there are numbers for; none, and a line that says so, without matplotlib."""
+    """Draw the plots that there are numbers for, and return file name -> PNG.
+
+    Without matplotlib print a line that says that there are no plots, and return none.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -42,11 +45,11 @@ def plots(evaluation: Evaluation) -> dict[str, bytes]:
     return drawn
 
 
-def quality_figure(evaluation: Evaluation, place: Callable[[Cell], float], label: str, *, marked: bool = False) -> Any:
-    """The distance against `place` of a cell: a panel for each scheduler, a line for each model.
+def quality_figure(evaluation: Evaluation, cost: Callable[[Cell], float], label: str, *, marked: bool = False) -> Any:
+    """Draw the distance against the cost of a cell: a panel for each scheduler, a line for each model.
 
     Bars are the intervals, the band is the floor's, a cross on the upper edge an estimate that is not finite. `marked`
-    puts the ticks at the values of `place`.
+    puts the ticks at the costs.
     """
     from matplotlib.transforms import ScaledTranslation
 
@@ -57,7 +60,7 @@ def quality_figure(evaluation: Evaluation, place: Callable[[Cell], float], label
     axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
     handles: dict[str, Any] = {}
     floor = evaluation.distance(evaluation.floor) if evaluation.floor is not None else None
-    places = [x for x in map(place, evaluation.cells) if math.isfinite(x) and x > 0]
+    costs = [x for x in map(cost, evaluation.cells) if math.isfinite(x) and x > 0]
     for axis, scheduler in zip(axes, schedulers, strict=False):
         axis.set_title(_label(scheduler, 40), fontsize=11)
         axis.set_axisbelow(True)
@@ -69,8 +72,8 @@ def quality_figure(evaluation: Evaluation, place: Callable[[Cell], float], label
             handles[f"{REAL} (n = {evaluation.num_floor})"] = band
         for i, model in enumerate(models):
             cells = [c for c in evaluation.ordered() if (c.model, c.scheduler) == (model, scheduler)]
-            cells = [c for c in cells if math.isfinite(place(c)) and place(c) > 0]
-            x, values = [place(c) for c in cells], [evaluation.distance(c.quality) for c in cells]
+            cells = [c for c in cells if math.isfinite(cost(c)) and cost(c) > 0]
+            x, values = [cost(c) for c in cells], [evaluation.distance(c.quality) for c in cells]
             y = np.array([v.estimate if math.isfinite(v.estimate) else math.nan for v in values])
             bars = np.array([[y - low, high - y] for y, (low, high) in zip(y, map(_ends, values), strict=True)])
             # Beside each other on the picture, where bars at one NFE would hide each other; the data stay exact.
@@ -90,7 +93,7 @@ def quality_figure(evaluation: Evaluation, place: Callable[[Cell], float], label
         axis.set_axis_off()
     measured = [evaluation.distance(cell.quality) for cell in evaluation.cells] + ([floor] if floor is not None else [])
     for k, axis in enumerate(axes[: len(schedulers)]):
-        _log_places(axis, places, marked)
+        _log_axis(axis, costs, marked)
         _vertical_axis(axis, measured)
         lowest = k >= len(schedulers) - columns
         axis.set_xlabel(label if lowest else "")
@@ -101,13 +104,14 @@ def quality_figure(evaluation: Evaluation, place: Callable[[Cell], float], label
 
 
 def _ends(value: Interval) -> tuple[float, float]:
-    """The interval, without width where it is not finite."""
+    """Return the ends of the interval, which has no width where it is not finite."""
     finite = math.isfinite(value.low) and math.isfinite(value.high)
     return (value.low, value.high) if finite else (value.estimate, value.estimate)
 
 
 def _vertical_axis(axis: Any, values: Sequence[Interval]) -> None:
-    """Linear; logarithmic if the estimates span a factor of 10, linear around 0 if an interval reaches there."""
+    """Scale the axis: linear, but logarithmic if the estimates span a factor of 10, and linear around 0 if an interval
+    reaches there."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     finite = [v for v in values if math.isfinite(v.estimate)]
@@ -139,37 +143,36 @@ def _vertical_axis(axis: Any, values: Sequence[Interval]) -> None:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers in a range, few enough for their labels."""
+    """Return round numbers in a range, few enough for their labels."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (1, 2, 5) if high < 100 * low else (1, 3) if high < 2000 * low else (1,)
     return [k * 10.0**d for d in decades for k in steps if 0.999 * low <= k * 10.0**d <= 1.001 * high]
 
 
-def _log_places(axis: Any, places: Sequence[float], marked: bool) -> None:
-    """A logarithmic axis with plain numbers, also if there is one place."""
+def _log_axis(axis: Any, values: Sequence[float], marked: bool) -> None:
+    """Make the x axis logarithmic with plain numbers, also for one value; `marked` puts the ticks at the values."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     axis.set_xscale("log")
-    if not places:
+    if not values:
         return
-    low, high = min(places), max(places)
+    low, high = min(values), max(values)
     margin = max((high / low) ** 0.07, 1.15 if high > low else 1.8)
     axis.set_xlim(low / margin, high * margin)
     if marked:
-        shown_places: list[float] = []
-        for x in sorted(set(places)):  # no two labels on each other
-            if not shown_places or math.log(x / shown_places[-1]) > 0.07 * math.log(high / low * margin**2):
-                shown_places.append(x)
-        axis.xaxis.set_major_locator(FixedLocator(shown_places))
+        ticks: list[float] = []
+        for x in sorted(set(values)):  # no two labels on each other
+            if not ticks or math.log(x / ticks[-1]) > 0.07 * math.log(high / low * margin**2):
+                ticks.append(x)
     else:
         ticks = _log_ticks(low, high) if high > 3 * low else sorted({float(f"{x:.2g}") for x in (low, high)})
-        axis.xaxis.set_major_locator(FixedLocator(ticks))
+    axis.xaxis.set_major_locator(FixedLocator(ticks))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}" if x < 1000 else f"{x:g}"))
     axis.xaxis.set_minor_locator(NullLocator())
 
 
 def losses_of(evaluation: Evaluation) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Model -> levels, increasing, and losses that a logarithm takes."""
+    """Return model -> levels, increasing, and losses of which there is a logarithm."""
     found = {}
     for model in evaluation.model_names:
         one = evaluation.likelihoods.get(model)
@@ -184,7 +187,7 @@ def losses_of(evaluation: Evaluation) -> dict[str, tuple[np.ndarray, np.ndarray]
 
 
 def loss_figure(evaluation: Evaluation) -> Any:
-    """Loss against noise level; below it, of several models, the ratio to the first (interpolated in logarithms)."""
+    """Draw loss against noise level; below, for several models, the ratio to the first, interpolated in logarithms."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     losses, models = losses_of(evaluation), evaluation.model_names
@@ -231,7 +234,8 @@ def _style(i: int) -> dict[str, str]:
 
 
 def _label(name: str, longest: int = 36) -> str:
-    """A name for matplotlib: not too long, no mathematics, and shown in a legend also with a leading underscore."""
+    """Prepare a name for matplotlib: not too long, without mathematics, and with no leading underscore, which would
+    hide it in a legend."""
     if len(name) > longest:
         name = f"{name[: longest // 2 - 1]}...{name[-(longest // 2 - 2) :]}"
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")

@@ -23,7 +23,7 @@ MISSING, NOT_FINITE = "–", "not finite"
 
 
 def clear_winner(intervals: Sequence[Interval | None]) -> int | None:
-    """The place of the interval that lies below all other finite ones; `None` where two of the lowest overlap."""
+    """Return the index of the interval that lies below all other finite ones; `None` where the two lowest overlap."""
     finite = [(i, one) for i, one in enumerate(intervals) if one is not None and all(map(math.isfinite, one))]
     if len(finite) < 2:
         return None
@@ -33,7 +33,7 @@ def clear_winner(intervals: Sequence[Interval | None]) -> int | None:
 
 @dataclass
 class Table:
-    """Rows of texts; the first `names` columns are names, the others numbers."""
+    """A table of texts whose first `names` columns are names, and the others numbers."""
 
     title: str
     note: str
@@ -42,16 +42,16 @@ class Table:
     rows: list[list[str]] = field(default_factory=list)
     bold: set[tuple[int, int]] = field(default_factory=set)
     floor: bool = False
-    """The last row is that of real images."""
+    """Whether the last row is that of real images."""
 
     def embolden(self, column: int, intervals: Sequence[Interval | None]) -> None:
-        """The row, if any, whose interval lies below those of all others."""
+        """Make a column's value bold in the row, if any, whose interval lies below those of all others."""
         best = clear_winner(intervals)
         if best is not None:
             self.bold.add((best, column))
 
     def end(self, row: list[str]) -> None:
-        """The row of real images."""
+        """Add the row of real images, the last one."""
         self.rows.append(row)
         self.floor = True
 
@@ -86,19 +86,19 @@ class Table:
 
 
 def _plain(text: str) -> str:
-    """Markdown that shows the text; underscores inside of names need no escape."""
+    """Return Markdown that shows the text; underscores inside of names need no escape."""
     return re.sub(r"([\\`*<>&\[\]])", r"\\\1", text)
 
 
 def markdown_table(evaluation: Evaluation) -> str:
-    """The results as Markdown tables for a README: distance by NFE, its change from the
-    baseline, the other measures, bits per dimension."""
+    """Return Markdown tables for a README: distance by NFE, its change from the baseline, the other measures, bits per
+    dimension."""
     first, second = tables(evaluation)
     return "\n\n".join(one.markdown() for one in first + second)
 
 
 def tables(evaluation: Evaluation) -> tuple[list[Table], list[Table]]:
-    """Those of the distance, and the others."""
+    """Return the tables of the distance, and the others."""
     of_distance, others = (_distances, _changes), (_measures, _likelihoods)
     made = ([make(evaluation) for make in makers] for makers in (of_distance, others))
     first, second = ([one for one in some if one.rows] for some in made)
@@ -203,7 +203,7 @@ def _quality_texts(quality: Quality) -> list[str]:
 
 
 def interval_text(value: Interval | None, *, signed: bool = False) -> str:
-    """Estimate ± half-width, to two significant digits of the latter."""
+    """Return "estimate ± half-width", with two significant digits of the latter."""
     sign = "+" if signed else ""
     if value is None:
         return MISSING
@@ -258,7 +258,7 @@ def _pairs(evaluation: Evaluation) -> list[tuple[str, str]]:
 
 
 def csv_text(evaluation: Evaluation) -> str:
-    """One row for each cell and for the floor; empty where nothing was measured."""
+    """Return a row for each cell and for the floor; a value that was not measured is empty."""
     rows = [
         {key: getattr(cell, key) for key in ("model", "scheduler", "steps", "nfe", "num_samples")}
         | {"seconds": cell.seconds, "out_of_range": cell.out_of_range}
