@@ -4,6 +4,8 @@ Importing this package makes its classes known to `DiffusionPipeline.from_pretra
 pipeline that was saved with one of them.
 """
 
+from typing import Any
+
 import diffusers
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.pipelines import pipeline_loading_utils
@@ -29,37 +31,7 @@ from .noise_levels import (
 )
 from .pipelines import ClassConditionalPipeline, ReflectedPipeline, ShortTimePipeline
 from .process import GaussianProcess, Process, ReflectedProcess
-from .schedulers import ReflectedScheduler
-from .schedulers.scheduling_calibrated import (
-    CalibratedDDIMScheduler,
-    CalibratedDDPMScheduler,
-    CalibratedDEISMultistepScheduler,
-    CalibratedDPMSolverMultistepScheduler,
-    CalibratedDPMSolverSinglestepScheduler,
-    CalibratedEDMDPMSolverMultistepScheduler,
-    CalibratedEDMEulerScheduler,
-    CalibratedEulerAncestralDiscreteScheduler,
-    CalibratedEulerDiscreteScheduler,
-    CalibratedFlowMatchEulerDiscreteScheduler,
-    CalibratedHeunDiscreteScheduler,
-    CalibratedKDPM2AncestralDiscreteScheduler,
-    CalibratedKDPM2DiscreteScheduler,
-    CalibratedLMSDiscreteScheduler,
-    CalibratedPNDMScheduler,
-    CalibratedShortTimeDDIMScheduler,
-    CalibratedShortTimeDDPMScheduler,
-    CalibratedShortTimeDPMSolverMultistepScheduler,
-    CalibratedShortTimeEulerDiscreteScheduler,
-    CalibratedShortTimeUniPCMultistepScheduler,
-    CalibratedUniPCMultistepScheduler,
-)
-from .schedulers.scheduling_short_time import (
-    ShortTimeDDIMScheduler,
-    ShortTimeDDPMScheduler,
-    ShortTimeDPMSolverMultistepScheduler,
-    ShortTimeEulerDiscreteScheduler,
-    ShortTimeUniPCMultistepScheduler,
-)
+from .schedulers import FAMILIES, ReflectedScheduler
 from .score import Denoiser, ReflectedModel, ScoreModel
 from .solvers import euler, euler_maruyama, heun, langevin, posterior, sample
 
@@ -67,27 +39,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Bridge",
-    "CalibratedDDIMScheduler",
-    "CalibratedDDPMScheduler",
-    "CalibratedDEISMultistepScheduler",
-    "CalibratedDPMSolverMultistepScheduler",
-    "CalibratedDPMSolverSinglestepScheduler",
-    "CalibratedEDMDPMSolverMultistepScheduler",
-    "CalibratedEDMEulerScheduler",
-    "CalibratedEulerAncestralDiscreteScheduler",
-    "CalibratedEulerDiscreteScheduler",
-    "CalibratedFlowMatchEulerDiscreteScheduler",
-    "CalibratedHeunDiscreteScheduler",
-    "CalibratedKDPM2AncestralDiscreteScheduler",
-    "CalibratedKDPM2DiscreteScheduler",
-    "CalibratedLMSDiscreteScheduler",
-    "CalibratedPNDMScheduler",
-    "CalibratedShortTimeDDIMScheduler",
-    "CalibratedShortTimeDDPMScheduler",
-    "CalibratedShortTimeDPMSolverMultistepScheduler",
-    "CalibratedShortTimeEulerDiscreteScheduler",
-    "CalibratedShortTimeUniPCMultistepScheduler",
-    "CalibratedUniPCMultistepScheduler",
     "Calibration",
     "ClassConditionalPipeline",
     "Denoiser",
@@ -107,12 +58,7 @@ __all__ = [
     "ReflectedProcess",
     "ReflectedScheduler",
     "ScoreModel",
-    "ShortTimeDDIMScheduler",
-    "ShortTimeDDPMScheduler",
-    "ShortTimeDPMSolverMultistepScheduler",
-    "ShortTimeEulerDiscreteScheduler",
     "ShortTimePipeline",
-    "ShortTimeUniPCMultistepScheduler",
     "bits_per_dim",
     "boundary_flux",
     "calibrate_denoiser",
@@ -147,6 +93,15 @@ __all__ = [
     "score_model_from",
     "short_time_pipeline",
 ]
+__all__ += FAMILIES
+__all__.sort()
+
+globals().update(FAMILIES)
+
+
+def __getattr__(name: str) -> Any:
+    """Tells type checkers that there are more names than they see: the schedulers of the families."""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _register() -> None:

@@ -1,7 +1,20 @@
 """Schedulers that take the place of diffusers' own."""
 
-from .scheduling_calibrated import CalibratedScheduler, calibrated_class, save_tables
-from .scheduling_reflected import ReflectedScheduler
-from .scheduling_short_time import ShortTimeScheduler
+from typing import Any
 
-__all__ = ["CalibratedScheduler", "ReflectedScheduler", "ShortTimeScheduler", "calibrated_class", "save_tables"]
+from .derived import by_name
+from .scheduling_calibrated import CALIBRATED_SCHEDULERS, CalibratedScheduler, calibrated_class, save_tables
+from .scheduling_reflected import ReflectedScheduler
+from .scheduling_short_time import SHORT_TIME_SCHEDULERS, ShortTimeScheduler
+
+__all__ = [
+    "FAMILIES",
+    "CalibratedScheduler",
+    "ReflectedScheduler",
+    "ShortTimeScheduler",
+    "calibrated_class",
+    "save_tables",
+]
+
+FAMILIES: dict[str, Any] = by_name(CALIBRATED_SCHEDULERS) | by_name(SHORT_TIME_SCHEDULERS)
+"""Every class of the two families, by its own name."""

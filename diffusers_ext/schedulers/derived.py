@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 WRAPPED = ("step", "set_timesteps")
@@ -26,3 +27,9 @@ def derive(prefix: str, family: Any, stock: Any) -> Any:
     members = {"__module__": family.__module__, "__doc__": doc} | {name: keep_signature(name) for name in WRAPPED}
     kind = type(f"{prefix}{stock.__name__}", (family, stock), members)
     return kind
+
+
+def by_name(family: Mapping[str, Any]) -> dict[str, Any]:
+    """The classes of a family by their own names. A module that makes them takes these up into its namespace, where
+    pickle looks for them."""
+    return {kind.__name__: kind for kind in family.values()}

@@ -20,7 +20,6 @@ Reference: On Calibrating Diffusion Probabilistic Models (Pang et al., 2023, arX
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -36,15 +35,8 @@ from torch import Tensor
 
 from ..calibration import Calibration, subtract
 from ..interop import noise_schedule
-from .derived import derive
-from .scheduling_short_time import (
-    ShortTimeDDIMScheduler,
-    ShortTimeDDPMScheduler,
-    ShortTimeDPMSolverMultistepScheduler,
-    ShortTimeEulerDiscreteScheduler,
-    ShortTimeScheduler,
-    ShortTimeUniPCMultistepScheduler,
-)
+from .derived import by_name, derive
+from .scheduling_short_time import SHORT_TIME_SCHEDULERS, ShortTimeScheduler
 
 logger = logging.get_logger(__name__)
 
@@ -196,33 +188,32 @@ def save_tables(calibration: Calibration, scheduler_folder: str | os.PathLike, g
     file.write_text(json.dumps(json.loads(file.read_text()) | {"guidance_scale": guidance_scale}, indent=2) + "\n")
 
 
-_make = functools.partial(derive, "Calibrated", CalibratedScheduler)
+_STOCK = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
 
-CalibratedDDIMScheduler = _make(diffusers.DDIMScheduler)
-CalibratedDDPMScheduler = _make(diffusers.DDPMScheduler)
-CalibratedDEISMultistepScheduler = _make(diffusers.DEISMultistepScheduler)
-CalibratedDPMSolverMultistepScheduler = _make(diffusers.DPMSolverMultistepScheduler)
-CalibratedDPMSolverSinglestepScheduler = _make(diffusers.DPMSolverSinglestepScheduler)
-CalibratedEDMDPMSolverMultistepScheduler = _make(diffusers.EDMDPMSolverMultistepScheduler)
-CalibratedEDMEulerScheduler = _make(diffusers.EDMEulerScheduler)
-CalibratedEulerAncestralDiscreteScheduler = _make(diffusers.EulerAncestralDiscreteScheduler)
-CalibratedEulerDiscreteScheduler = _make(diffusers.EulerDiscreteScheduler)
-CalibratedFlowMatchEulerDiscreteScheduler = _make(diffusers.FlowMatchEulerDiscreteScheduler)
-CalibratedHeunDiscreteScheduler = _make(diffusers.HeunDiscreteScheduler)
-CalibratedKDPM2AncestralDiscreteScheduler = _make(diffusers.KDPM2AncestralDiscreteScheduler)
-CalibratedKDPM2DiscreteScheduler = _make(diffusers.KDPM2DiscreteScheduler)
-CalibratedLMSDiscreteScheduler = _make(diffusers.LMSDiscreteScheduler)
-CalibratedPNDMScheduler = _make(diffusers.PNDMScheduler)
-CalibratedUniPCMultistepScheduler = _make(diffusers.UniPCMultistepScheduler)
+CALIBRATED_SCHEDULERS: dict[str, Any] = {
+    stock.__name__: derive("Calibrated", CalibratedScheduler, stock)
+    for stock in (*(getattr(diffusers, name) for name in _STOCK), *SHORT_TIME_SCHEDULERS.values())
+}
+"""The calibrated scheduler of each stock or short-time one, by that one's name."""
 
-CalibratedShortTimeDDIMScheduler = _make(ShortTimeDDIMScheduler)
-CalibratedShortTimeDDPMScheduler = _make(ShortTimeDDPMScheduler)
-CalibratedShortTimeDPMSolverMultistepScheduler = _make(ShortTimeDPMSolverMultistepScheduler)
-CalibratedShortTimeEulerDiscreteScheduler = _make(ShortTimeEulerDiscreteScheduler)
-CalibratedShortTimeUniPCMultistepScheduler = _make(ShortTimeUniPCMultistepScheduler)
-
-_CLASSES = {kind.__bases__[1].__name__: kind for kind in CalibratedScheduler.__subclasses__()}
-CALIBRATED_SCHEDULERS = tuple(_CLASSES)
+globals().update(by_name(CALIBRATED_SCHEDULERS))
 
 
 def calibrated_class(name: str) -> Any:
@@ -231,6 +222,6 @@ def calibrated_class(name: str) -> Any:
     Raises:
         ValueError: there is none; names those there are.
     """
-    if name not in _CLASSES:
-        raise ValueError(f"there is no calibrated {name}; there are those of {', '.join(_CLASSES)}")
-    return _CLASSES[name]
+    if name not in CALIBRATED_SCHEDULERS:
+        raise ValueError(f"there is no calibrated {name}; there are those of {', '.join(CALIBRATED_SCHEDULERS)}")
+    return CALIBRATED_SCHEDULERS[name]

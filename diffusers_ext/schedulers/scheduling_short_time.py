@@ -30,7 +30,7 @@ from diffusers import SchedulerMixin
 from diffusers.configuration_utils import FrozenDict
 
 from ..interop import NoiseSchedule, require_vp, stock_schedule
-from .derived import derive
+from .derived import by_name, derive
 
 TABLES = ("betas", "alphas", "alphas_cumprod", "alpha_t", "sigma_t", "lambda_t")
 """By trained timestep, wherever a stock scheduler has them."""
@@ -119,13 +119,19 @@ def _make(stock: Any) -> Any:
     return kind
 
 
-ShortTimeDDIMScheduler = _make(diffusers.DDIMScheduler)
-ShortTimeDDPMScheduler = _make(diffusers.DDPMScheduler)
-ShortTimeDPMSolverMultistepScheduler = _make(diffusers.DPMSolverMultistepScheduler)
-ShortTimeEulerDiscreteScheduler = _make(diffusers.EulerDiscreteScheduler)
-ShortTimeUniPCMultistepScheduler = _make(diffusers.UniPCMultistepScheduler)
+SHORT_TIME_SCHEDULERS: dict[str, Any] = {
+    stock: _make(getattr(diffusers, stock))
+    for stock in (
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DPMSolverMultistepScheduler",
+        "EulerDiscreteScheduler",
+        "UniPCMultistepScheduler",
+    )
+}
+"""The short-time scheduler of each stock one, by the stock one's name."""
 
-_CLASSES = {kind.__bases__[1].__name__: kind for kind in ShortTimeScheduler.__subclasses__()}
+globals().update(by_name(SHORT_TIME_SCHEDULERS))
 
 
 def short_time_class(name: str) -> Any:
@@ -135,6 +141,6 @@ def short_time_class(name: str) -> Any:
         ValueError: there is none; names those there are.
     """
     stock = name.removeprefix("ShortTime")
-    if stock not in _CLASSES:
-        raise ValueError(f"there is no short-time {stock}; there are those of {', '.join(_CLASSES)}")
-    return _CLASSES[stock]
+    if stock not in SHORT_TIME_SCHEDULERS:
+        raise ValueError(f"there is no short-time {stock}; there are those of {', '.join(SHORT_TIME_SCHEDULERS)}")
+    return SHORT_TIME_SCHEDULERS[stock]

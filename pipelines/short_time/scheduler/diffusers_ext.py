@@ -3,18 +3,4 @@
 diffusers looks for the scheduler's class in this file, and names the missing package where there is no diffusers_ext.
 """
 
-from diffusers_ext import (
-    ShortTimeDDIMScheduler,
-    ShortTimeDDPMScheduler,
-    ShortTimeDPMSolverMultistepScheduler,
-    ShortTimeEulerDiscreteScheduler,
-    ShortTimeUniPCMultistepScheduler,
-)
-
-__all__ = [
-    "ShortTimeDDIMScheduler",
-    "ShortTimeDDPMScheduler",
-    "ShortTimeDPMSolverMultistepScheduler",
-    "ShortTimeEulerDiscreteScheduler",
-    "ShortTimeUniPCMultistepScheduler",
-]
+from diffusers_ext import *  # noqa: F403
