@@ -39,8 +39,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import floor, inf, log, log10, prod
 from pathlib import Path
 from statistics import NormalDist
@@ -52,7 +53,7 @@ from tqdm.auto import tqdm
 
 from .figures import agg_figure
 from .interop import VPSchedule, denoiser_from, noise_schedule, require_vp
-from .likelihood import LogPrior, bits_per_dim, nested_elbos
+from .likelihood import Elbo, LogPrior, bits_per_dim, nested_elbos
 from .process import GaussianProcess
 from .randomness import randn_like
 
@@ -295,56 +296,74 @@ def diffusion_time_report(
             T, schedule or shape, no data, samples of several shapes or less than `MIN_SAMPLES` of them.
     """
     schedule, times = require_vp(noise_schedule(scheduler)), tuple(sorted(times))
-    timesteps = tuple(schedule.last_timestep(T) for T in times)
-    if not times or len(set(timesteps)) < len(times):
-        raise ValueError(f"times must be one or more, of a timestep each: {times} are timesteps {timesteps}")
-    if n < len(times):
-        raise ValueError(f"n must be at least {len(times)}, the number of times, got {n}")
+    timesteps = _timesteps(schedule, times, n)
     placed = _placed(bridges or {}, times, schedule)
     starts = (STANDARD_NORMAL, *dict.fromkeys(name for _, name in placed))
     denoiser, sigmas = denoiser_from(model, scheduler), [schedule.sigmas[t].item() for t in timesteps]
     scales = schedule.scale(torch.tensor(sigmas, dtype=torch.float64)).tolist()
     sigma_min = schedule.sigma_min if sigma_min is None else sigma_min
-    shape: tuple[int, ...] = ()
-    start_terms: list[Tensor] = []
-    score_terms: list[Tensor] = []
-    kept = torch.empty(0)
-    for x0, cond in tqdm(batches, disable=not progress, desc="bound by diffusion time", unit="batch"):
-        x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
-        if not start_terms:
-            shape, kept = tuple(x0.shape[1:]), x0[:0].flatten(1)
+    laws = [[placed.get((T, name)) for name in starts[1:]] for T in times]
+    elbos: list[list[Elbo]] = []
+    kept: list[Tensor] = []
+    shape, seen = torch.Size(), 0
+    for x0, cond in _of_one_shape(tqdm(batches, disable=not progress, desc="bound by diffusion time", unit="batch")):
+        if seen == 0:
+            shape = x0.shape[1:]
             for (T, _), bridge in placed.items():
                 bridge.check(scheduler, max_diffusion_time=T, shape=shape)
             generator = torch.Generator(x0.device).manual_seed(0) if generator is None else generator
-        if tuple(x0.shape[1:]) != shape:
-            raise ValueError(f"all samples must have one shape, got {shape} and {tuple(x0.shape[1:])}")
         x = x0 + sigma_min * randn_like(x0, generator) if levels is None else x0
-        labels = cond.get("class_labels")
-        laws = [[placed.get((T, name)) for name in starts[1:]] for T in times]
-        log_starts = [_log_starts(scale, row, labels) for scale, row in zip(scales, laws, strict=True)]
-        elbos = nested_elbos(denoiser, x, sigma_min, sigmas, n=n, generator=generator, log_priors=log_starts, **cond)
-        start_terms.append(-torch.stack([bound.prior for bound in elbos]))
-        score_terms.append(-torch.stack([bound.diffusion for bound in elbos]))
-        kept = torch.cat([kept, x0.flatten(1)[: MOMENT_SAMPLES - len(kept)]])
-    if len(kept) < MIN_SAMPLES:
-        raise ValueError(f"{len(kept)} held-out samples are too few: errors and moments need {MIN_SAMPLES}")
-    # the bound is in units of x, the start of x_T
+        starts_of = partial(_log_starts, labels=cond.get("class_labels"))
+        options = {"n": n, "generator": generator, "log_priors": list(map(starts_of, scales, laws)), **cond}
+        elbos.append(nested_elbos(denoiser, x, sigma_min, sigmas, **options))
+        if seen < MOMENT_SAMPLES:
+            kept.append(x0.flatten(1)[: MOMENT_SAMPLES - seen])
+        seen += len(x0)
+    if seen < MIN_SAMPLES:
+        raise ValueError(f"{seen} held-out samples are too few: errors and moments need {MIN_SAMPLES}")
+    start_terms = -torch.cat([torch.stack([bound.prior for bound in each]) for each in elbos], 2)
+    score_terms = -torch.cat([torch.stack([bound.diffusion for bound in each]) for each in elbos], 1)
+    # The bound is in units of x, the start in those of x_T.
     units = prod(shape) * torch.tensor(scales, dtype=torch.float64).log()
-    square_mean, square_cov = _moments(kept.cpu().double())
+    square_mean, square_cov = _moments(torch.cat(kept).cpu().double())
     return DiffusionTimeReport(
         times=times,
         timesteps=timesteps,
         sigmas=tuple(sigmas),
         starts=starts,
         cells=tuple((T, name) for T in times for name in starts if (T, name) in placed or name == STANDARD_NORMAL),
-        shape=shape,
+        shape=tuple(shape),
         sigma_min=sigma_min,
         n=n,
-        start_terms=torch.cat(start_terms, 2).cpu().double().permute(2, 0, 1) + units[:, None],
-        score_terms=torch.cat(score_terms, 1).cpu().double().T - units,
+        start_terms=start_terms.cpu().double().permute(2, 0, 1) + units[:, None],
+        score_terms=score_terms.cpu().double().T - units,
         kl_expansion=tuple(scale**2 * square_mean / 2 + scale**4 * square_cov / 4 for scale in scales),
         bin_width=1.0 if levels is None else (high - low) / levels,
     )
+
+
+def _of_one_shape(batches: Iterable[tuple[Tensor, Any]]) -> Iterator[tuple[Tensor, Any]]:
+    """The batches, in float32 at least.
+
+    Raises:
+        ValueError: the samples of one have another shape than those of the first.
+    """
+    shape: torch.Size | None = None
+    for x0, cond in batches:
+        shape = x0.shape[1:] if shape is None else shape
+        if x0.shape[1:] != shape:
+            raise ValueError(f"all samples must have one shape, got {tuple(shape)} and {tuple(x0.shape[1:])}")
+        yield x0.to(torch.promote_types(x0.dtype, torch.float32)), cond
+
+
+def _timesteps(schedule: VPSchedule, times: Sequence[float], n: int) -> tuple[int, ...]:
+    """The last timestep of each T."""
+    timesteps = tuple(schedule.last_timestep(T) for T in times)
+    if not times or len(set(timesteps)) < len(times):
+        raise ValueError(f"times must be one or more, of a timestep each: {times} are timesteps {timesteps}")
+    if n < len(times):
+        raise ValueError(f"n must be at least {len(times)}, the number of times, got {n}")
+    return timesteps
 
 
 def _placed(

@@ -148,14 +148,10 @@ def estimate_calibration(
     """
     schedule = noise_schedule(scheduler)
     require_gaussian(schedule)
-    if num_levels < 2 or not MIN_P <= significance <= 1:
-        raise ValueError(f"{num_levels=} must be at least 2, and {significance=} from {MIN_P:.1g} to 1")
-    if tolerance is not None and not tolerance > 0:
-        raise ValueError(f"{tolerance=} must be above 0")
+    _check_arguments(num_levels, significance, tolerance)
     if null_class is not None:
         unconditional = {"class_labels": torch.tensor([null_class])}
     sigmas, rows = _levels(schedule, num_levels), _rows(num_classes, unconditional is not None)
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
     measurement = _Measurement(
         denoiser_from(model, scheduler), sigmas, rows, unconditional, control_variate, antithetic, seed, accelerator
     )
@@ -165,45 +161,12 @@ def estimate_calibration(
         "sigmas": sigmas,
         "rows": rows,
         "seed": seed,
-        "process": [rank, world],
+        "process": [measurement.rank, measurement.world],
         "estimator": [control_variate, antithetic],
     }
-
-    sums: Sums | None = None
-    path = None if state_path is None else _of_process(Path(state_path), rank, world)
-    bar = tqdm(total=max_samples, unit="sample", disable=not progress or rank != 0, desc="calibrating")
-    active, seen, resumed_at = list(range(num_levels)), 0, 0
-    for number, (x0, cond) in enumerate(batches):
-        x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
-        if sums is None:
-            run |= {"batch": list(x0.shape), "data": _mark({**cond, "x0": x0})}
-            sums = _load(path, run, x0.device) or Sums.zeros(num_levels, len(rows), x0.shape[1:], x0.device)
-            resumed_at = _agreed(sums, accelerator)
-            if tolerance is not None and resumed_at:
-                active = _not_done(_over_processes(sums, accelerator), tolerance)
-        seen += len(x0) * world
-        bar.update(len(x0) * world)
-        last = max_samples is not None and seen >= max_samples
-        if number >= resumed_at:
-            measurement.take_in(sums, active, x0, cond)
-            if int(sums.batches) % save_every == 0 or last:
-                if path is not None:
-                    _save(path, _finite(sums, sigmas), run, accelerator)
-                if tolerance is not None:
-                    active = _not_done(_over_processes(sums, accelerator), tolerance)
-                    bar.set_postfix(levels_left=len(active))
-        if last or not active:
-            break
-    bar.close()
-    if sums is None:
-        raise ValueError("there are no data: `batches` is empty")
-    total = _finite(_over_processes(sums, accelerator), sigmas)
-    if (total.counts < 2).any():
-        raise ValueError(
-            f"too few samples: each row needs {2 * GROUPS} at every level, and one has {int(total.counts.sum(2).min())}"
-        )
-    stored = {
-        "num_samples": int(total.counts[:, 0].sum(1).max()),
+    sums = _sums_over_data(measurement, batches, run, state_path, tolerance, max_samples, save_every, progress)
+    settings = {
+        "num_samples": int(sums.counts[:, 0].sum(1).max()),
         "seed": seed,
         "control_variate": control_variate,
         "antithetic": antithetic,
@@ -212,14 +175,70 @@ def estimate_calibration(
         "tolerance": tolerance,
     }
     calibration = Calibration(
-        shape=list(total.values.shape[3:]),
+        shape=list(sums.values.shape[3:]),
         sigmas=sigmas,
         rows=rows,
         scheduler=stored_scheduler(scheduler),
         null_class=null_class,
-        measured_on=dict(measured_on or {}) | stored,
+        measured_on=dict(measured_on or {}) | settings,
     )
-    return _fill(calibration, total, shrink, significance)
+    return _fill(calibration, sums, shrink, significance)
+
+
+def _check_arguments(num_levels: int, significance: float, tolerance: float | None) -> None:
+    if num_levels < 2 or not MIN_P <= significance <= 1:
+        raise ValueError(f"{num_levels=} must be at least 2, and {significance=} from {MIN_P:.1g} to 1")
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"{tolerance=} must be above 0")
+
+
+def _sums_over_data(
+    measurement: _Measurement,
+    batches: Iterable[tuple[Tensor, Mapping[str, Any]]],
+    run: dict[str, Any],
+    state_path: str | os.PathLike | None,
+    tolerance: float | None,
+    max_samples: int | None,
+    save_every: int,
+    progress: bool,
+) -> Sums:
+    """Go through the data until they end, enough samples are seen or no level is left; the sums over all processes.
+
+    Args:
+        run: what the sums in the state file must have been made with, if there is such a file.
+        others: of `estimate_calibration`.
+    """
+    sigmas, rank, world, accelerator = measurement.sigmas, measurement.rank, measurement.world, measurement.accelerator
+    path = None if state_path is None else _of_process(Path(state_path), rank, world)
+    sums: Sums | None = None
+    active, seen, resumed_at = list(range(len(sigmas))), 0, 0
+    with tqdm(total=max_samples, unit="sample", disable=not progress or rank != 0, desc="calibrating") as bar:
+        for number, (x0, cond) in enumerate(batches):
+            x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
+            if sums is None:
+                run |= {"batch": list(x0.shape), "data": _mark({**cond, "x0": x0})}
+                sums = _load(path, run, x0.device) or measurement.no_sums(x0)
+                resumed_at = _agreed(sums, accelerator)
+                active = _levels_left(sums, tolerance, accelerator) if resumed_at else active
+            seen += len(x0) * world
+            bar.update(len(x0) * world)
+            last = max_samples is not None and seen >= max_samples
+            if number >= resumed_at:
+                measurement.take_in(sums, active, x0, cond)
+                if int(sums.batches) % save_every == 0 or last:
+                    if path is not None:
+                        _save(path, _finite(sums, sigmas), run, accelerator)
+                    active = _levels_left(sums, tolerance, accelerator)
+                    bar.set_postfix(levels_left=len(active))
+            if last or not active:
+                break
+    if sums is None:
+        raise ValueError("there are no data: `batches` is empty")
+    total = _finite(_over_processes(sums, accelerator), sigmas)
+    if (total.counts < 2).any():
+        fewest = int(total.counts.sum(2).min())
+        raise ValueError(f"too few samples: each row needs {2 * GROUPS} at every level, and one has {fewest}")
+    return total
 
 
 def _levels(schedule: NoiseSchedule, n: int) -> list[float]:
@@ -246,12 +265,22 @@ class _Measurement:
     seed: int
     accelerator: Any
 
+    @property
+    def rank(self) -> int:
+        return 0 if self.accelerator is None else self.accelerator.process_index
+
+    @property
+    def world(self) -> int:
+        return 1 if self.accelerator is None else self.accelerator.num_processes
+
+    def no_sums(self, x0: Tensor) -> Sums:
+        return Sums.zeros(len(self.sigmas), len(self.rows), x0.shape[1:], x0.device)
+
     def take_in(self, sums: Sums, levels: Iterable[int], x0: Tensor, cond: Mapping[str, Any]) -> None:
         """Add the next batch, at some of the levels."""
         number, told = int(sums.batches), self._told(x0, cond)
-        rank = 0 if self.accelerator is None else self.accelerator.process_index
         for level in levels:
-            seed = seed_for(self.seed, number, rank, level)
+            seed = seed_for(self.seed, number, self.rank, level)
             noise = randn_like(x0, torch.Generator(x0.device).manual_seed(seed))
             for i, (row, given) in enumerate(told):
                 e = self._values(x0, noise, self.sigmas[level], given)
@@ -292,10 +321,12 @@ def _fill(calibration: Calibration, sums: Sums, shrink: bool, significance: floa
     return calibration
 
 
-def _not_done(sums: Sums, tolerance: float) -> list[int]:
-    """The levels whose standard error is still above the tolerance."""
-    dimensions = sums.values[0, 0, 0].numel()
-    error = (sums.noise_floor() / dimensions).sqrt().amax(1)
+def _levels_left(sums: Sums, tolerance: float | None, accelerator: Any) -> list[int]:
+    """The levels whose standard error is still above the tolerance; without one, all."""
+    if tolerance is None:
+        return list(range(len(sums.slopes)))
+    sums = _over_processes(sums, accelerator)
+    error = (sums.noise_floor() / sums.values[0, 0, 0].numel()).sqrt().amax(1)
     enough = (sums.counts.amin((1, 2)) >= 2) & (error <= tolerance)
     return (~enough).nonzero().flatten().tolist()
 
