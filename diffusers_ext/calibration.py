@@ -146,7 +146,7 @@ class Calibration(ModelMixin, ConfigMixin):
 
         Raises:
             ValueError: guidance needs a conditional and an unconditional row; or the rows are those of classes, which a
-                sampler is not told (`calibrate_denoiser` knows them).
+                sampler does not know (`calibrate_denoiser` knows them).
         """
         rows = tuple(self.config.rows)
         if rows == (ALL,) and guidance_scale == 1:

@@ -43,7 +43,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import floor, inf, log, log10, prod
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple, Protocol
 
@@ -52,6 +51,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .figures import agg_figure
+from .files import replacing, write_file
 from .interop import VPSchedule, denoiser_from, noise_schedule, require_vp
 from .likelihood import Elbo, LogPrior, bits_per_dim, nested_elbos
 from .process import GaussianProcess
@@ -191,8 +191,8 @@ class DiffusionTimeReport:
             i, terms = self.times.index(T), self.terms(T, name)
             values = (terms.start_term, terms.score_term, terms.negative_bound, terms.bits_per_dim, terms.kl)
             expansion = "" if terms.kl_expansion is None else f"{terms.kl_expansion:.3g}"
-            place = [f"{T:g}", str(self.timesteps[i]), f"{self.sigmas[i]:.3g}", name]
-            lines.append([*place, *("" if v is None else _shown(v) for v in values), expansion])
+            settings = [f"{T:g}", str(self.timesteps[i]), f"{self.sigmas[i]:.3g}", name]
+            lines.append([*settings, *("" if v is None else _shown(v) for v in values), expansion])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -208,9 +208,7 @@ class DiffusionTimeReport:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write `to_dict` as JSON; the file is complete or absent."""
-        path, partial = _places(path)
-        partial.write_text(json.dumps(self.to_dict(), indent=1))
-        os.replace(partial, path)
+        write_file(path, json.dumps(self.to_dict(), indent=1))
 
     def plot(self, path: str | os.PathLike) -> None:
         """Draw the terms against T, minus those of the longest T and N(0, I), with bars of two standard errors.
@@ -222,9 +220,9 @@ class DiffusionTimeReport:
         figure = agg_figure(13, 4.2)
         left, middle, right = figure.subplots(1, 3)
         for j, name in enumerate(self.starts):
-            places = [i for i, T in enumerate(self.times) if (T, name) in self.cells]
-            for axis, samples in ((left, start[:, places, j]), (right, (start + score[..., None])[:, places, j])):
-                self._bars(axis, places, samples, color=f"C{j}", label=name)
+            rows = [i for i, T in enumerate(self.times) if (T, name) in self.cells]
+            for axis, samples in ((left, start[:, rows, j]), (right, (start + score[..., None])[:, rows, j])):
+                self._bars(axis, rows, samples, color=f"C{j}", label=name)
         self._bars(middle, range(len(self.times)), score, color="black", label="all starts")
         right.plot(self.times, self.kl_expansion, "x:", color="C0", label=f"{STANDARD_NORMAL}: expansion of KL")
         left.set(
@@ -236,15 +234,12 @@ class DiffusionTimeReport:
             axis.axhline(0, color="grey", lw=0.8)
             axis.set(xlabel="diffusion time T")
             axis.legend(fontsize=8)
-        path, partial = _places(path)
-        figure.savefig(partial, dpi=100, format=path.suffix[1:] or "png")
-        os.replace(partial, path)
+        with replacing(path) as aside:
+            figure.savefig(aside, dpi=100, format=aside.suffix[1:] or "png")
 
-    def _bars(self, axis: Any, places: Sequence[int], samples: Tensor, **style: Any) -> None:
+    def _bars(self, axis: Any, rows: Sequence[int], samples: Tensor, **style: Any) -> None:
         means, errors = zip(*(_estimate(column) for column in samples.T), strict=True)
-        axis.errorbar(
-            [self.times[i] for i in places], means, [2 * e for e in errors], fmt="o-", ms=4, capsize=3, **style
-        )
+        axis.errorbar([self.times[i] for i in rows], means, [2 * e for e in errors], fmt="o-", ms=4, capsize=3, **style)
 
     def _index(self, cell: Cell) -> tuple[int, int]:
         if cell not in self.cells:
@@ -297,19 +292,19 @@ def diffusion_time_report(
     """
     schedule, times = require_vp(noise_schedule(scheduler)), tuple(sorted(times))
     timesteps = _timesteps(schedule, times, n)
-    placed = _placed(bridges or {}, times, schedule)
-    starts = (STANDARD_NORMAL, *dict.fromkeys(name for _, name in placed))
+    given = _by_cell(bridges or {}, times, schedule)
+    starts = (STANDARD_NORMAL, *dict.fromkeys(name for _, name in given))
     denoiser, sigmas = denoiser_from(model, scheduler), [schedule.sigmas[t].item() for t in timesteps]
     scales = schedule.scale(torch.tensor(sigmas, dtype=torch.float64)).tolist()
     sigma_min = schedule.sigma_min if sigma_min is None else sigma_min
-    laws = [[placed.get((T, name)) for name in starts[1:]] for T in times]
+    laws = [[given.get((T, name)) for name in starts[1:]] for T in times]
     elbos: list[list[Elbo]] = []
     kept: list[Tensor] = []
     shape, seen = torch.Size(), 0
     for x0, cond in _of_one_shape(tqdm(batches, disable=not progress, desc="bound by diffusion time", unit="batch")):
         if seen == 0:
             shape = x0.shape[1:]
-            for (T, _), bridge in placed.items():
+            for (T, _), bridge in given.items():
                 bridge.check(scheduler, max_diffusion_time=T, shape=shape)
             generator = torch.Generator(x0.device).manual_seed(0) if generator is None else generator
         x = x0 + sigma_min * randn_like(x0, generator) if levels is None else x0
@@ -331,7 +326,7 @@ def diffusion_time_report(
         timesteps=timesteps,
         sigmas=tuple(sigmas),
         starts=starts,
-        cells=tuple((T, name) for T in times for name in starts if (T, name) in placed or name == STANDARD_NORMAL),
+        cells=tuple((T, name) for T in times for name in starts if (T, name) in given or name == STANDARD_NORMAL),
         shape=tuple(shape),
         sigma_min=sigma_min,
         n=n,
@@ -366,22 +361,22 @@ def _timesteps(schedule: VPSchedule, times: Sequence[float], n: int) -> tuple[in
     return timesteps
 
 
-def _placed(
+def _by_cell(
     bridges: Mapping[str, Sequence[BridgeLike]], times: Sequence[float], schedule: VPSchedule
 ) -> dict[Cell, BridgeLike]:
     """Each bridge by that of `times` whose timestep is its own."""
-    placed: dict[Cell, BridgeLike] = {}
+    given: dict[Cell, BridgeLike] = {}
     by_timestep = {schedule.last_timestep(T): T for T in times}
     for name, bridge in ((name, bridge) for name, group in bridges.items() for bridge in group):
         own = bridge.config.max_diffusion_time
         T = by_timestep.get(schedule.last_timestep(own))
-        if T is None or (T, name) in placed or name == STANDARD_NORMAL:
+        if T is None or (T, name) in given or name == STANDARD_NORMAL:
             raise ValueError(
                 f"bridge {name!r} of T={own}: its T must be one of {times}, once for a name, which is not "
                 f"{STANDARD_NORMAL!r}"
             )
-        placed[T, name] = bridge
-    return placed
+        given[T, name] = bridge
+    return given
 
 
 def _log_starts(scale: float, bridges: Sequence[BridgeLike | None], labels: Tensor | None) -> LogPrior:
@@ -416,10 +411,3 @@ def _shown(estimate: Estimate) -> str:
     """With two digits of the error."""
     digits = max(0, 1 - floor(log10(estimate.std_error))) if 0 < estimate.std_error < inf else 3
     return f"{estimate.mean:.{digits}f} ± {estimate.std_error:.{digits}f}"
-
-
-def _places(path: str | os.PathLike) -> tuple[Path, Path]:
-    """A file, and the one beside it that is renamed to it once it is complete."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path, path.with_name(f".partial-{path.name}")

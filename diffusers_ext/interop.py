@@ -1,9 +1,9 @@
 r"""From a diffusers model and its scheduler to (x, sigma), and back: the only place that knows timesteps.
 
 A scheduler's configuration says three things about a network: the scale of its input, what its output predicts, and the
-time it is told. With x = x0 + sigma n,
+time it is given. With x = x0 + sigma n,
 
-    family   scheduler's sample      time told to the network                                 sigma at that time
+    family   scheduler's sample      time given to the network                                 sigma at that time
     vp       x / (1 + sigma^2)^1/2   index in the noise table, interpolated in log sigma      ((1 - abar_t)/abar_t)^1/2
     flow     x / (1 + sigma)         N sigma/(1 + sigma), N = num_train_timesteps             t / (N - t)
     edm      x                       ln(sigma) / 4                                            exp(4 t)
@@ -107,7 +107,7 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def time(self, sigma: Tensor) -> Tensor:
-        """The time that the network is told at `sigma`, of its shape; held at the ends of a table."""
+        """The time that the network is given at `sigma`, of its shape; held at the ends of a table."""
 
     def sigma(self, time: Tensor) -> Tensor:
         """The noise level at a (fractional) time, of its shape, floating point; the inverse of `time`."""
@@ -261,7 +261,7 @@ def noise_schedule(scheduler: Any) -> NoiseSchedule:
 
     Raises:
         TypeError: it is no scheduler.
-        ValueError: the scheduler, or a setting of it, has no place in the table of this module or of `score`.
+        ValueError: the scheduler, or a setting of it, does not stand in the table of this module or of `score`.
     """
     if not isinstance(scheduler, SchedulerMixin):
         raise TypeError(f"the scheduler must be an instance of a diffusers scheduler, got {scheduler!r:.80}")

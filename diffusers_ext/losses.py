@@ -222,9 +222,9 @@ def discriminator_loss(
         fake = step(denoiser, x, sigma, sigma_next, denoised=denoised, **cond)
         real = euler(denoiser, x, sigma, sigma_next, denoised=x0)
     real.requires_grad_(r1_weight > 0)
-    told = discriminator_cond or {}
-    real_logits = discriminator(real, sigma, sigma_next, **told)
-    fake_logits = discriminator(fake, sigma, sigma_next, **told)
+    condition = discriminator_cond or {}
+    real_logits = discriminator(real, sigma, sigma_next, **condition)
+    fake_logits = discriminator(fake, sigma, sigma_next, **condition)
     loss, r1 = torch.relu(1 - real_logits) + torch.relu(1 + fake_logits), torch.zeros_like(real_logits)
     if r1_weight > 0:
         (gradient,) = torch.autograd.grad(real_logits.sum(), real, create_graph=True)

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .calibration import ALL, CONDITIONAL, UNCONDITIONAL, Calibration, require_gaussian
+from .files import replacing
 from .interop import NoiseSchedule, denoiser_from, noise_schedule, stored_scheduler, unwrap
 from .noise_levels import log_linear_sigmas
 from .randomness import randn_like, seed_for
@@ -278,11 +279,11 @@ class _Measurement:
 
     def take_in(self, sums: Sums, levels: Iterable[int], x0: Tensor, cond: Mapping[str, Any]) -> None:
         """Add the next batch, at some of the levels."""
-        number, told = int(sums.batches), self._told(x0, cond)
+        number, conditions = int(sums.batches), self._conditions(x0, cond)
         for level in levels:
             seed = seed_for(self.seed, number, self.rank, level)
             noise = randn_like(x0, torch.Generator(x0.device).manual_seed(seed))
-            for i, (row, given) in enumerate(told):
+            for i, (row, given) in enumerate(conditions):
                 e = self._values(x0, noise, self.sigmas[level], given)
                 if self.control_variate and not self.antithetic:
                     if number == i == 0:
@@ -292,8 +293,8 @@ class _Measurement:
                 sums.add(level, row, e)
         sums.batches += 1
 
-    def _told(self, x0: Tensor, cond: Mapping[str, Any]) -> list[tuple[Tensor, Mapping[str, Any]]]:
-        """The rows (B,) that a batch adds to, and what the network is told for them."""
+    def _conditions(self, x0: Tensor, cond: Mapping[str, Any]) -> list[tuple[Tensor, Mapping[str, Any]]]:
+        """The rows (B,) that a batch adds to, and the conditions of the network for them."""
         row = torch.zeros(len(x0), dtype=torch.long, device=x0.device)
         row = row if self.rows[0] in (ALL, CONDITIONAL) else cond["class_labels"]
         if self.unconditional is None:
@@ -358,12 +359,10 @@ def _of_process(path: Path, rank: int, world: int) -> Path:
 
 
 def _save(path: Path, sums: Sums, run: Mapping[str, Any], accelerator: Any) -> None:
-    partial = path.with_name(f".partial-{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in vars(sums).items()}, partial, metadata={"run": _written(run)})
-    if accelerator is not None:
-        accelerator.wait_for_everyone()  # the files of all processes are of the same batch
-    os.replace(partial, path)
+    with replacing(path) as aside:
+        save_file({k: v.contiguous() for k, v in vars(sums).items()}, aside, metadata={"run": _written(run)})
+        if accelerator is not None:
+            accelerator.wait_for_everyone()  # the files of all processes are of the same batch
 
 
 def _load(path: Path | None, run: Mapping[str, Any], device: torch.device) -> Sums | None:

@@ -125,7 +125,7 @@ class Denoiser(ScoreModel):
     Args:
         network: F(model_input, time, **cond) -> raw output; `model_input` and the output are (B, ...).
         coefficients: sigma -> `Coefficients`, a row of the table above.
-        time: sigma -> what the network is told, of the shape of sigma.
+        time: sigma -> what the network is given as its time, of the shape of sigma.
     """
 
     network: Callable[..., Tensor]
@@ -162,7 +162,7 @@ class ReflectedModel(ScoreModel):
 
     Args:
         network: F(x, time, **cond) -> eps, both (B, ...).
-        time: sigma -> what the network is told, of the shape of sigma.
+        time: sigma -> what the network is given as its time, of the shape of sigma.
         process: the box.
     """
 

@@ -31,7 +31,7 @@ from diffusers_ext.data.images import Transform
 from diffusers_ext.data.sources import DataArguments, HubStream, Numbered, load_images
 from diffusers_ext.errors import InputError, TrainingStopped, command
 from diffusers_ext.fields import arg
-from diffusers_ext.files import shown
+from diffusers_ext.files import shown, write_file
 from diffusers_ext.randomness import seed_for
 from diffusers_ext.reports.calibration_card import plot, summary, verdict, write_calibration_card
 from diffusers_ext.reports.hub import HubArguments, make_pusher
@@ -64,7 +64,7 @@ class CalibrationArguments(HubArguments, DataArguments):
 def batches(
     args: CalibrationArguments, subject: Subject, accelerator: Accelerator, channels: int, resolution: int
 ) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
-    """What the network was trained on, and what it is told: every image once, each process its own."""
+    """What the network was trained on, and its conditions: every image once, each process its own."""
     everything = replace(args, max_train_samples=None)  # so many of all, in random order, and not the first so many
     source = load_images(everything, args.train_split)
     prompts: Any = None
@@ -154,7 +154,7 @@ def main() -> None:
         calibration.save_pretrained(out)
         pipeline.scheduler.save_pretrained(out / "scheduler")
         save_tables(calibration, out / "scheduler")
-        (out / "metrics.json").write_text(json.dumps(summary(calibration), indent=2) + "\n")
+        write_file(out / "metrics.json", json.dumps(summary(calibration), indent=2) + "\n")
         plot(calibration, out / "offsets.png")
         name = out.name if pusher is None else pusher.repo_id
         write_calibration_card(out, calibration, name, asdict(args), f"accelerate launch {shlex.join(sys.argv)}")

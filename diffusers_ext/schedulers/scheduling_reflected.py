@@ -73,7 +73,7 @@ class ReflectedScheduler(SchedulerMixin, ConfigMixin):
     """See the module's docstring. Noise levels are in the units of the data, and so is the box.
 
     Args:
-        num_train_timesteps: N, the size of the table of noise levels; the network is told 0 (sigma_min) to N - 1
+        num_train_timesteps: N, the size of the table of noise levels; the network is given 0 (sigma_min) to N - 1
             (sigma_max), fractions included, linear in log sigma.
         low, high: the box.
         sigma_min, sigma_max: the end and the start of the chain. The paper's are 0.01 and 5 times the width of the box.

@@ -279,7 +279,7 @@ class Subject:
         return sample / 2 + 0.5 if own is None else own(sample)
 
     def save(self, folder: str | Path) -> None:
-        """`save_pretrained`, written aside and moved into place; other files in the folder stay."""
+        """`save_pretrained`, written aside and then renamed; other files in the folder stay."""
         with replacing_entries(folder) as aside:
             self.pipeline.save_pretrained(aside)
 

@@ -102,7 +102,7 @@ class Best:
         return metrics
 
     def _write(self, subject: Subject, described: Mapping[str, Any]) -> None:
-        """Raises: OSError, with the last one in place."""
+        """Replace the folder; if that raises an OSError, the last one stays."""
         with replacing_folder(self.folder) as aside:
             subject.pipeline.save_pretrained(aside)
             for part in self.run.parts.values():

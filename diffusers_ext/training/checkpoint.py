@@ -1,9 +1,9 @@
 """Checkpoints: everything a run needs to go on, in safetensors and JSON, written aside and renamed.
 
 A checkpoint is a folder `checkpoint-00000500` with `state.safetensors` and `state.json`: the state dicts of what trains
-(weights, moving average, optimisers, learning rate), their tensors in one file and the rest, with the tensors' names in
-their places, in the other. No pickle. There is no state of random number generators: what is drawn at a step follows
-from the seed and the step (see `diffusers_ext.training.loop`).
+(weights, moving average, optimisers, learning rate). The first file holds their tensors, the second the rest, with the
+names of the tensors in their stead. No pickle. There is no state of random number generators: what is drawn at a step
+follows from the seed and the step (see `diffusers_ext.training.loop`).
 """
 
 from __future__ import annotations

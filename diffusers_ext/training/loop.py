@@ -8,12 +8,12 @@
 
 `loop` does the rest: accelerate, gradient accumulation and clipping, learning rate, moving average. It writes
 checkpoints and goes on from them by `Checkpoints` (resume.py), and what a run leaves behind is its `Outcome`
-(outcome.py): measurements, sample grids, the pipeline in place, the card and the push.
+(outcome.py): measurements, sample grids, the saved pipeline, the card and the push.
 
 Training is a sequence of micro-batches m = 0, 1, 2, ...; with A accumulation steps on W devices, optimiser step k takes
 m = k A W, ..., (k + 1) A W - 1, and device r those with m = r modulo W. The samples and the noise of a micro-batch
 depend on the seed, the batch size and m alone, see `diffusers_ext.data.batches`. So W devices do what one does with W
-times the accumulation, and the place in a run, its random state included, is one number: the step (and, of a stream,
+times the accumulation, and the position in a run, its random state included, is one number: the step (and, of a stream,
 the row that comes next).
 """
 
