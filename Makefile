@@ -7,15 +7,24 @@ CONSTRAINTS ?= constraints.txt
 TORCH_INDEX ?=
 
 BIN := .venv/bin
+WORKERS := --numprocesses 2 --dist worksteal
 STAMP := .venv/installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-all lint format clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/digits_demo.py --output_dir demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
+
+# also full products of parameters, mutations, and every way in which a processor may round
+test-all: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m 'slow or not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py
+	for setting in MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41; do \
+		echo "$$setting" && env OMP_NUM_THREADS=1 $$setting $(BIN)/python -m pytest $(WORKERS) || exit 1; \
+	done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

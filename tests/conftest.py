@@ -1,4 +1,4 @@
-"""One thread, no network, a fixed global seed: a test that needs randomness makes its own generator."""
+"""One thread or OMP_NUM_THREADS, no network, a fixed seed: a test that needs randomness makes its own generator."""
 
 import importlib.util
 import os
@@ -9,9 +9,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import pytest
+import stranger
 import torch
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def pytest_unconfigure() -> None:
+    stranger.stop()
 
 
 def pytest_addoption(parser) -> None:

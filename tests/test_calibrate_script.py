@@ -1,15 +1,14 @@
 """`training/calibrate.py` as a user runs it. Truth: a network whose output is one constant, which is its mean error."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import stranger
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from diffusers import (
@@ -177,10 +176,7 @@ def test_two_processes_measure_what_one_does_and_go_on_after_a_stop(calibrate, c
     options = [*map(str, options), "--train_batch_size", "1", "--output_dir"]
     calibrate.run(*options, tmp_path / "one")
     (tmp_path / "driver.py").write_text(TWO_PROCESSES)
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "driver.py", SCRIPT, *options]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = stranger.ranks(2, tmp_path / "driver.py", SCRIPT, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     tables = [f"saved {out}{folder}" for out in ("whole", "halves") for folder in ("", "/scheduler/calibration.tables")]
@@ -321,12 +317,9 @@ def test_what_it_pushes_opens_with_the_package_and_without(tmp_path):
     with HubServer() as hub:
         environment = hub.environment(tmp_path / "home") | {"HF_DATASETS_OFFLINE": "1"}
         argv = arguments(model, tmp_path / "out", "--save_pipeline", "--push_to_hub", "--hub_model_id", "model")
-        done = subprocess.run(
-            [sys.executable, SCRIPT, *map(str, argv)], env=environment, text=True, capture_output=True
-        )
+        done = stranger.run(SCRIPT, *argv, env=environment)
         assert done.returncode == 0, done.stderr
-        stranger = hub.environment(tmp_path / "other", token=None)
-        opened = subprocess.run([sys.executable, "-c", OPEN], env=stranger, text=True, capture_output=True)
+        opened = stranger.run(OPEN, env=hub.environment(tmp_path / "other", token=None))
         assert not [f for f in hub.files("tester/model") if "state" in f]
         assert 'Calibration.from_pretrained("tester/model")' in hub.files("tester/model")["README.md"].decode()
     assert opened.returncode == 0, opened.stderr

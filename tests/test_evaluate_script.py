@@ -2,17 +2,15 @@
 
 import csv
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import stranger
 import torch
 from datasets import Dataset, Features, Image
 from diffusers import DDIMPipeline, DDIMScheduler, EDMEulerScheduler
@@ -186,10 +184,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(evaluate, models, tmp_pat
 
 def test_two_processes_get_what_one_gets(evaluate, models, tmp_path):
     evaluate.run(*arguments(models, tmp_path / "one"))
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    command = [*launch, *map(str, arguments(models, tmp_path / "two"))]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = stranger.ranks(2, SCRIPT, *arguments(models, tmp_path / "two"))
     assert done.returncode == 0, done.stderr
     assert_nearly_the_same(*(without_time(load(tmp_path / name)) for name in ("two", "one")))
     files = {p.relative_to(tmp_path / "two") for p in (tmp_path / "two").rglob("*") if p.is_file()}
@@ -315,11 +310,10 @@ def test_results_reach_the_hub_and_a_failure_keeps_them(models, tmp_path):
             "api.upload_folder(repo_id='tester/first', folder_path=sys.argv[1])"
         )
         env = hub.environment(tmp_path)
-        subprocess.run([sys.executable, "-c", push, str(models[0])], env=env, check=True, capture_output=True)
+        assert stranger.run(push, models[0], env=env).returncode == 0
         options = arguments(["tester/first"], tmp_path / "out", "--nfe", "1", "--push_to_hub")
-        command = [sys.executable, str(SCRIPT), *map(str, options)]
         hub.fail("POST .*/commit/", status=403, times=99)
-        failed = subprocess.run(command, env=env, capture_output=True, text=True)
+        failed = stranger.run(SCRIPT, *options, env=env)
         assert failed.returncode == 3, failed.stderr
         assert "were not pushed to tester/first" in failed.stderr
         assert TOKEN not in failed.stderr + failed.stdout

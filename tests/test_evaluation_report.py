@@ -14,6 +14,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import scipy.stats
+import stranger
 import yaml
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
@@ -642,7 +643,7 @@ def push(hub, folder, times=1, token=None, login=TOKEN):
     evaluation().save(folder / "results.json")
     environment = hub.environment(folder / "hf-home", login)
     code = PUSH.format(times=times, token=token)
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    done = stranger.run(code, cwd=folder, env=environment)
     assert TOKEN not in done.stdout + done.stderr
     return done
 

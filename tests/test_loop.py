@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import stranger
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -116,8 +117,7 @@ def test_a_run_goes_on_bit_for_bit_where_mkl_is_reproducible():
     """The test above, in a process where it asks for the same bits."""
     only = f"{__file__}::test_a_stopped_run_goes_on_to_the_same_result"
     code = f"import sys, pytest; sys.exit(pytest.main([{only!r}, '-q', '-x', '-p', 'no:cacheprovider', '-k', 'warm']))"
-    env = os.environ | {"MKL_CBWR": "COMPATIBLE"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    done = stranger.run(code)  # MKL is reproducible in a stranger
     assert done.returncode == 0, done.stdout
     assert "1 passed" in done.stdout
 
@@ -212,7 +212,7 @@ def test_a_second_signal_leaves_at_once(small, tmp_path):  # noqa: F811
         f"sys.argv = {['x', *map(str, small), '--output_dir', str(tmp_path / 'out')]!r}\n"
         f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = stranger.run(code)
     assert done.returncode == 128 + signal.SIGINT
     assert "stopping after this step" in done.stderr
     assert "stopped at once" in done.stderr
@@ -228,7 +228,7 @@ def test_a_signal_to_the_whole_process_group_leaves_a_checkpoint(small, tmp_path
         time.sleep(0.1)
     time.sleep(1)
     os.killpg(run.pid, signal.SIGTERM)
-    output, _ = run.communicate(timeout=60)
+    output, _ = run.communicate(timeout=300)
     assert run.returncode == 128 + signal.SIGTERM, output
     assert len(list_checkpoints(out)) == 1
     assert "--resume_from_checkpoint latest" in output
@@ -348,9 +348,12 @@ def test_two_processes_do_what_one_does(small, tmp_path):  # noqa: F811
         out = tmp_path / f"world{world}"
         out.mkdir()
         argv = [*map(str, small), "--gradient_accumulation_steps", str(2 // world), "--max_grad_norm", "1e9"]
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-        command = [*launch, str(tmp_path / "driver.py"), str(out), *argv, "--output_dir", str(out / "model")]
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        command = [tmp_path / "driver.py", out, *argv, "--output_dir", out / "model"]
+        if world == 1:
+            done = stranger.run(*command, env=env)
+        else:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+            done = subprocess.run([*launch, *map(str, command)], env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         results[world] = [load_file(out / f"rank{rank}.safetensors") for rank in range(world)]
     (one,), two = results[1], results[2]
@@ -407,14 +410,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_sharded_weights_train_and_resume_as_whole_ones(script, small, tmp_path):  # noqa: F811
     """Two processes with FSDP2 against one with two accumulation steps; each goes on from the other's checkpoint."""
     (tmp_path / "driver.py").write_text(SHARDED_DRIVER)
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    env["MKL_CBWR"] = "COMPATIBLE"
     options = [*map(str, small), "--max_train_steps", "4", "--checkpointing_steps", "2"]
 
     def sharded(folder, *more):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        command = [*launch, str(tmp_path / "driver.py"), SCRIPT, *options, "--output_dir", str(folder), *more]
-        done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
+        done = stranger.ranks(2, tmp_path / "driver.py", SCRIPT, *options, "--output_dir", folder, *more)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("spread True 2 0.5") == 2
 
@@ -522,10 +521,9 @@ def test_the_log_of_a_killed_run_is_cut_at_the_checkpoint(script, small, tmp_pat
 
 
 def train_with_hub(hub, small, tmp_path, *options):  # noqa: F811
-    argv = [sys.executable, SCRIPT, *small, "--push_to_hub", "--hub_model_id", "tester/digits", *options]
+    argv = [*small, "--push_to_hub", "--hub_model_id", "tester/digits", *options]
     argv += ["--output_dir", tmp_path / "out", "--hub_timeout", 30]
-    environment = hub.environment(tmp_path / "hf-home")
-    return subprocess.run(list(map(str, argv)), env=environment, capture_output=True, text=True)
+    return stranger.run(SCRIPT, *argv, env=hub.environment(tmp_path / "hf-home"))
 
 
 def test_a_trained_model_reaches_strangers_with_its_card(small, tmp_path):  # noqa: F811
@@ -544,8 +542,7 @@ def test_a_trained_model_reaches_strangers_with_its_card(small, tmp_path):  # no
             "pipe = DiffusionPipeline.from_pretrained('tester/digits')\n"
             "print(pipe.unet.conv_in.weight.sum().item(), 'diffusers_ext' in sys.modules)"
         )
-        environment = hub.environment(tmp_path / "other-home")
-        loaded = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        loaded = stranger.run(code, env=hub.environment(tmp_path / "other-home"))
     expected = weights_of(tmp_path / "out")["conv_in.weight"].sum().item()
     assert loaded.stdout.split() == [str(expected), "False"], loaded.stderr
     card = (tmp_path / "out" / "README.md").read_text()

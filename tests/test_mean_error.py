@@ -2,15 +2,15 @@
 at every level, coordinate and condition. Rows serve as independent repetitions: one run measures hundreds of them."""
 
 import os
-import subprocess
-import sys
 from math import sqrt
 from types import SimpleNamespace
 
 import pytest
+import stranger
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from oracles import Gaussian, along, image_mixture
+from products import every_value
 from safetensors.torch import load_file
 from test_calibration import OracleNetwork, buffers, tiny_unet
 from torch import Tensor
@@ -176,8 +176,7 @@ NARROW = Gaussian(torch.zeros(SHAPE), torch.tensor([1e-6, *[1e6] * 7]).reshape(S
 
 
 # in isotropic noise, and where 99% of its variance lies in one coordinate
-@pytest.mark.parametrize("law", [ISOTROPIC, NARROW, LAW], ids=["isotropic", "one direction", "mixture"])
-@pytest.mark.parametrize("name", ["antithetic", "plain"])
+@pytest.mark.parametrize(("law", "name"), every_value([ISOTROPIC, NARROW, LAW], ["antithetic", "plain"]))
 def test_of_a_perfect_model_something_is_subtracted_as_often_as_stated(law, name) -> None:
     if law is NARROW and name == "plain":
         floors = repeated(40, 64, law, None, shrink=False, num_levels=2, **PLAIN).offsets.square().mean(1).flatten(1)
@@ -528,10 +527,7 @@ def shard(rank: int):
 
 def test_two_processes_add_up_and_resume(tmp_path) -> None:
     (tmp_path / "driver.py").write_text(DRIVER)
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(tmp_path / "driver.py"), str(tmp_path), os.path.dirname(__file__)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = stranger.ranks(2, tmp_path / "driver.py", tmp_path, os.path.dirname(__file__))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("resumed True") == 4
     assert done.stdout.count("refused the processes were stopped after different numbers of batches, [10, 0]") == 2

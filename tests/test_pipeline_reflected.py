@@ -3,11 +3,11 @@ a network whose guidance is linear, and what a stranger downloads from a small H
 
 import inspect
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
+import stranger
 import torch
 import torchdiffeq
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -338,10 +338,7 @@ def test_a_stranger_gets_the_same_images_from_the_hub(tmp_path) -> None:
     pipe.save_pretrained(tmp_path / "model")
     with HubServer() as hub:
         for code, token in ((PUSH, TOKEN), (LOAD, None)):
-            environment = hub.environment(tmp_path / f"home-{token}", token)
-            done = subprocess.run(
-                [sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True, capture_output=True
-            )
+            done = stranger.run(code, cwd=tmp_path, env=hub.environment(tmp_path / f"home-{token}", token))
             assert done.returncode == 0, done.stderr
         assert "scheduler/scheduler_config.json" in hub.files("tester/reflected")
     *names, theirs = torch.load(tmp_path / "images.pt")

@@ -2,10 +2,9 @@
 first is a draw of the bridge, with any scheduler."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+import stranger
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, PNDMScheduler
 from hub_server import TOKEN, HubServer
@@ -168,10 +167,7 @@ def test_a_stranger_gets_the_same_images_from_the_hub(tmp_path) -> None:
     pipe.save_pretrained(tmp_path / "model")
     with HubServer() as hub:
         for code, token in ((PUSH, TOKEN), (LOAD, None)):
-            environment = hub.environment(tmp_path / f"home-{token}", token)
-            done = subprocess.run(
-                [sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True, capture_output=True
-            )
+            done = stranger.run(code, cwd=tmp_path, env=hub.environment(tmp_path / f"home-{token}", token))
             assert done.returncode == 0, done.stderr
         assert "bridge/diffusion_pytorch_model.safetensors" in hub.files("tester/short")
     *names, theirs = torch.load(tmp_path / "images.pt")

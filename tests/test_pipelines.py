@@ -3,13 +3,12 @@ Gaussian data under every scheduler, and sampling loops written out by hand."""
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
+import stranger
 import torch
 from diffusers import (
     DDIMPipeline,
@@ -295,7 +294,8 @@ def test_another_process_that_imports_the_package_loads_it(tmp_path) -> None:
     )
     latents, file = torch.randn(1, 3, 8, 8, generator=seeded()), tmp_path / "exchange.pt"
     torch.save(latents, file)
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "model"), str(file)], check=True, cwd=tmp_path)
+    done = stranger.run(script, tmp_path / "model", file, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     name, theirs = torch.load(file)
     assert name == "ClassConditionalPipeline"
     assert_same_images(theirs, images(pipe, [0], steps=2, guidance_scale=2.0, latents=latents))
@@ -342,9 +342,7 @@ def test_with_the_file_beside_it_a_pipeline_opens_without_an_import(tmp_path) ->
                 "pushed", {p.relative_to(tmp_path / name).as_posix(): p.read_bytes() for p in files}
             )
         environment = hub.environment(tmp_path / "home", token=None)
-        done = subprocess.run(
-            [sys.executable, "-c", OPEN], cwd=tmp_path, env=environment, text=True, capture_output=True
-        )
+        done = stranger.run(OPEN, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert all(line.startswith(("ModuleNotFound", "ImportError")) and "diffusers_ext" in line for line in lines[:4])

@@ -5,11 +5,10 @@ import copy
 import inspect
 import json
 import pickle
-import subprocess
-import sys
 
 import diffusers
 import pytest
+import stranger
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 from diffusers.utils import logging
@@ -468,13 +467,7 @@ def test_the_hub_keeps_the_tables_and_people_without_this_package_are_not_in_the
     from pathlib import Path
 
     def run(code, *args, home, token):
-        done = subprocess.run(
-            [sys.executable, "-c", code, *args],
-            cwd=tmp_path,
-            env=hub.environment(tmp_path / home, **token),
-            text=True,
-            capture_output=True,
-        )
+        done = stranger.run(code, *args, cwd=tmp_path, env=hub.environment(tmp_path / home, **token))
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
 

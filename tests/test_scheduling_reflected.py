@@ -27,6 +27,7 @@ from diffusers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import Folded, Gaussian, along, plain_denoiser, two_bumps
+from products import every_value
 from test_pipelines import quiet, tiny_unet
 from test_reflected_process import inside, kolmogorov_smirnov, seeded
 from torch import Tensor
@@ -119,8 +120,7 @@ def test_projection_heaps_up_at_the_faces_and_slowly_converges() -> None:
     assert distances[0] > 1.3 * distances[1] > 1.3 * 2.5 / 20_000**0.5
 
 
-@pytest.mark.parametrize("boundary", ["reflect", "project"])
-@pytest.mark.parametrize("step_variable", STEP_VARIABLES)
+@pytest.mark.parametrize(("step_variable", "boundary"), every_value(STEP_VARIABLES, ["reflect", "project"]))
 def test_sde_converges_to_the_exact_law(step_variable: str, boundary: str) -> None:
     n, distances = 20_000, []
     for steps in (10, 160):
@@ -132,12 +132,9 @@ def test_sde_converges_to_the_exact_law(step_variable: str, boundary: str) -> No
     assert distances[1] < (0.02 if boundary == "reflect" else 0.04)  # 0.018 of it can be chance
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("step_variable", STEP_VARIABLES)
-@pytest.mark.parametrize(("algorithm", "order"), [("ode", 1), ("heun", 2)])
-def test_order_of_convergence_to_the_exact_transport(
-    algorithm: str, order: int, step_variable: str, spacing: str
-) -> None:
+@pytest.mark.parametrize(("algorithm", "step_variable", "spacing"), every_value(ALGORITHMS, STEP_VARIABLES, SPACINGS))
+def test_order_of_convergence_to_the_exact_transport(algorithm: str, step_variable: str, spacing: str) -> None:
+    order = {"ode": 1, "heun": 2}[algorithm]
     start = torch.linspace(-0.97, 0.97, 21, dtype=torch.float64)
     exact, counts = transport(start), [64, 128, 256] if order == 1 else [32, 64, 128]
     scheduler = scheduler_of(algorithm_type=algorithm, step_variable=step_variable, sigma_spacing=spacing)

@@ -106,13 +106,18 @@ def test_the_exact_network_and_start_give_the_data(name, time) -> None:
     first order; from N(0, I) at T = 0.2 there remains a bias."""
     law = Gaussian(torch.tensor([[[0.7]]]).double(), 0.25)
     errors = {}
+    if name == "DDPM":
+        noise = torch.randn(100_000, dtype=torch.float64, generator=seeded())
+    else:  # deterministic, and an affine map of the start: any points of mean 0 and standard deviation 1 will do
+        noise = torch.linspace(-1, 1, 11, dtype=torch.float64)
+        noise = noise / noise.std()
     for steps in (10, 20, 40):
         ours = short(name, time, timestep_spacing="trailing", **({} if name[:2] != "DD" else {"clip_sample": False}))
         sigma = noise_schedule(ours).sigma_max
         alpha = (1 + sigma**2) ** -0.5
-        network, n = network_of(law, ours), 200_000
-        for start in ("exact", "prior"):
-            x = torch.randn(n, 1, 1, 1, dtype=torch.float64, generator=seeded())
+        network = network_of(law, ours)
+        for start in ("exact", "prior") if steps == 40 else ("exact",):
+            x = noise.reshape(-1, 1, 1, 1)
             if start == "exact":
                 x = alpha * (law.mean + (law.variance + sigma**2).sqrt() * x)
             result = loop(ours, network, x, steps)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import stranger
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, DiTPipeline
 from PIL import Image
@@ -169,7 +170,7 @@ def test_the_result_opens_with_plain_diffusers_where_stock_classes_suffice(scrip
         f" output_type='np').images\n"
         f"print(type(pipe).__name__, images.shape, 'diffusers_ext' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = stranger.run(code)
     assert done.stdout.strip() == f"{kind or 'ClassConditionalPipeline'} (2, 8, 8, 1) {kind is None}", done.stderr
 
 

@@ -5,10 +5,9 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
+import stranger
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDIMPipeline, DDIMScheduler
@@ -193,10 +192,7 @@ def test_two_processes_do_what_one_does(observation, small, tmp_path):  # noqa: 
     argv = [*small, *TINY, "--checkpointing_steps", 3, "--max_grad_norm", 1e9, "--adam_epsilon", 1e-3]
     argv += ["--observation_weight", 0.5, "--validation_steps", 2, "--patience", 9, "--output_dir"]
     observation.run(*argv, tmp_path / "world1", "--gradient_accumulation_steps", 2)
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    command = list(map(str, [*launch, SCRIPT, *argv, tmp_path / "world2"]))
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = stranger.ranks(2, SCRIPT, *argv, tmp_path / "world2")
     assert done.returncode == 0, done.stderr
     assert log_of(tmp_path / "world2")[0]["start"]["processes"] == 2
     states = [last_state(tmp_path / f"world{world}") for world in (1, 2)]
@@ -226,7 +222,7 @@ def test_the_pipeline_opens_in_plain_diffusers_and_holds_no_discriminator(observ
         "images = pipe(batch_size=2, num_inference_steps=2, output_type='np').images\n"
         "print(type(pipe).__name__, images.shape, sorted(pipe.components), 'diffusers_ext' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = stranger.run(code)
     assert done.stdout.strip() == "DDIMPipeline (2, 8, 8, 1) ['scheduler', 'unet'] False", done.stderr
 
 
@@ -235,9 +231,7 @@ def test_the_discriminator_is_pushed_if_that_is_asked_for(small, tmp_path):  # n
     argv = [*small, *TINY, "--push_to_hub", "--hub_model_id", "tester/digits", "--push_discriminator"]
     argv += ["--checkpointing_steps", 3, "--hub_timeout", 30, "--output_dir", out]
     with HubServer() as hub:
-        environment = hub.environment(tmp_path / "hf-home")
-        command = list(map(str, [sys.executable, SCRIPT, *argv]))
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = stranger.run(SCRIPT, *argv, env=hub.environment(tmp_path / "hf-home"))
         assert done.returncode == 0, done.stderr
         files = set(hub.files("tester/digits"))
     assert {"discriminator/config.json", "discriminator/diffusion_pytorch_model.safetensors", "README.md"} <= files

@@ -1,0 +1,190 @@
+"""Break the package in many places, one at a time, and see that tests go red: `python tests/mutations.py [numbers]`.
+
+Each mutation is made in a temporary copy of the repository, and the tests that should see it are run there. The script
+ends with status 1 if one of them survives.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Mutation(NamedTuple):
+    """`snippet`, which stands once in the whole package, becomes `instead`; `tests` are arguments of pytest."""
+
+    part: str
+    snippet: str
+    instead: str
+    tests: str
+
+
+MUTATIONS = [
+    Mutation(
+        "process",
+        "return (x0 - x) / align(sigma, x) ** 2",
+        "return (x - x0) / align(sigma, x) ** 2",
+        "tests/test_process.py",
+    ),
+    Mutation(
+        "hypercube",
+        "yield torch.exp2(rate * y0 * y), y + y0",
+        "yield torch.exp2(rate * y0 * y), y - y0",
+        "tests/test_hypercube.py -k anywhere",
+    ),
+    Mutation(
+        "score",
+        "Coefficients(variance**-0.5, sigma_data**2 / variance,",
+        "Coefficients(variance**-0.5, sigma_data / variance,",
+        "tests/test_score.py",
+    ),
+    Mutation(
+        "noise levels",
+        "ahead = root.clamp(min=sigma_min ** (1 / rho)) ** rho",
+        "ahead = root.clamp(min=sigma_min) ** rho",
+        "tests/test_noise_levels.py -k ahead",
+    ),
+    Mutation("solvers", "* (slope + slope_next) / 2", "* slope_next", "tests/test_solvers.py -k 'order or heun'"),
+    Mutation("interop", "output = output[:, :channels]", "output = output[:, channels:]", "tests/test_interop.py"),
+    Mutation(
+        "losses",
+        "_mean_of_elements(residual_1 * residual_2)",
+        "_mean_of_elements(residual_1 * residual_1)",
+        "tests/test_losses.py -k expected",
+    ),
+    Mutation("losses, adversarial", "r1_weight / 2 * r1", "r1_weight * r1", "tests/test_losses.py -k r1"),
+    Mutation(
+        "discriminator",
+        "(groups.var(1, correction=0)",
+        "(groups.var(1, correction=1)",
+        "tests/test_discriminator.py -k deviation",
+    ),
+    Mutation(
+        "likelihood",
+        "(tau_max / sigma_max) ** 2 / 2 *",
+        "(tau_max / sigma_max) ** 2 *",
+        "tests/test_likelihood.py -k bound",
+    ),
+    Mutation("metrics", "(len(x) * (len(x) - 1))", "len(x) ** 2", "tests/test_metrics.py -k kernel"),
+    Mutation(
+        "extractors",
+        "adaptive_avg_pool2d(images.double(), side)",
+        "adaptive_avg_pool2d(images.double(), side) + 1",
+        "tests/test_extractors.py -k pixel",
+    ),
+    Mutation(
+        "moments of bridges",
+        "sqrt(self.count * m / n) * shift[None]",
+        "sqrt(m / n) * shift[None]",
+        "tests/test_bridge.py -k 'incremental or moments'",
+    ),
+    Mutation(
+        "calibration",
+        "torch.tensor([guidance_scale, 1 - guidance_scale])",
+        "torch.tensor([guidance_scale, guidance_scale - 1])",
+        "tests/test_calibration.py tests/test_scheduling_calibrated.py -k guid",
+    ),
+    Mutation(
+        "mean error",
+        '("squared_norm", norm - floor)',
+        '("squared_norm", norm)',
+        "tests/test_mean_error.py -k norm_has_no_bias",
+    ),
+    Mutation(
+        "calibrated schedulers",
+        "known, self._times = self._times, self.timesteps[:MAX_REMEMBERED]",
+        "known, self._times = self._times, self.timesteps[1:MAX_REMEMBERED]",
+        "tests/test_scheduling_calibrated.py -k 'each_step and DDIM'",
+    ),
+    Mutation(
+        "short-time schedulers",
+        "self._start_scale = (1 + schedule.sigma_max**2) ** 0.5",
+        "self._start_scale = 1 + schedule.sigma_max",
+        "tests/test_scheduling_short_time.py -k 'start_of_euler or EulerDiscrete'",
+    ),
+    Mutation(
+        "reflected schedulers",
+        "v = -2 * sigma * dsigma_dr(sigma) * h",
+        "v = -sigma * dsigma_dr(sigma) * h",
+        "tests/test_scheduling_reflected.py -k by_hand",
+    ),
+    Mutation(
+        "pipelines",
+        "return null + guidance_scale * (output - null)",
+        "return output + guidance_scale * (output - null)",
+        "tests/test_pipelines.py -k guidance",
+    ),
+    Mutation(
+        "data",
+        "torch.Generator().manual_seed(seed_for(self.seed, 1, s))",
+        "torch.Generator().manual_seed(seed_for(self.seed, 1))",
+        "tests/test_data.py",
+    ),
+    Mutation(
+        "resuming",
+        "moments[name] = place_like(value, parameters[i])",
+        "moments[name] = place_like(0 * value, parameters[i])",
+        "tests/test_loop.py -k 'stopped_run_goes_on and plain'",
+    ),
+    Mutation(
+        "loop",
+        "first = self.step * accumulate * world",
+        "first = self.step * world",
+        "tests/test_loop.py -k 'stopped_run_goes_on and accumulation'",
+    ),
+    Mutation(
+        "evaluation",
+        "reference, floor = _halves(held_out)",
+        "reference, floor = held_out, held_out",
+        "tests/test_evaluate_script.py -k halves",
+    ),
+    Mutation(
+        "reports",
+        "half = (value.high - value.low) / 2",
+        "half = value.high - value.low",
+        "tests/test_evaluation_report.py -k 'interval or digits'",
+    ),
+]
+
+
+def place_of(snippet: str) -> Path:
+    """The file of the package in which it stands."""
+    found = [(f, n) for f in sorted((ROOT / "diffusers_ext").rglob("*.py")) if (n := f.read_text().count(snippet))]
+    if [n for _, n in found] != [1]:
+        raise SystemExit(f"the snippet must stand once in the package, found in {found}: {snippet}")
+    return found[0][0].relative_to(ROOT)
+
+
+def survives(mutation: Mutation) -> bool:
+    """Whether the tests pass all the same; that none of them fails otherwise is for the test suite to say."""
+    place = place_of(mutation.snippet)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "demo", "build"))
+        (copy / place).write_text((copy / place).read_text().replace(mutation.snippet, mutation.instead))
+        command = f"{sys.executable} -m pytest -q -x -p no:cacheprovider -p no:xdist {mutation.tests}"
+        environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, shell=True, cwd=copy, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):  # 1: tests failed
+        raise SystemExit(f"{mutation.part}: pytest ended with status {done.returncode}\n{done.stdout}{done.stderr}")
+    last = done.stdout.strip().splitlines()[-1]
+    print(f"{'SURVIVES' if done.returncode == 0 else 'red'}: {mutation.part}, {place}: {last}", flush=True)
+    return done.returncode == 0
+
+
+def main() -> None:
+    for mutation in MUTATIONS:
+        place_of(mutation.snippet)
+    chosen = [MUTATIONS[int(number) - 1] for number in sys.argv[1:]] or MUTATIONS
+    alive = [mutation.part for mutation in chosen if survives(mutation)]
+    print(f"{len(chosen) - len(alive)} of {len(chosen)} mutations are seen; not: {', '.join(alive) or 'none'}")
+    sys.exit(bool(alive))
+
+
+if __name__ == "__main__":
+    main()
