@@ -7,10 +7,52 @@ the accelerator. Without a generator they are drawn on the device where they are
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class Stream(IntEnum):
+    """What random numbers are for. Each has a number of its own, which is part of their seed."""
+
+    ORDER = 0
+    """The order of the images in an epoch."""
+    AUGMENTATION = 1
+    """Crops and flips of an image."""
+    NOISE = 2
+    """A micro-batch of the training: latents, noise levels, noise, dropped conditions."""
+    DROPOUT = 3
+    """The network's own dropout."""
+    VALIDATION = 4
+    """The noise of the denoising loss by noise level."""
+    BEST = 5
+    """Samples that decide which pipeline is the best."""
+    DISCRIMINATOR = 6
+    """The first weights of a discriminator."""
+    PROJECTION = 7
+    """Which step a discriminator judges."""
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """The seeds of a run: a function of its own seed, of what the numbers are for, and of which of them.
+
+    Seeds(0)(Stream.NOISE, 7)                        # a seed for micro-batch 7
+    Seeds(0).generator(Stream.NOISE, 7, device="cuda")
+    """
+
+    seed: int
+
+    def __call__(self, stream: Stream, *numbers: int) -> int:
+        """A well-mixed 63-bit seed."""
+        return seed_for(self.seed, stream, *numbers)
+
+    def generator(self, stream: Stream, *numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
+        """A generator with this seed."""
+        return torch.Generator(device).manual_seed(self(stream, *numbers))
 
 
 def seed_for(*parts: int) -> int:

@@ -121,8 +121,8 @@ MUTATIONS = [
     ),
     Mutation(
         "data",
-        "torch.Generator().manual_seed(seed_for(self.seed, 1, s))",
-        "torch.Generator().manual_seed(seed_for(self.seed, 1))",
+        "self.seeds.generator(Stream.AUGMENTATION, s)",
+        "self.seeds.generator(Stream.AUGMENTATION)",
         "tests/test_data.py",
     ),
     Mutation(

@@ -15,6 +15,7 @@ from diffusers_ext.data.batches import MicroBatches, StreamDataset, collate
 from diffusers_ext.data.images import Transform, convert, to_tensor
 from diffusers_ext.data.sources import Digits, load_images, load_validation_images
 from diffusers_ext.errors import InputError
+from diffusers_ext.randomness import Seeds
 from diffusers_ext.training import TrainingArguments
 
 
@@ -44,7 +45,7 @@ def values(images):
 
 
 def read(source, batch_size, first=0, stride=1, count=1, workers=0, seed=7):
-    data = StreamDataset(source, Transform(4, 1), seed)
+    data = StreamDataset(source, Transform(4, 1), Seeds(seed))
     batches = MicroBatches(batch_size, first, stride, count)
     return list(DataLoader(data, batch_sampler=batches, num_workers=workers, collate_fn=collate))
 

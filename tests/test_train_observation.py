@@ -19,7 +19,7 @@ from test_train_consistency import ROOT, assert_same_weights, log_of, small, wei
 
 from diffusers_ext import NoiseLevelDiscriminator, files
 from diffusers_ext.commands import parse_arguments
-from diffusers_ext.randomness import seed_for
+from diffusers_ext.randomness import Seeds, Stream
 from diffusers_ext.reports.hub import pushed_files
 from diffusers_ext.training import Adversary, Best, TrainingLoop
 from diffusers_ext.training.checkpoint import list_checkpoints, load_checkpoint, same_state
@@ -319,7 +319,7 @@ def test_the_distance_is_that_of_the_pixels(observation, small, tmp_path):  # no
     judge = Best(steps=3, samples=100, patience=None)
     loop.keep(judge)
     trained = loop.trained()
-    generator = torch.Generator().manual_seed(seed_for(0, 5, 0))
+    generator = Seeds(0).generator(Stream.BEST, 0)
     images = trained.pipeline(batch_size=100, num_inference_steps=3, generator=generator, output_type="np").images
     a, b = images.reshape(100, -1) * 2.0 - 1, loop.validation.images.reshape(200, -1).double().numpy()
     root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real

@@ -26,7 +26,7 @@ from diffusers_ext.commands import parse_arguments
 from diffusers_ext.errors import InputError, command
 from diffusers_ext.fields import arg
 from diffusers_ext.losses import PROJECTIONS
-from diffusers_ext.randomness import seed_for
+from diffusers_ext.randomness import Stream
 from diffusers_ext.training import Adversary, Batch, Best, TrainingArguments, TrainingLoop
 from diffusers_ext.training.adversary import new_discriminator
 
@@ -35,7 +35,6 @@ PAPER = ("Observation-Guided Diffusion Probabilistic Models", "2310.04041")
 # The paper's weights and look-ahead: from scratch, and for fine-tuning by projection (`random` has no value of theirs).
 SCRATCH_WEIGHT, TUNING_WEIGHTS = 0.01, {"euler": 0.025, "heun": 0.005, "random": 0.005}
 SCRATCH_LOOK_AHEAD, TUNING_LOOK_AHEAD = 0.1, 0.2
-PROJECTION_STREAM = 7  # of `seed_for`; the loop and its parts use 0 to 6
 
 
 @dataclass
@@ -115,7 +114,7 @@ def step(
     sigma_next = look_ahead_sigma(sigma, args.look_ahead, *bounds, generator=generator)
     projection = args.projection
     if projection == "random":  # of an optimiser step, the same on all devices
-        projection = list(PROJECTIONS)[seed_for(args.seed, PROJECTION_STREAM, loop.step) % len(PROJECTIONS)]
+        projection = list(PROJECTIONS)[loop.seeds(Stream.PROJECTION, loop.step) % len(PROJECTIONS)]
     # Both play against each other's weights of now; the step is made of the prediction of the denoising loss.
     game = {"denoised": denoised, "projection": projection, "discriminator_cond": batch.cond, **batch.cond}
     penalty = {"sigma_data": adversary.network.config.sigma_data, "r1_weight": args.r1_weight}

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import InputError
-from ..randomness import seed_for
+from ..randomness import Seeds, Stream
 from .images import Transform
 from .sources import DataArguments, HubStream, ImageSource, open_encoded
 
@@ -52,8 +52,8 @@ class StreamDataset(Dataset[Sample]):
         InputError: on `MAX_UNREADABLE_IN_A_ROW` unreadable images in a row.
     """
 
-    def __init__(self, source: ImageSource, transform: Transform, seed: int, limit: int | None = None) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
+    def __init__(self, source: ImageSource, transform: Transform, seeds: Seeds, limit: int | None = None) -> None:
+        self.source, self.transform, self.seeds = source, transform, seeds
         self.n = len(source) if limit is None else min(limit, len(source))
         self._permutation: tuple[int, Tensor] = (-1, torch.empty(0))
 
@@ -61,12 +61,12 @@ class StreamDataset(Dataset[Sample]):
         """Which image sample number `s` is."""
         epoch, position = divmod(s, self.n)
         if self._permutation[0] != epoch:
-            generator = torch.Generator().manual_seed(seed_for(self.seed, 0, epoch))
+            generator = self.seeds.generator(Stream.ORDER, epoch)
             self._permutation = (epoch, torch.randperm(self.n, generator=generator))
         return int(self._permutation[1][position])
 
     def __getitem__(self, s: int) -> Sample:
-        generator = torch.Generator().manual_seed(seed_for(self.seed, 1, s))
+        generator = self.seeds.generator(Stream.AUGMENTATION, s)
         return read_image(self.source, self.index(s), self.n, self.transform, generator)
 
 
@@ -126,7 +126,7 @@ def first_images(source: ImageSource | HubStream, n: int, transform: Transform) 
     """The first `n` images and labels, cropped in the centre and not mirrored."""
     still = Transform(transform.resolution, transform.channels)
     if isinstance(source, HubStream):
-        stream = stream_samples(source, still, 0, Position(0, 0), endless=False)
+        stream = stream_samples(source, still, Seeds(0), Position(0, 0), endless=False)
         samples = [sample for sample, _ in itertools.islice(stream, n)]
     else:
         n = min(n, len(source))
@@ -145,7 +145,7 @@ class Position(NamedTuple):
 
 
 def stream_samples(
-    source: HubStream, transform: Transform, seed: int, position: Position, threads: int = 0, endless: bool = True
+    source: HubStream, transform: Transform, seeds: Seeds, position: Position, threads: int = 0, endless: bool = True
 ) -> Iterator[tuple[Sample, Position]]:
     """Samples of a stream from `position` on, each with the position behind it, decoded by `threads` threads.
 
@@ -156,7 +156,7 @@ def stream_samples(
     """
 
     def decode(where: Position, cell: dict[str, Any], label: int, name: str) -> Sample | str:
-        generator = torch.Generator().manual_seed(seed_for(seed, 1, *where))
+        generator = seeds.generator(Stream.AUGMENTATION, *where)
         try:
             return Sample(transform(open_encoded(cell), generator), label, [])
         except Exception as error:  # Pillow raises whatever its decoders do
@@ -224,16 +224,19 @@ def micro_batches(
     count: int,
     *,
     position: Position,
+    seeds: Seeds | None = None,
     pin_memory: bool = False,
 ) -> Iterable[Images]:
-    """The micro-batches first, first + world, ... of a run, `count` of them; of a stream, those after `position`."""
+    """The micro-batches first, first + world, ... of a run, `count` of them; of a stream, those after `position`. The
+    seeds are those of the arguments, or others of theirs."""
+    seeds = seeds or Seeds(args.seed)
     if isinstance(source, HubStream):
         share = source.share(first % world, world)
-        samples = stream_samples(share, transform, args.seed, position, args.dataloader_num_workers)
+        samples = stream_samples(share, transform, seeds, position, args.dataloader_num_workers)
         batches = itertools.islice(_batched(samples, args.train_batch_size), count)
         return (batch.pin_memory() for batch in batches) if pin_memory else batches
     return DataLoader(
-        StreamDataset(source, transform, args.seed, args.max_train_samples),
+        StreamDataset(source, transform, seeds, args.max_train_samples),
         batch_sampler=MicroBatches(args.train_batch_size, first, world, count),
         num_workers=args.dataloader_num_workers,
         collate_fn=collate,

@@ -36,7 +36,7 @@ from diffusers.optimization import get_scheduler
 from ..discriminator import NoiseLevelDiscriminator
 from ..errors import TrainingStopped
 from ..losses import DiscriminatorLoss
-from ..randomness import seed_for
+from ..randomness import Stream
 from .parts import Run
 
 DIVERGED_RECORDS = 3
@@ -46,8 +46,6 @@ NAME = "discriminator"
 
 IMAGE_STD, LATENT_STD = 0.5, 1.0
 """Standard deviation of images in [-1, 1], the usual estimate, and of latents, which autoencoders scale so."""
-
-_WEIGHTS = 6  # the stream of `seed_for`; the loop and its other parts use 0 to 5
 
 
 def new_discriminator(run: Run, channels: str) -> NoiseLevelDiscriminator:
@@ -59,7 +57,7 @@ def new_discriminator(run: Run, channels: str) -> NoiseLevelDiscriminator:
     subject = run.subject
     classes = subject.num_classes
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for(run.args.seed, _WEIGHTS))
+        torch.manual_seed(run.seeds(Stream.DISCRIMINATOR))
         return NoiseLevelDiscriminator(
             subject.network.config.in_channels,
             [int(width) for width in channels.split(",")],

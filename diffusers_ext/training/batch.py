@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 
 from ..data.batches import Images
-from ..randomness import seed_for
+from ..randomness import Seeds, Stream
 from ..subjects import Condition, Subject
 from .arguments import TrainingArguments
-
-# Streams of `seed_for(seed, stream, ...)`; data.py uses 0 and 1, results.py 4, best.py 5.
-_NOISE, _DROPOUT = 2, 3
 
 
 @dataclass(frozen=True)
@@ -28,10 +25,12 @@ class Batch:
     """The source of every random number of this micro-batch."""
 
 
-def make_batch(subject: Subject, args: TrainingArguments, m: int, images: Images, device: torch.device) -> Batch:
+def make_batch(
+    subject: Subject, args: TrainingArguments, seeds: Seeds, m: int, images: Images, device: torch.device
+) -> Batch:
     """Micro-batch number m of a run; sets the global random state, for dropout."""
-    generator = torch.Generator(device).manual_seed(seed_for(args.seed, _NOISE, m))
-    torch.manual_seed(seed_for(args.seed, _DROPOUT, m))
+    generator = seeds.generator(Stream.NOISE, m, device=device)
+    torch.manual_seed(seeds(Stream.DROPOUT, m))
     pixels = images.images.to(device, non_blocking=True)
     if args.channels_last:
         pixels = pixels.contiguous(memory_format=torch.channels_last)

@@ -26,12 +26,11 @@ from accelerate.utils import broadcast_object_list
 from ..extractors import pixel_features
 from ..files import recover_folder, replacing_entries, replacing_folder
 from ..metrics import frechet_distance
-from ..randomness import seed_for
+from ..randomness import Stream
 from ..subjects import Subject
 from .parts import Run
 
 NAME = "best"
-_DRAWS = 5  # the stream of `seed_for`; the loop's own are 0 to 4
 
 
 class Best:
@@ -76,7 +75,7 @@ class Best:
         for first in range(0, self.samples, size):
             numbers = range(first, min(first + size, self.samples))
             labels = None if classes is None else [i % classes for i in numbers]
-            seed = seed_for(self.run.args.seed, _DRAWS, first)
+            seed = self.run.seeds(Stream.BEST, first)
             drawn.append(torch.from_numpy(subject.sample(len(numbers), self.steps, seed, labels)))
         images = torch.cat(drawn).movedim(3, 1) * 2 - 1
         if not images.isfinite().all():

@@ -40,6 +40,7 @@ from ..files import remove_partial
 from ..interop import noise_schedule, score_model_from
 from ..noise_levels import min_snr_weight
 from ..process import ReflectedProcess
+from ..randomness import Seeds
 from ..score import Denoiser
 from ..subjects import Subject
 from .arguments import TrainingArguments
@@ -90,7 +91,7 @@ class TrainingLoop:
     grad_norm: Tensor
 
     def __init__(self, args: TrainingArguments, name: str, paper: tuple[str, str]) -> None:
-        self.args, self.name, self.step = args, name, 0
+        self.args, self.name, self.step, self.seeds = args, name, 0, Seeds(args.seed)
         self.parts: dict[str, Part] = {}
         self.output_dir = Path(args.output_dir)
         self.accelerator = _accelerator(args)
@@ -170,7 +171,7 @@ class TrainingLoop:
                 for m, batch in self._micro_batches():
                     self.log.unreadable(self.step, batch.unreadable)
                     with self.accelerator.accumulate(self.model):
-                        yield make_batch(self.subject, self.args, m, batch, self.accelerator.device)
+                        yield make_batch(self.subject, self.args, self.seeds, m, batch, self.accelerator.device)
                     self.position = batch.position or self.position
                     if self.accelerator.sync_gradients and self._after_step(stop):
                         return
@@ -184,7 +185,7 @@ class TrainingLoop:
         accumulate, world = self.args.gradient_accumulation_steps, self.accelerator.num_processes
         first = self.step * accumulate * world + self.accelerator.process_index
         count = (self.total_steps - self.step) * accumulate
-        options = {"position": self.position, "pin_memory": self.accelerator.device.type == "cuda"}
+        options = {"position": self.position, "seeds": self.seeds, "pin_memory": self.accelerator.device.type == "cuda"}
         loader = micro_batches(self.args, self.source, self.transform, first, world, count, **options)
         try:
             for i, batch in enumerate(loader):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from ..data.batches import Images, Position
     from ..interop import NoiseSchedule
+    from ..randomness import Seeds
     from ..subjects import Subject
     from .arguments import TrainingArguments
     from .log import RunLog
@@ -34,6 +35,7 @@ class Run(Protocol):
     validation: Images
     validation_name: str
     position: Position
+    seeds: Seeds
     streamed: bool
     images_per_step: int
     step: int
