@@ -348,7 +348,7 @@ class Headless(DiffusionPipeline):
 def test_a_pipeline_without_a_place_for_it_is_refused() -> None:
     calibration = table(DDIMScheduler(), (2, 8, 8))
     pipe = Dropping(tiny_dit(), DDIMScheduler())
-    with pytest.raises(ValueError, match="Dropping does not keep a calibrated scheduler: use route='model'"):
+    with pytest.raises(ValueError, match="Dropping does not keep a CalibratedDDIMScheduler: use route='model'"):
         calibrate_pipeline(pipe, calibration)
     assert calibrate_pipeline(pipe, calibration, route="model") is pipe
     assert is_hooked(pipe)

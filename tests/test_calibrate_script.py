@@ -155,7 +155,7 @@ def saved(self, folder, **kwargs):
     say(f"saved {os.path.relpath(folder)}")
     save(self, folder, **kwargs)
 
-module.encode, Calibration.save_pretrained = counted, saved
+Pixels.encode, Calibration.save_pretrained = counted, saved
 Accelerator.end_training = lambda self: say(f"{out} took {len(batches)} in one of {self.num_processes}")
 for out, stop in (("whole", None), ("halves", 15), ("halves", None)):
     batches.clear()
