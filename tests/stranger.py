@@ -99,7 +99,6 @@ def _wait(started):
 def _serve(connection):
     """Fork for each request; a second fork waits for the child and says how it ended."""
     import diffusers
-    import sklearn.datasets  # noqa: F401
     import torch
 
     torch.set_num_threads(1)

