@@ -184,7 +184,9 @@ class Page(HTMLParser):
 def test_the_page_is_complete_and_loads_nothing(tmp_path, make):
     title = "Samples <i>DDIM</i> & \"5\" 'steps'"
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 9, 3), dtype=np.uint8))
-    write_report(make(), tmp_path, {title: picture})
+    what = make()
+    what.pictures[title] = picture
+    write_report(what, tmp_path)
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     page = Page(text)
     assert all(link.startswith("data:image/png;base64,") for link in page.links)

@@ -37,8 +37,8 @@ from diffusers_ext.data.batches import Images
 from diffusers_ext.errors import InputError
 from diffusers_ext.evaluation import (
     Drawing,
+    LikelihoodSettings,
     Manifold,
-    MeasureArguments,
     likelihood,
     pipeline_fingerprint,
     quality,
@@ -134,8 +134,8 @@ def test_likelihood_of_the_exact_model_is_that_of_its_law(max_diffusion_time):
         seen = MEAN + STD * torch.randn(20_000, 1, 4, 4, generator=generator)
         bridge = GaussianBridge.fit([seen], SCHEDULER, max_diffusion_time, progress=False)
         pipeline = short_time_pipeline(pipeline, max_diffusion_time, bridge)
-    args = MeasureArguments(train_batch_size=100, likelihood_images=600, likelihood_evaluations=64, ode_images=60)
-    found = likelihood(subject_of(pipeline), Images(x0, torch.full((600,), -1), []), args, progress=False)
+    images, settings = Images(x0, torch.full((600,), -1), []), LikelihoodSettings(600, evaluations=64, ode_images=60)
+    found = likelihood(subject_of(pipeline), images, settings, batch_size=100, progress=False)
 
     law, sigma_min = Gaussian(torch.tensor(MEAN), torch.tensor(STD**2)), noise_schedule(pipeline.scheduler).sigma_min
     truth = -law.log_prob(x0.reshape(-1, 1), sigma_min).reshape(600, 16).mean(1) / log(2) - log2(2 / 256)

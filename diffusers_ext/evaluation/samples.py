@@ -1,8 +1,10 @@
 """Draw images from pipelines, for the same noise whatever the model, and keep them, so that none is drawn twice.
 
-    drawing = Drawing("A", pipeline, swap_scheduler(pipeline, "DDIM"), steps=10, ...)
-    drawing.draw(folder)                 # in batches; those that lie in the folder are not drawn again
-    drawing.images(folder)               # (n, C, H, W), uint8
+    drawing = Drawing.of(pipeline, swap_scheduler(pipeline, "DDIM"), steps=10, num_samples=500)
+    drawing.draw(folder)                    # in batches; those that lie in the folder are not drawn again
+    drawing.images(folder)                  # these batches, (n, C, H, W), uint8
+    drawing.features(folder, extractor)     # (500, d)
+    drawing.counted(folder).seconds         # per image
 
 Batch b of a drawing is a function of its settings, the seed and b alone: not of the number of processes, nor of what
 was drawn before. Each lies in a file of its own, in a folder whose name holds a hash of all that decides the images
@@ -14,7 +16,6 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-import inspect
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
@@ -31,100 +31,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import diffusers_ext
-
-from ..errors import InputError
+from ..data.sources import DataArguments
 from ..extractors import Extractor
 from ..files import replacing
-from ..interop import noise_schedule
 from ..randomness import seed_for
-from ..schedulers import CalibratedScheduler, ShortTimeScheduler
 from ..subjects import subject_of
 
-OWN = "own"
 _DRAW = 8  # the stream of `seed_for`; training uses 0 to 7
 _LEVEL = 1 / 255
 
 
-def swap_scheduler(pipeline: DiffusionPipeline, name: str, folder: str | None = None, **settings: Any) -> Any:
-    """A scheduler of this class with the configuration of the pipeline's own.
-
-    Args:
-        name: with or without "Scheduler" at its end; "own" is the pipeline's. For a pipeline of short diffusion times
-            it is the short-time class of that name.
-        folder: of the pipeline, or its Hub name: where a calibrated scheduler finds its tables.
-        settings: of the configuration, in place of the pipeline's.
-
-    Raises:
-        InputError: there is no such class or setting, or the pipeline cannot take it; names some that it can.
-    """
-    own = pipeline.scheduler
-    if name == OWN and not settings:
-        return copy.deepcopy(own)
-    wanted = type(own).__name__ if name == OWN else name.removesuffix("Scheduler") + "Scheduler"
-    if isinstance(own, ShortTimeScheduler) and "ShortTime" not in wanted:
-        calibrated = "Calibrated" if wanted.startswith("Calibrated") else ""
-        wanted = f"{calibrated}ShortTime{wanted.removeprefix('Calibrated')}"
-    kind = getattr(diffusers_ext, wanted, None) or getattr(diffusers, wanted, None)
-    try:
-        family = noise_schedule(own).family
-    except (TypeError, ValueError) as error:
-        raise InputError(f"--schedulers {name}: only {OWN!r} can be drawn with this pipeline: {error}") from error
-    others = sorted({k.__name__ for k in own.compatibles} - {type(own).__name__})
-    advice = f"it is a {family} model, whose scheduler is {type(own).__name__}; others for it: {', '.join(others)}"
-    if kind is None:
-        raise InputError(f"--schedulers: there is no {wanted}; {advice}")
-    known = inspect.signature(kind.__init__).parameters.keys() - {"self"}
-    if unknown := sorted(settings.keys() - known):
-        have = ", ".join(sorted(known))
-        raise InputError(f"--schedulers: {wanted} has no setting {', '.join(unknown)}; it has {have}")
-    try:
-        if issubclass(kind, CalibratedScheduler) and folder is not None:
-            scheduler = kind.from_pretrained(folder, subfolder="scheduler", **settings)
-        else:
-            # diffusers would replace what the user left at its default by the other class's default: other betas.
-            config = {k: v for k, v in own.config.items() if k != "_use_default_values"}
-            scheduler = kind.from_config(config | settings)
-        fits = noise_schedule(scheduler).family == family
-    except (TypeError, ValueError, OSError, NotImplementedError) as error:
-        raise InputError(f"--schedulers: the pipeline cannot take {wanted}: {error}; {advice}") from error
-    if not fits:
-        raise InputError(f"--schedulers: the pipeline cannot take {wanted}; {advice}")
-    if (refusal := subject_of(pipeline).refusal_of(scheduler)) is not None:
-        raise InputError(f"--schedulers: {refusal}; {advice}")
-    if isinstance(scheduler, CalibratedScheduler) and scheduler.calibration is None:
-        raise InputError(f"--schedulers: {wanted} finds no tables of a calibration in {folder}: run calibrate.py first")
-    return scheduler
-
-
-def steps_for(scheduler: Any, nfe: int) -> int:
-    """The most steps for which the scheduler asks for at most so many evaluations of the network.
-
-    Raises:
-        InputError: there is no such number.
-    """
-    trial, why = copy.deepcopy(scheduler), ""
-    for steps in range(nfe, 0, -1):
-        try:
-            trial.set_timesteps(steps)
-        except (ValueError, IndexError, ZeroDivisionError) as error:
-            why = f" ({error})"
-            continue
-        if len(trial.timesteps) <= nfe:
-            return steps
-    raise InputError(
-        f"{type(scheduler).__name__} makes no image with {nfe} evaluations of the network{why}: try more with --nfe, "
-        f"or another of --schedulers"
-    )
-
-
 def file_name(text: str) -> str:
-    """Something readable that every file system takes."""
+    """A readable name of a file that every file system takes."""
     return "".join(c if c.isalnum() else "-" for c in text)
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Of a network's weights and buffers."""
+    """A hash of a network's weights and buffers."""
     digest = hashlib.sha256(type(module).__name__.encode())
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -134,7 +57,7 @@ def fingerprint(module: nn.Module) -> str:
 
 @functools.lru_cache
 def extractor_id(extractor: Extractor, shape: tuple[int, ...]) -> str:
-    """Of what an extractor does to images of a shape (C, H, W): a hash of its label and of the features of noise."""
+    """A hash of what an extractor does to images of a shape (C, H, W): of its label and of the features of noise."""
     noise = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     digest = hashlib.sha256(extractor.label.encode())
     digest.update(extractor(noise.to(extractor.device)).double().cpu().numpy().tobytes())
@@ -142,13 +65,13 @@ def extractor_id(extractor: Extractor, shape: tuple[int, ...]) -> str:
 
 
 def save_aside(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """As safetensors, written aside and renamed."""
+    """Write a file of safetensors aside, and rename it."""
     with replacing(file) as aside:
         save_file(tensors, aside, metadata=metadata)
 
 
 def pipeline_fingerprint(pipeline: DiffusionPipeline) -> str:
-    """Of all networks and settings of a pipeline, but for its scheduler."""
+    """A hash of all networks and settings of a pipeline, but for its scheduler."""
     digest = hashlib.sha256(_settings([type(pipeline).__name__, _public(pipeline.config)]))
     for name, part in sorted(pipeline.components.items()):
         if isinstance(part, nn.Module):
@@ -157,7 +80,7 @@ def pipeline_fingerprint(pipeline: DiffusionPipeline) -> str:
 
 
 def _public(config: Any) -> dict[str, str]:
-    """Without what diffusers adds, which may differ from process to process."""
+    """A configuration without what diffusers adds, which may differ from process to process."""
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)  # transformers', diffusers'
     return {key: repr(value) for key, value in sorted(values.items()) if not key.startswith("_")}
 
@@ -190,6 +113,7 @@ class Drawing:
         prompts: of a text-to-image pipeline, repeated in turn.
         resolution: height and width that a text-to-image pipeline is asked for.
         label: of the scheduler, for people; by default its class, without "Scheduler".
+        labels: classes of a class-conditional pipeline, repeated in turn; by default they are drawn at random.
     """
 
     model: str
@@ -204,6 +128,35 @@ class Drawing:
     prompts: Sequence[str] | None = None
     resolution: int | None = None
     label: str = ""
+    labels: Sequence[int] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        pipeline: DiffusionPipeline,
+        scheduler: Any,
+        steps: int,
+        num_samples: int,
+        *,
+        batch_size: int = DataArguments.train_batch_size,
+        model: str = "model",
+        **options: Any,
+    ) -> Drawing:
+        """Make a drawing, with what follows from the pipeline filled in.
+
+        Args:
+            pipeline: one that `subject_of` knows, in evaluation mode.
+            scheduler, steps: see `swap_scheduler`, `steps_for`.
+            options: the other attributes, such as `seed`, `guidance_scale` and `labels`.
+        """
+        sampler = subject_of(pipeline).sampler()
+        identity, batch_size = pipeline_fingerprint(sampler), min(batch_size, num_samples)
+        return cls(model, sampler, identity, scheduler, steps, num_samples, batch_size, **options)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(subject_of(self.pipeline).network.parameters()).device
 
     @property
     def scheduler_name(self) -> str:
@@ -211,12 +164,14 @@ class Drawing:
 
     @functools.cached_property
     def name(self) -> str:
-        """Of the drawing's folder."""
+        """The name of the drawing's folder, with a hash of all that decides the images."""
         calibration = getattr(self.scheduler, "calibration", None)
         tables = None if calibration is None else (fingerprint(calibration), self.scheduler.guidance_scale)
         drawn = (self.identity, type(self.scheduler).__name__, _public(self.scheduler.config), tables, self.steps)
-        told = (self.batch_size, self.seed, self.guidance_scale, self.prompts, self.resolution)
-        digest = hashlib.sha256(_settings([drawn, told])).hexdigest()[:12]
+        asked: list[Any] = [self.batch_size, self.seed, self.guidance_scale, self.prompts, self.resolution]
+        if self.labels is not None:
+            asked.append(list(self.labels))
+        digest = hashlib.sha256(_settings([drawn, asked])).hexdigest()[:12]
         return f"{file_name(self.model)}-{file_name(self.scheduler_name)}-{self.steps}-{digest}"
 
     @property
@@ -224,14 +179,14 @@ class Drawing:
         return -(-self.num_samples // self.batch_size)
 
     def numbers(self, batch: int) -> range:
-        """Of the samples of a batch that count."""
+        """The numbers of the samples of a batch that count."""
         return range(self.num_samples)[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def file(self, folder: Path, batch: int) -> Path:
         return folder / self.name / f"{batch:06d}.safetensors"
 
     def draw(self, folder: Path, rank: int = 0, world: int = 1, bar: tqdm | None = None) -> None:
-        """The batches rank, rank + world, ... that do not lie in `folder`, one file each, written aside and renamed."""
+        """Draw the batches rank, rank + world, ... that do not lie in `folder`, each into a file of its own."""
         (folder / self.name).mkdir(parents=True, exist_ok=True)
         for batch in range(rank, self.num_batches, world):
             file = self.file(folder, batch)
@@ -243,23 +198,23 @@ class Drawing:
                 bar.update(len(self.numbers(batch)))
 
     def images(self, folder: Path) -> Iterator[Tensor]:
-        """The batches in `folder`, (n, C, H, W), uint8; the last one is cut to the number of samples."""
+        """The batches that lie in `folder`, (n, C, H, W), uint8; the last one is cut to the number of samples."""
         for batch in range(self.num_batches):
             with safe_open(self.file(folder, batch), "pt") as file:
                 yield file.get_tensor("images")[: len(self.numbers(batch))]
 
-    def extract(self, folder: Path, extractor: Extractor, rank: int = 0, world: int = 1) -> None:
-        """The features of the batches rank, rank + world, ... that are not known, in files beside them."""
-        device = next(subject_of(self.pipeline).network.parameters()).device
-        for batch in range(rank, self.num_batches, world):
+    def extract(self, folder: Path, extractor: Extractor) -> None:
+        """Write the features of the batches in `folder` into files beside them, where they are missing."""
+        for batch in range(self.num_batches):
             file = self._features_file(folder, extractor, batch)
             if not file.exists():
                 with safe_open(self.file(folder, batch), "pt") as drawn:
-                    images = drawn.get_tensor("images").to(device).float() / 127.5 - 1
+                    images = drawn.get_tensor("images").to(self.device).float() / 127.5 - 1
                 save_aside({"features": extractor(images).cpu().contiguous()}, file)
 
     def features(self, folder: Path, extractor: Extractor) -> Tensor:
-        """(num_samples, d), what `extract` left in `folder`."""
+        """The features (num_samples, d) of the images in `folder`; what is known already is read."""
+        self.extract(folder, extractor)
         files = (self._features_file(folder, extractor, batch) for batch in range(self.num_batches))
         return torch.cat([load_file(file)["features"] for file in files])[: self.num_samples]
 
@@ -270,7 +225,8 @@ class Drawing:
         return file.with_suffix(f".{extractor_id(extractor, shape)}.safetensors")
 
     def counted(self, folder: Path) -> Counted:
-        """The mean over the batches; of the seconds the median, which a first, slow batch does not move."""
+        """What the images in `folder` cost: means over the batches, and the median of the seconds, which a first, slow
+        batch does not move."""
         rows = []
         for batch in range(self.num_batches):
             with safe_open(self.file(folder, batch), "pt") as file:
@@ -287,7 +243,7 @@ class Drawing:
         generator, own = torch.Generator().manual_seed(seed), pipeline.scheduler
         call = self._call(range(batch * n, (batch + 1) * n))
         pipeline.scheduler = copy.deepcopy(self.scheduler)
-        device = next(network.parameters()).device
+        device = self.device
         try:
             with (
                 torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
@@ -308,9 +264,11 @@ class Drawing:
         return (images * 255).round().to(torch.uint8), counted
 
     def _call(self, numbers: range) -> dict[str, Any]:
-        """The arguments of the pipeline's call for some samples."""
+        """The arguments of the pipeline's call for the samples of these numbers."""
         subject, prompts, labels = subject_of(self.pipeline), self.prompts or [""], None
-        if subject.num_classes is not None:
+        if self.labels is not None:
+            labels = [self.labels[i % len(self.labels)] for i in numbers]
+        elif subject.num_classes is not None:
             # Independent, as intervals take them to be; from a generator of their own, so that noise is shared.
             generator = torch.Generator().manual_seed(seed_for(self.seed, _DRAW, numbers.start, 1))
             labels = torch.randint(subject.num_classes, (len(numbers),), generator=generator).tolist()

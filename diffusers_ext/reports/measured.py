@@ -13,11 +13,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ..files import write_file
 from ..metrics import Interval, student_interval
@@ -45,6 +46,16 @@ class Quality:
     copies: float | None
     frechet_values: list[float] = field(default_factory=list)
     kernel_values: list[float] = field(default_factory=list)
+
+    def change(self, baseline: Quality, by_kernel: bool = False) -> Interval | None:
+        """The Frechet distance, or the kernel distance, less the baseline's, with the interval of the pairs.
+
+        Both sets of images must come from the same noise. `None` where the pseudo-values are missing, or are of other
+        numbers of groups.
+        """
+        values = [q.kernel_values if by_kernel else q.frechet_values for q in (self, baseline)]
+        ours, theirs = (torch.tensor(one, dtype=torch.float64) for one in values)
+        return student_interval(ours - theirs) if len(ours) == len(theirs) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,8 @@ class Evaluation:
         is_fid: whether the Frechet distance is FID.
         floor: the measures of real images that are not in the reference, `num_floor` of them.
         models: name -> Hub name or folder.
-        seed, command, versions: those of the run.
+        seed, command, versions: those of the run; a call from Python has no command.
+        pictures: title -> sample grids and other pictures for people. They are not saved with the numbers.
     """
 
     data: str
@@ -128,6 +140,7 @@ class Evaluation:
     versions: dict[str, str]
     cells: list[Cell] = field(default_factory=list)
     likelihoods: dict[str, Likelihood] = field(default_factory=dict)
+    pictures: dict[str, Image.Image] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def by_kernel(self) -> bool:
@@ -175,13 +188,13 @@ class Evaluation:
         baseline = next((candidates[name] for name in names if name in candidates), None)
         if baseline is None or baseline is cell or baseline.num_samples != cell.num_samples:
             return None
-        values = [c.quality.kernel_values if self.by_kernel else c.quality.frechet_values for c in (cell, baseline)]
-        ours, theirs = (torch.tensor(one, dtype=torch.float64) for one in values)
-        return (baseline, student_interval(ours - theirs)) if len(ours) == len(theirs) > 1 else None
+        change = cell.quality.change(baseline.quality, self.by_kernel)
+        return None if change is None else (baseline, change)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write this as JSON; the file is complete, or as it was before."""
-        values = _stored({"format_version": FORMAT_VERSION} | asdict(self))
+        """Write all but the pictures as JSON; the file is complete, or as it was before."""
+        values = _stored({"format_version": FORMAT_VERSION} | asdict(replace(self, pictures={})))
+        del values["pictures"]
         write_file(path, json.dumps(values, indent=1, allow_nan=False))
 
     @classmethod

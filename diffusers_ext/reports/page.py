@@ -1,6 +1,6 @@
 """An evaluation as files for people: `results.csv`, `table.md`, plots, and `index.html` that holds it all.
 
-    write_report(evaluation, folder, {"DDIM, 10 steps": image})
+    write_report(evaluation, folder)
 
 The page is one file without scripts: it loads nothing, so it works without a network and can be mailed. A value is
 bold only where its interval lies below those of all others that it competes with. Where matplotlib is missing there are
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -26,12 +27,12 @@ from .tables import against, csv_text, markdown_table, tables
 _PLOTS = (QUALITY_NFE, QUALITY_SECONDS, LOSS_BY_SIGMA)
 
 
-def write_report(evaluation: Evaluation, folder: Path, pictures: Mapping[str, Image.Image] | None = None) -> None:
+def write_report(evaluation: Evaluation, folder: str | os.PathLike) -> None:
     """Write the files into a folder, and remove plots of an earlier report that are not drawn now.
 
-    Args:
-        pictures: title -> sample grid or other picture; the page shows them below the results, in this order.
+    The page shows `evaluation.pictures` below the results, in their order.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = plots(evaluation)
     write_file(folder / "results.csv", csv_text(evaluation))
@@ -41,7 +42,7 @@ def write_report(evaluation: Evaluation, folder: Path, pictures: Mapping[str, Im
             write_file(folder / name, drawn[name])
         else:
             (folder / name).unlink(missing_ok=True)
-    write_file(folder / "index.html", html_page(evaluation, drawn, pictures or {}))
+    write_file(folder / "index.html", html_page(evaluation, drawn))
 
 
 _CSS = """
@@ -64,7 +65,7 @@ code { font-size: .85rem; white-space: pre-wrap; }
 """
 
 
-def html_page(evaluation: Evaluation, drawn: Mapping[str, bytes], pictures: Mapping[str, Image.Image]) -> str:
+def html_page(evaluation: Evaluation, drawn: Mapping[str, bytes]) -> str:
     """Return the page, with tables, plots and pictures inside of one file."""
     of_distance, others = ([one.html() for one in some] for some in tables(evaluation))
     captions = _captions(evaluation)
@@ -82,8 +83,8 @@ def html_page(evaluation: Evaluation, drawn: Mapping[str, bytes], pictures: Mapp
         else "<p class='note'>No plots: no matplotlib.</p>",
         *others,
         *([f"<h2>Loss by noise level</h2>\n{figures[_PLOTS[2]]}"] if _PLOTS[2] in figures else []),
-        *(["<h2>Pictures</h2>"] if pictures else []),
-        *(_img(_png(picture), title) for title, picture in pictures.items()),
+        *(["<h2>Pictures</h2>"] if evaluation.pictures else []),
+        *(_img(_png(picture), title) for title, picture in evaluation.pictures.items()),
         _footer(evaluation),
     ]
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -129,8 +130,8 @@ def _footer(evaluation: Evaluation) -> str:
     named = {name: shown(path) for name, path in evaluation.models.items()}
     models = "; ".join(name if name == path else f"{name}: {path}" for name, path in named.items())
     versions = ", ".join(f"{name} {version}" for name, version in evaluation.versions.items())
+    command = f"<p><code>{escape(shown_command(evaluation.command))}</code></p>\n" if evaluation.command else ""
     return (
         f"<footer><h2>This run</h2>\n<p>Models: {escape(models)}. Seed {evaluation.seed}. {escape(versions)}.</p>\n"
-        f"<p><code>{escape(shown_command(evaluation.command))}</code></p>\n"
-        "<p>Beside this page: results.json, results.csv, table.md and the pictures.</p></footer>"
+        f"{command}<p>Beside this page: results.json, results.csv, table.md and the pictures.</p></footer>"
     )

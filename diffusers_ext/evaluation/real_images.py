@@ -1,0 +1,190 @@
+"""The real images that samples are compared with: the training images, and held-out ones in two halves.
+
+Half of the held-out images, at random, are the **reference**. The other half is the **floor**: it is measured as
+samples are, and so shows what real images reach by the same measures. Where held-out images are few, the training
+images can be the reference, as is common for FID; then all held-out images are the floor.
+
+    RealImages.of(training, held_out)                                    # of tensors
+    load_real_images(MeasureArguments(dataset_name="digits"), 1, 28)     # of what a script's arguments name
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..data.batches import Images, first_images
+from ..data.images import Transform
+from ..data.sources import HeldOutArguments, HubStream, ImageSource, load_images, load_validation_images
+from ..errors import InputError
+from ..fields import arg, at_least
+from ..files import shown
+from ..randomness import seed_for
+
+GROUPS = 10  # of the jackknife
+MIN_IMAGES = 2 * GROUPS
+_SPLIT = 9  # the stream of `seed_for`
+
+
+@dataclass
+class MeasureArguments(HeldOutArguments):
+    """Which real images the samples are compared with."""
+
+    reference: Literal["held_out", "train"] = arg(
+        "held_out",
+        "Compare with half of the held-out images (the other half is the floor), or with the training images.",
+    )
+    max_validation_samples: int = arg(10_000, "Use only the first so many held-out images.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.streaming:
+            raise InputError("--streaming: an evaluation compares with the same images each time; leave it away")
+        at_least(self, "max_validation_samples", 1)
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """Images in [-1, 1], (n, C, H, W), and their labels, in random order.
+
+    Attributes:
+        training: what copies are looked for in; without held-out images half of it, the reference.
+        reference: what samples are compared with.
+        floor: real images that are measured as samples are.
+        held_out: all held-out images; `None` where there are none.
+        described: the reference, in words.
+        name: of the data set, for people.
+    """
+
+    training: Images
+    reference: Images
+    floor: Images
+    held_out: Images | None
+    described: str
+    name: str = ""
+
+    @property
+    def unseen(self) -> Images:
+        """What no model was trained on: the held-out images, or, where there are none, the floor."""
+        return self.floor if self.held_out is None else self.held_out
+
+    @classmethod
+    def of(
+        cls,
+        training: Tensor,
+        held_out: Tensor | None = None,
+        *,
+        training_labels: Tensor | None = None,
+        held_out_labels: Tensor | None = None,
+        reference: Literal["held_out", "train"] = "held_out",
+        name: str = "",
+        seed: int = 0,
+    ) -> RealImages:
+        """Make them of tensors.
+
+        Args:
+            training, held_out: images (n, C, H, W) in [-1, 1], in any order: it is made random. They are rounded to 8
+                bits, as samples are.
+            training_labels, held_out_labels: integers (n,); by default the images have none.
+            reference: "held_out" takes half of the held-out images, "train" all training images. Without held-out
+                images it must be "train", and takes half of these.
+            name: of the data set, for people.
+            seed: of the order.
+
+        Raises:
+            InputError: the images are too few, not of one shape or not in [-1, 1], or "held_out" is asked for without
+                any.
+        """
+        if held_out is not None and held_out.shape[1:] != training.shape[1:]:
+            shapes = tuple(held_out.shape[1:]), tuple(training.shape[1:])
+            raise InputError(f"held-out images of shape {shapes[0]} do not fit training images of shape {shapes[1]}")
+        unseen = None if held_out is None else _shuffled(held_out, held_out_labels, seed)
+        return _compared(_shuffled(training, training_labels, seed), unseen, reference, name)
+
+
+def load_real_images(args: MeasureArguments, channels: int, resolution: int) -> RealImages:
+    """The images that the arguments name, by `--reference`.
+
+    Raises:
+        InputError: there are none, too few, or they are a stream.
+    """
+    everything = replace(args, max_train_samples=None)
+    transform, n = Transform(resolution, channels), args.max_train_samples
+    source, unseen = load_images(everything, args.train_split), load_validation_images(everything)
+    assert not isinstance(source, HubStream)
+    held_out = None if unseen is None else _read(unseen, args.max_validation_samples, transform, args.seed)
+    training = _read(source, len(source) if n is None else n, transform, args.seed)
+    return _compared(training, held_out, args.reference, shown(args.dataset_name or args.train_data_dir or ""))
+
+
+def _compared(
+    training: Images, held_out: Images | None, reference: Literal["held_out", "train"], name: str
+) -> RealImages:
+    """Reference and floor of images in random order."""
+    if reference == "held_out":
+        if held_out is None:
+            raise InputError("the data have no held-out split: name it with --validation_split, or --reference train")
+        chosen, floor = _halves(held_out)
+    elif held_out is not None:
+        chosen, floor = training, held_out
+    else:
+        chosen, floor = _halves(training)
+        training = chosen
+    for images, what in ((chosen, "reference"), (floor, "floor")):
+        if len(images.images) < MIN_IMAGES:
+            raise InputError(
+                f"the {what} has {len(images.images)} images, and an interval needs {MIN_IMAGES}: use more data, or "
+                f"--reference train"
+            )
+    kind = "training" if chosen is training else "held-out"
+    return RealImages(training, chosen, floor, held_out, f"{len(chosen.images)} {kind} images", name)
+
+
+class _Chosen:
+    """Some images of a source, in random order: stored ones are often sorted by class."""
+
+    def __init__(self, source: ImageSource, n: int, seed: int) -> None:
+        self.source, self.order = source, _order(len(source), seed)[:n].tolist()
+        self.labels = None if source.labels is None else [source.labels[i] for i in self.order]
+        self.class_names = source.class_names
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def open(self, index: int) -> Image.Image:
+        return self.source.open(self.order[index])
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.order[index])
+
+
+def _order(n: int, seed: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_for(seed, _SPLIT)))
+
+
+def _read(source: ImageSource | HubStream, n: int, transform: Transform, seed: int) -> Images:
+    assert not isinstance(source, HubStream)
+    return first_images(_Chosen(source, n, seed), n, transform)
+
+
+def _shuffled(images: Tensor, labels: Tensor | None, seed: int) -> Images:
+    if not bool((images.abs() <= 1 + 1e-3).all()):
+        raise InputError(f"images must be in [-1, 1], got {images.min().item():.4g} to {images.max().item():.4g}")
+    order = _order(len(images), seed)
+    images = ((images.cpu().float() + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
+    labels = torch.full((len(images),), -1) if labels is None else labels.cpu()
+    return Images(images[order], labels[order], [])
+
+
+def _halves(images: Images) -> tuple[Images, Images]:
+    half = len(images.images) // 2
+    return rows_of(images, 0, half), rows_of(images, half, 2 * half)
+
+
+def rows_of(images: Images, first: int, last: int) -> Images:
+    """The rows first, ..., last - 1."""
+    return Images(images.images[first:last], images.labels[first:last], images.unreadable)

@@ -1,0 +1,57 @@
+"""Pictures of samples: the models side by side, and the samples that are nearest to a training image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..metrics import nearest
+from ..reports.pictures import image_grid
+from .measures import Judge
+from .real_images import RealImages
+from .samples import Drawing, file_name
+
+GRID_IMAGES = 10
+
+
+def grids(drawings: Sequence[Drawing], drawn: Path, folder: Path) -> dict[str, Image.Image]:
+    """A grid for each scheduler and number of steps, by title: a row for each model, a column for each noise.
+
+    Args:
+        drawn: the folder of the drawings.
+        folder: where the grids are saved.
+    """
+    groups: dict[tuple[str, int], list[Drawing]] = {}
+    for drawing in drawings:
+        groups.setdefault((drawing.scheduler_name, drawing.steps), []).append(drawing)
+    pictures: dict[str, Image.Image] = {}
+    for (scheduler, steps), group in groups.items():
+        images = torch.cat([next(drawing.images(drawn))[:GRID_IMAGES] for drawing in group])
+        picture = image_grid(images.movedim(1, 3).numpy() / 255, len(images) // len(group))
+        picture.save(folder / f"{file_name(scheduler)}-{steps}.png")
+        pictures[f"{scheduler}, {steps} steps. Rows: {', '.join(drawing.model for drawing in group)}"] = picture
+    return pictures
+
+
+def nearest_to_training(
+    drawing: Drawing, features: Tensor, real: RealImages, judge: Judge, drawn: Path, folder: Path
+) -> tuple[str, Image.Image]:
+    """Title and picture of the samples that are nearest to a training image; each stands above that image.
+
+    Args:
+        features: of the samples, (n, d).
+        drawn, folder: as for `grids`.
+    """
+    found = nearest(features.to(judge.manifold.training.device), judge.manifold.training)
+    distances, indices = found.distances.cpu(), found.indices.cpu()
+    closest = distances.argsort()[:GRID_IMAGES]
+    samples = torch.cat(list(drawing.images(drawn)))[closest].float() / 255
+    images = torch.cat([samples, real.training.images[indices[closest]] / 2 + 0.5])
+    picture = image_grid(images.movedim(1, 3).numpy(), len(closest))
+    picture.save(folder / f"nearest-{drawing.name.rsplit('-', 1)[0]}.png")
+    how = f"{drawing.model}, {drawing.scheduler_name}, {drawing.steps} steps"
+    return f"{how}: the samples nearest to a training image, and below them that image", picture

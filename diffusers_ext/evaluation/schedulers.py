@@ -1,0 +1,142 @@
+"""Which scheduler draws, and with how many steps.
+
+    read_schedulers(["own", "DPMSolverMultistep:use_karras_sigmas=true"])    # names and their settings
+    swap_scheduler(pipeline, "DPMSolverMultistep", use_karras_sigmas=True)   # a scheduler for this pipeline
+    steps_for(scheduler, nfe=10)                                            # 5 steps of Heun's method
+
+The number of function evaluations (NFE) counts the calls of the network for one image. Schedulers of higher order call
+it more than once a step, so models and schedulers are compared at equal NFE and not at equal steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import diffusers
+import yaml
+from diffusers import DiffusionPipeline
+
+import diffusers_ext
+
+from ..errors import InputError
+from ..interop import noise_schedule
+from ..schedulers import CalibratedScheduler, ShortTimeScheduler
+from ..subjects import subject_of
+
+OWN = "own"
+"""The name of each pipeline's own scheduler."""
+
+
+def read_schedulers(asked: Iterable[str]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """What was asked for -> the name of the class, and the settings.
+
+    Args:
+        asked: names, each with or without settings: `NAME:setting=value:setting=value`; values are read as YAML.
+
+    Raises:
+        InputError: a text has another form.
+    """
+    found = {}
+    for words in asked:
+        name, *pairs = words.split(":")
+        if not name or not all(re.fullmatch(r"\w+=.+", pair) for pair in pairs):
+            raise InputError(f"--schedulers {words!r} must be NAME, or NAME:setting=value:setting=value")
+        found[words] = name, {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
+    return found
+
+
+def swap_scheduler(pipeline: DiffusionPipeline, name: str, folder: str | None = None, **settings: Any) -> Any:
+    """A scheduler of this class with the configuration of the pipeline's own.
+
+    Args:
+        name: with or without "Scheduler" at its end; "own" is the pipeline's. For a pipeline of short diffusion times
+            it is the short-time class of that name.
+        folder: of the pipeline, or its Hub name: where a calibrated scheduler finds its tables.
+        settings: of the configuration, in place of the pipeline's.
+
+    Raises:
+        InputError: there is no such class or setting, or the pipeline cannot take it; names some that it can.
+    """
+    own = pipeline.scheduler
+    if name == OWN and not settings:
+        return copy.deepcopy(own)
+    wanted = type(own).__name__ if name == OWN else name.removesuffix("Scheduler") + "Scheduler"
+    if isinstance(own, ShortTimeScheduler) and "ShortTime" not in wanted:
+        calibrated = "Calibrated" if wanted.startswith("Calibrated") else ""
+        wanted = f"{calibrated}ShortTime{wanted.removeprefix('Calibrated')}"
+    kind = getattr(diffusers_ext, wanted, None) or getattr(diffusers, wanted, None)
+    try:
+        family = noise_schedule(own).family
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--schedulers {name}: only {OWN!r} can be drawn with this pipeline: {error}") from error
+    others = sorted({k.__name__ for k in own.compatibles} - {type(own).__name__})
+    advice = f"it is a {family} model, whose scheduler is {type(own).__name__}; others for it: {', '.join(others)}"
+    if kind is None:
+        raise InputError(f"--schedulers: there is no {wanted}; {advice}")
+    known = inspect.signature(kind.__init__).parameters.keys() - {"self"}
+    if unknown := sorted(settings.keys() - known):
+        have = ", ".join(sorted(known))
+        raise InputError(f"--schedulers: {wanted} has no setting {', '.join(unknown)}; it has {have}")
+    try:
+        if issubclass(kind, CalibratedScheduler) and folder is not None:
+            scheduler = kind.from_pretrained(folder, subfolder="scheduler", **settings)
+        else:
+            # diffusers would replace what the user left at its default by the other class's default: other betas.
+            config = {k: v for k, v in own.config.items() if k != "_use_default_values"}
+            scheduler = kind.from_config(config | settings)
+        fits = noise_schedule(scheduler).family == family
+    except (TypeError, ValueError, OSError, NotImplementedError) as error:
+        raise InputError(f"--schedulers: the pipeline cannot take {wanted}: {error}; {advice}") from error
+    if not fits:
+        raise InputError(f"--schedulers: the pipeline cannot take {wanted}; {advice}")
+    if (refusal := subject_of(pipeline).refusal_of(scheduler)) is not None:
+        raise InputError(f"--schedulers: {refusal}; {advice}")
+    if isinstance(scheduler, CalibratedScheduler) and scheduler.calibration is None:
+        raise InputError(f"--schedulers: {wanted} finds no tables of a calibration in {folder}: run calibrate.py first")
+    return scheduler
+
+
+def steps_for(scheduler: Any, nfe: int) -> int:
+    """The most steps for which the scheduler asks for at most so many evaluations of the network.
+
+    Raises:
+        InputError: there is no such number.
+    """
+    trial, why = copy.deepcopy(scheduler), ""
+    for steps in range(nfe, 0, -1):
+        try:
+            trial.set_timesteps(steps)
+        except (ValueError, IndexError, ZeroDivisionError) as error:
+            why = f" ({error})"
+            continue
+        if len(trial.timesteps) <= nfe:
+            return steps
+    raise InputError(
+        f"{type(scheduler).__name__} makes no image with {nfe} evaluations of the network{why}: try more with --nfe, "
+        f"or another of --schedulers"
+    )
+
+
+def possible_steps(scheduler: Any, nfe: Sequence[int], say: Callable[[str], None] = print) -> list[int]:
+    """`steps_for` of each number of evaluations, without those that the scheduler cannot make and without repetitions.
+
+    Args:
+        nfe: in increasing order.
+        say: prints why a number is left out.
+
+    Raises:
+        InputError: none is left.
+    """
+    steps: list[int] = []
+    for evaluations in nfe:
+        try:
+            steps.append(steps_for(scheduler, evaluations))
+        except InputError as error:
+            if evaluations == nfe[-1] and not steps:
+                raise
+            say(f"left out: {error}")
+    return list(dict.fromkeys(steps))
