@@ -23,9 +23,9 @@ from diffusers_ext import Calibration, ClassConditionalPipeline, GaussianBridge,
 RECORD = Path(__file__).parent / "data" / "recorded.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
-# Differences are shares of the largest number of a list. Under other instruction sets, another mode of MKL and other
-# numbers of threads none was above 5e-6. (Adam's epsilon lies above gradients that are mere rounding.) The exception
-# is an adaptive solver, which then accepts another step: 2e-3. Another stream of random numbers moves some by 1e-2.
+# Differences are shares of the largest number of a list. Under other instruction sets and another mode of MKL none was
+# above 2e-5. The exception is an adaptive solver, which may then accept another step: 2e-3. Another stream of random
+# numbers, each of them, and a loss that is larger by 2% were seen to be beyond these bounds.
 RTOL, LOOSE = 5e-4, {"ode": 1e-2}
 
 
@@ -68,10 +68,11 @@ def save_images(folder):
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 DIGITS = ("--dataset_name", "digits", "--train_batch_size", "4")
+# Adam's epsilon is so large that the scale of a gradient, which is not clipped, counts, and its rounding does not.
 TRAINING = (
-    *("--learning_rate", "0.01", "--adam_epsilon", "0.001", "--max_train_steps", "3", "--checkpointing_steps", "0"),
+    *("--learning_rate", "0.05", "--adam_epsilon", "0.1", "--max_grad_norm", "100", "--checkpointing_steps", "0"),
     *("--num_validation_images", "0", "--max_validation_samples", "8", "--report_to", "none", "--logging_steps", "1"),
-    *("--gradient_accumulation_steps", "2", "--random_flip", "--output_dir", "out"),
+    *("--max_train_steps", "3", "--gradient_accumulation_steps", "2", "--random_flip", "--output_dir", "out"),
 )
 SCRATCH = ("--model_config_name_or_path", "unet")
 
@@ -226,12 +227,9 @@ def differences(found, expected, name=""):
     if isinstance(expected, str | None):
         return [] if found == expected else [f"{name}: {found!r}, not {expected!r}"]
     a, b = np.atleast_1d(np.array(found, float)), np.atleast_1d(np.array(expected, float))
-    share = np.abs(a - b).max() / np.abs(b).max() if a.shape == b.shape and np.abs(b).max() else np.abs(a - b).sum()
-    return (
-        []
-        if share <= LOOSE.get(name.split("/")[-1], RTOL)
-        else [f"{name}: off by {share:.2g} of the largest: {found}, not {expected}"]
-    )
+    share = np.abs(a - b).max() / (np.abs(b).max() or 1.0) if a.shape == b.shape else np.inf
+    close = share <= LOOSE.get(name.split("/")[-1], RTOL)
+    return [] if close else [f"{name}: off by {share:.2g} of the largest: {found}, not {expected}"]
 
 
 def rounded(value):

@@ -26,7 +26,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 # Another processor rounds float32 otherwise. Numbers here are of the order of 1; under other instruction sets, another
 # mode of MKL and other numbers of threads they moved by 2e-5 at most (the score at a face of the reflected box, where
-# it is steep), nearly all by less than 1e-6. A wrong weight, level or random number moves them by 1e-3 and more. (Adam
+# it is steep), nearly all by less than 1e-6. A wrong weight, level or random number moves them by far more. (Adam
 # divides by the size of a gradient; the runs have an epsilon above that of a gradient which is mere rounding.)
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
