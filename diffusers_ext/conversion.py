@@ -67,7 +67,8 @@ def short_time_pipeline(
     """A pipeline that samples the same network on [0, T] alone.
 
     Args:
-        pipeline: any with a `UNet2DModel`, `unet`, and a scheduler that has a short-time class; its parts are shared.
+        pipeline: any with a `UNet2DModel` of images, `unet`, and a scheduler that has a short-time
+            class; the parts are shared.
         max_diffusion_time: T in (0, 1].
         bridge: fitted at T; `None` starts from N(0, I).
 
@@ -75,9 +76,9 @@ def short_time_pipeline(
         ValueError: the pipeline has no such network or scheduler, T is out of range, or the bridge belongs to another.
     """
     subject = subject_of(pipeline)
-    if not isinstance(subject, Pixels):
+    if not isinstance(subject, Pixels) or subject.autoencoder is not None:
         raise ValueError(
-            f"{type(pipeline).__name__} has no UNet2DModel: give it a short-time scheduler, and call it with "
+            f"{type(pipeline).__name__} has no UNet2DModel of images: give it a short-time scheduler, and call it with "
             f"latents=bridge.sample(n, generator)"
         )
     kind = short_time_class(type(pipeline.scheduler).__name__)

@@ -116,6 +116,21 @@ def test_it_is_saved_with_its_bridge(tmp_path) -> None:
     assert DiffusionPipeline.from_pretrained(tmp_path / "without").bridge is None
 
 
+def test_a_pipeline_of_latents_is_refused() -> None:
+    """Its autoencoder would be lost, and latents be shown as images."""
+    from diffusers import AutoencoderKL
+
+    class Latent(DDIMPipeline):
+        def __init__(self, unet, scheduler, vae):
+            super().__init__(unet, scheduler)
+            self.register_modules(vae=vae)
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, **blocks)
+    with pytest.raises(ValueError, match="Latent has no UNet2DModel of images"):
+        short_time_pipeline(Latent(tiny_unet(), DDIMScheduler(), vae), 0.6)
+
+
 def test_a_pretrained_pipeline_becomes_one() -> None:
     unet, bridge = tiny_unet(), bridge_of()
     made = short_time_pipeline(DDIMPipeline(unet, DDIMScheduler(prediction_type="v_prediction")), 0.6, bridge)
