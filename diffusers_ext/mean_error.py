@@ -29,7 +29,7 @@ from .calibration import ALL, CONDITIONAL, UNCONDITIONAL, Calibration, require_g
 from .files import replacing
 from .interop import NoiseSchedule, denoiser_from, noise_schedule, stored_scheduler, unwrap
 from .noise_levels import log_linear_sigmas
-from .randomness import randn_like, seed_for
+from .randomness import RULE, Seeds, Stream, randn_like
 from .score import Denoiser
 
 GROUPS = 16
@@ -161,6 +161,7 @@ def estimate_calibration(
         "scheduler": stored_scheduler(scheduler),
         "sigmas": sigmas,
         "rows": rows,
+        "random_rule": RULE,
         "seed": seed,
         "process": [measurement.rank, measurement.world],
         "estimator": [control_variate, antithetic],
@@ -281,7 +282,7 @@ class _Measurement:
         """Add the next batch, at some of the levels."""
         number, conditions = int(sums.batches), self._conditions(x0, cond)
         for level in levels:
-            seed = seed_for(self.seed, number, self.rank, level)
+            seed = Seeds(self.seed)(Stream.CALIBRATION_NOISE, number, self.rank, level)
             noise = randn_like(x0, torch.Generator(x0.device).manual_seed(seed))
             for i, (row, given) in enumerate(conditions):
                 e = self._values(x0, noise, self.sigmas[level], given)

@@ -22,7 +22,6 @@ from diffusers_ext.evaluation import (
     swap_scheduler,
     write_report,
 )
-from diffusers_ext.evaluation.samples import _DRAW
 from diffusers_ext.extractors import Extractor, make_extractor
 from diffusers_ext.metrics import (
     copies,
@@ -33,7 +32,7 @@ from diffusers_ext.metrics import (
     pseudo_values,
     student_interval,
 )
-from diffusers_ext.randomness import seed_for
+from diffusers_ext.randomness import Seeds, Stream
 
 PIXELS = make_extractor("pixels", device="cpu")  # 64 of images of 8 x 8, the pixels themselves
 
@@ -61,7 +60,7 @@ def by_hand(one, steps, seed=0, batches=(0, 1)):
     one.set_progress_bar_config(disable=True)
     drawn = []
     for batch in batches:
-        generator = torch.Generator().manual_seed(seed_for(seed, _DRAW, batch))
+        generator = Seeds(seed).generator(Stream.SAMPLES, batch)
         drawn.append(one(batch_size=40, num_inference_steps=steps, generator=generator, output_type="np").images)
     levels = np.round(np.concatenate(drawn)[:70] * 255)
     return torch.from_numpy(levels).movedim(3, 1).float() / 127.5 - 1

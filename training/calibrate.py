@@ -32,13 +32,11 @@ from diffusers_ext.data.sources import DataArguments, HubStream, Numbered, load_
 from diffusers_ext.errors import InputError, TrainingStopped, command
 from diffusers_ext.fields import arg
 from diffusers_ext.files import shown, write_file
-from diffusers_ext.randomness import seed_for
+from diffusers_ext.randomness import Seeds, Stream
 from diffusers_ext.reports.calibration_card import plot, summary, verdict, write_calibration_card
 from diffusers_ext.reports.hub import HubArguments, make_pusher
 from diffusers_ext.schedulers import save_tables
 from diffusers_ext.subjects import Subject, load_pipeline, subject_of
-
-_ENCODE = 5  # stream of `seed_for`
 
 
 @dataclass
@@ -94,7 +92,7 @@ def batches(
         if batch.position is not None and batch.position.epoch > 0:
             taken = i * args.train_batch_size * world
             raise InputError(f"the stream has {taken} images in whole batches: repeat with --max_train_samples {taken}")
-        generator = torch.Generator(device).manual_seed(seed_for(args.seed, _ENCODE, i * world + rank))
+        generator = Seeds(args.seed).generator(Stream.CALIBRATION_LATENTS, i * world + rank, device=device)
         x0 = subject.encode(batch.images.to(device, subject.pipeline.dtype), generator).float()
         captions = None if prompts is None else [_prompt(prompts[k]) for k in batch.labels.tolist()]
         yield x0, subject.conditions(replace(batch, captions=captions))

@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from diffusers_ext import diffusion_time_report, short_time_pipeline
@@ -32,6 +31,7 @@ from diffusers_ext.data.images import Transform
 from diffusers_ext.data.sources import HeldOutArguments, load_images, load_validation_images
 from diffusers_ext.errors import InputError, TrainingStopped, command
 from diffusers_ext.fields import arg
+from diffusers_ext.randomness import Seeds, Stream
 from diffusers_ext.reports.bridge_card import write_bridge_card
 from diffusers_ext.reports.hub import HubArguments, make_pusher
 from diffusers_ext.reports.pictures import image_grid
@@ -89,7 +89,7 @@ def write_report(args: FitArguments, data: EncodedImages, out: Path) -> Any:
         {args.bridge: bridges},
         times,
         levels=256 if data.subject.autoencoder is None else None,
-        generator=torch.Generator(device).manual_seed(args.seed),
+        generator=Seeds(args.seed).generator(Stream.BRIDGE_REPORT, device=device),
     )
     report.save(out / "diffusion_time.json")
     report.plot(out / "diffusion_time.png")
@@ -128,7 +128,8 @@ def main() -> None:
             subject_of(short).save(out)
             if args.num_validation_images > 0:
                 (out / "samples").mkdir(exist_ok=True)
-                images = subject_of(short).sample(args.num_validation_images, args.num_inference_steps, args.seed)
+                seed = Seeds(args.seed)(Stream.GRID)
+                images = subject_of(short).sample(args.num_validation_images, args.num_inference_steps, seed)
                 image_grid(images).save(out / "samples" / "samples.png")
         report = write_report(args, data, out) if args.report else None
         repo = out.name if pusher is None else pusher.repo_id

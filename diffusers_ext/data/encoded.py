@@ -10,13 +10,11 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files import shown
-from ..randomness import seed_for
+from ..randomness import Seeds, Stream
 from ..subjects import Subject
 from .batches import Position, micro_batches
 from .images import Transform
 from .sources import DataArguments, HubStream, ImageSource
-
-_ENCODE = 6  # stream of `seed_for`
 
 
 class EncodedImages:
@@ -58,6 +56,6 @@ class EncodedImages:
     def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         batches = micro_batches(self.args, self.source, self.transform, 0, 1, self.count, position=Position(0, 0))
         for i, batch in enumerate(batches):
-            generator = torch.Generator(self.device).manual_seed(seed_for(self.args.seed, _ENCODE, i))
+            generator = Seeds(self.args.seed).generator(Stream.BRIDGE_LATENTS, i, device=self.device)
             x0 = self.subject.encode(batch.images.to(self.device, self.subject.pipeline.dtype), generator).float()
             yield x0, self.subject.conditions(batch) if self.num_classes else {}

@@ -42,6 +42,7 @@ from ..extractors import Extractor, default_extractor, make_extractor
 from ..fields import arg
 from ..files import shown
 from ..interop import stored_scheduler
+from ..randomness import RULE
 from ..reports.measured import Cell, Evaluation, Likelihood
 from ..subjects import ImageFormat, Pixels, Subject, subject_of
 from .measures import Judge, LikelihoodSettings
@@ -330,7 +331,7 @@ def _likelihood(
     drawing: Drawing, folder: Path, *, images: Images, settings: LikelihoodSettings, batch_size: int, seed: int
 ) -> Likelihood:
     """The likelihood of a drawing's model, read from the folder where it lies there."""
-    counts = settings.images, settings.evaluations, settings.ode_images, seed, batch_size
+    counts = settings.images, settings.evaluations, settings.ode_images, RULE, seed, batch_size
     scheduler = sorted(stored_scheduler(drawing.pipeline.scheduler).items())
     key = hashlib.sha256(f"{counts}{drawing.identity}{scheduler}".encode())
     for tensor in (images.images, images.labels):

@@ -32,12 +32,11 @@ from ..metrics import (
     student_interval,
 )
 from ..noise_levels import log_linear_sigmas
-from ..randomness import seed_for
+from ..randomness import Seeds, Stream
 from ..reports.measured import Likelihood, Quality
 from ..subjects import Subject
 from .real_images import GROUPS, RealImages, rows_of
 
-_DEQUANTIZE = 10  # the stream of `seed_for`
 SIGMA_BINS = 10  # noise levels of `loss_by_sigma`
 MEMORISED = 0.01  # see `Quality.copies`
 
@@ -184,7 +183,7 @@ def likelihood(
     schedule = noise_schedule(scheduler)
     model, device = score_model_from(network, scheduler), network.device
     images = rows_of(held_out, 0, max(settings.images, settings.ode_images))
-    generator = torch.Generator().manual_seed(seed_for(seed, _DEQUANTIZE))
+    generator = Seeds(seed).generator(Stream.DEQUANTIZATION)
     x = dequantize(images.images, generator)
     if subject.null_class is not None:
         images = replace(images, labels=images.labels.where(images.labels >= 0, subject.null_class))
@@ -204,8 +203,8 @@ def likelihood(
             parts.append(bits_per_dim(getattr(found, "total", found), x.shape[1:]).double().cpu())
         return student_interval(torch.cat(parts))
 
-    drawn_by = DataArguments(train_batch_size=batch_size, seed=seed)
-    losses = loss_by_sigma(subject, images, drawn_by, (schedule.sigma_min, schedule.sigma_max))
+    bounds = schedule.sigma_min, schedule.sigma_max
+    losses = loss_by_sigma(subject, images, bounds, seeds=Seeds(seed), batch_size=batch_size)
     ode = {"divergence": "hutchinson", "rtol": 1e-4, "atol": 1e-4}  # at 1e-3 off by 0.05 bits per dimension
     return Likelihood(
         ode=bits(settings.ode_images, "bits per dimension, ODE", log_likelihood, **ode),
@@ -224,21 +223,18 @@ def _log_start(bridge: Any, schedule: Any, labels: Tensor | None) -> Any:
     return log_prior
 
 
-_VALIDATION = 4  # the stream of `seed_for`; those of the loop are 2 and 3
-
-
 @torch.no_grad()
 def loss_by_sigma(
-    subject: Subject, validation: Images, args: DataArguments, sigma_range: tuple[float, float]
+    subject: Subject, validation: Images, sigma_range: tuple[float, float], *, seeds: Seeds, batch_size: int
 ) -> dict[str, list[float]]:
     """Mean square error of eps on the validation images at log-spaced noise levels, always with the same noise."""
     network = subject.network
     model, device = score_model_from(network, subject.pipeline.scheduler), network.device
-    generator = torch.Generator().manual_seed(seed_for(args.seed, _VALIDATION))
+    generator = seeds.generator(Stream.VALIDATION)
     sigmas = log_linear_sigmas(SIGMA_BINS, *sigma_range)
     total = torch.zeros(len(sigmas))
-    for first in range(0, len(validation.images), args.train_batch_size):
-        rows = rows_of(validation, first, first + args.train_batch_size)
+    for first in range(0, len(validation.images), batch_size):
+        rows = rows_of(validation, first, first + batch_size)
         x0, cond = subject.encode(rows.images.to(device), generator), subject.conditions(rows)
         before = generator.get_state()
         for i, sigma in enumerate(sigmas.tolist()):

@@ -23,11 +23,10 @@ from ..data.sources import HeldOutArguments, HubStream, ImageSource, load_images
 from ..errors import InputError
 from ..fields import arg, at_least
 from ..files import shown
-from ..randomness import seed_for
+from ..randomness import Seeds, Stream
 
 GROUPS = 10  # of the jackknife
 MIN_IMAGES = 2 * GROUPS
-_SPLIT = 9  # the stream of `seed_for`
 
 
 @dataclass
@@ -163,7 +162,7 @@ class _Chosen:
 
 
 def _order(n: int, seed: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_for(seed, _SPLIT)))
+    return torch.randperm(n, generator=Seeds(seed).generator(Stream.SPLIT))
 
 
 def _read(source: ImageSource | HubStream, n: int, transform: Transform, seed: int) -> Images:

@@ -34,10 +34,9 @@ from tqdm import tqdm
 from ..data.sources import DataArguments
 from ..extractors import Extractor
 from ..files import replacing
-from ..randomness import seed_for
+from ..randomness import RULE, Seeds, Stream
 from ..subjects import subject_of
 
-_DRAW = 8  # the stream of `seed_for`; training uses 0 to 7
 _LEVEL = 1 / 255
 
 
@@ -168,7 +167,7 @@ class Drawing:
         calibration = getattr(self.scheduler, "calibration", None)
         tables = None if calibration is None else (fingerprint(calibration), self.scheduler.guidance_scale)
         drawn = (self.identity, type(self.scheduler).__name__, _public(self.scheduler.config), tables, self.steps)
-        asked: list[Any] = [self.batch_size, self.seed, self.guidance_scale, self.prompts, self.resolution]
+        asked: list[Any] = [RULE, self.batch_size, self.seed, self.guidance_scale, self.prompts, self.resolution]
         if self.labels is not None:
             asked.append(list(self.labels))
         digest = hashlib.sha256(_settings([drawn, asked])).hexdigest()[:12]
@@ -239,7 +238,7 @@ class Drawing:
         pipeline, n = self.pipeline, self.batch_size
         subject = subject_of(pipeline)
         network, autoencoder = subject.network, subject.autoencoder
-        seed = seed_for(self.seed, _DRAW, batch)
+        seed = Seeds(self.seed)(Stream.SAMPLES, batch)
         generator, own = torch.Generator().manual_seed(seed), pipeline.scheduler
         call = self._call(range(batch * n, (batch + 1) * n))
         pipeline.scheduler = copy.deepcopy(self.scheduler)
@@ -270,7 +269,7 @@ class Drawing:
             labels = [self.labels[i % len(self.labels)] for i in numbers]
         elif subject.num_classes is not None:
             # Independent, as intervals take them to be; from a generator of their own, so that noise is shared.
-            generator = torch.Generator().manual_seed(seed_for(self.seed, _DRAW, numbers.start, 1))
+            generator = Seeds(self.seed).generator(Stream.CLASSES, numbers.start)
             labels = torch.randint(subject.num_classes, (len(numbers),), generator=generator).tolist()
         call = subject.call(
             len(numbers),

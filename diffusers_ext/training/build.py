@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..interop import FLOW_SCHEDULERS, noise_schedule
 from ..pipelines import ClassConditionalPipeline, ReflectedPipeline
 from ..presets import PRESETS
+from ..randomness import Seeds, Stream
 from ..subjects import Subject, load_pipeline, subject_of
 from .arguments import TrainingArguments
 
@@ -93,7 +94,7 @@ def _new_pipeline(args: TrainingArguments, num_classes: int | None) -> Diffusion
     if args.resolution is not None:
         config["sample_size"] = args.resolution
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)
+        torch.manual_seed(Seeds(args.seed)(Stream.WEIGHTS))
         unet = UNet2DModel.from_config(config)
     labelled = config.get("num_class_embeds") is not None
     return _pipeline_for(unet, scheduler, labelled, null_class=num_classes if args.class_conditional else None)

@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import TrainingStopped
 from ..evaluation.measures import loss_by_sigma
 from ..files import shown
+from ..randomness import Stream
 from ..reports.card import write_model_card
 from ..reports.hub import make_pusher
 from ..reports.pictures import image_grid
@@ -73,12 +74,13 @@ class Outcome:
 
     def losses(self, trained: Subject) -> dict[str, Any]:
         """The denoising loss by noise level."""
-        return loss_by_sigma(trained, self.run.validation, self.run.args, self.run.log.sigma_range)
+        options: dict[str, Any] = {"seeds": self.run.seeds, "batch_size": self.run.args.train_batch_size}
+        return loss_by_sigma(trained, self.run.validation, self.run.log.sigma_range, **options)
 
     def _draw_sample_grid(self, trained: Subject) -> None:
         args, step = self.run.args, self.run.step
         try:
-            images = trained.sample(args.num_validation_images, args.num_inference_steps, args.seed)
+            images = trained.sample(args.num_validation_images, args.num_inference_steps, self.run.seeds(Stream.GRID))
         except (ValueError, RuntimeError, IndexError) as error:  # some samplers cannot take few steps
             failure = f"no sample grid at step {step}, {type(error).__name__} in the sampler: {error}"
             self.run.log.warn(f"{failure}; try another --num_inference_steps")

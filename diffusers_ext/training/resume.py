@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from ..data.batches import Position
 from ..errors import InputError
 from ..interop import unwrap
+from ..randomness import Seeds
 from .arguments import TrainingArguments
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .parts import Run
@@ -64,6 +65,7 @@ class Checkpoints:
             "images_per_step": run.images_per_step,
             "processes": self.accelerator.num_processes,
             "places": positions,
+            "random_rule": run.seeds.rule,
             "arguments": {k: v for k, v in asdict(self.args).items() if "token" not in k},
             "model": whole(run.subject.state(run.model), keep),
             **{name: whole(part.state_dict(), keep) for name, part in run.stateful().items()},
@@ -90,6 +92,7 @@ class Checkpoints:
         shares = self.accelerator.num_processes if run.streamed else None
         check_same_run(folder, state, self.args, run.images_per_step, shares)
         run.step = state["step"]
+        run.seeds = Seeds(self.args.seed, state.get("random_rule", 1))
         if run.streamed:
             run.position = Position(*state["places"][self.accelerator.process_index])
         load_weights(state, run)
