@@ -1,4 +1,4 @@
-"""What a pipeline trains, said in one place: `subject_of(pipeline)`."""
+"""What a pipeline trains: `subject_of(pipeline)` decides it, once for the whole package."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def subject_of(pipeline: DiffusionPipeline) -> Subject:
-    """The subject of a pipeline. Only this function asks what a pipeline is.
+    """Return the subject of a pipeline. Only this function asks what a pipeline is.
 
     Raises:
         InputError: the pipeline has neither a `unet` nor a `transformer`.

@@ -8,13 +8,14 @@ pipeline's class:
     image_format            channels and resolution of the images that it is trained on
     encode                  images (B, C, H, W) in [-1, 1] -> x0, what the network is trained on
     conditions              labels or captions -> the condition: the keyword arguments of the network's calls
-    part, drop              some rows of a condition; a condition in which some rows say "nothing in particular"
+    part, drop              some rows of a condition; a condition with some rows replaced by the null condition
     trainable, state        the parameters that are trained, and all that a checkpoint holds of the network
     call, sample            the arguments of the pipeline's call, and images drawn by it
     with_weights, save      a copy with other weights, and a folder that `DiffusionPipeline.from_pretrained` opens
 
-A condition is a tree: a dict of tensors whose first dimension is B, or of such dicts (Stable Diffusion XL). A new kind
-of pipeline is a new subclass, and a line in `subject_of`.
+A condition is a tree: a dict of tensors whose first dimension is B, or of such dicts (Stable Diffusion XL). The null
+condition is the one that says nothing: the null class, or the empty prompt. A new kind of pipeline is a new subclass,
+and a line in `subject_of`.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ Condition = dict[str, Any]
 
 
 class NotKept(ValueError):
-    """A pipeline replaces the scheduler that it is given by one of another class."""
+    """The pipeline's class replaces the scheduler that it is given by one of another class."""
 
 
 class Rows(Protocol):
-    """A batch of the data, of which a subject makes a condition."""
+    """A batch of the data, from which a subject makes a condition."""
 
     @property
     def images(self) -> Tensor:
@@ -57,22 +58,22 @@ class Rows(Protocol):
 
 
 class ImageFormat(NamedTuple):
-    """Channels, and height and width, of the images that a network is trained on."""
+    """The channels of the images that a network is trained on, and their height, which is also their width."""
 
     channels: int
     resolution: int
 
 
 class Subject:
-    """What is known of every pipeline that has a network. See the module's docstring.
+    """Answers what can be said of every pipeline that has a network; see the module's docstring.
 
     Args:
-        pipeline: of diffusers.
-        name: of the component that is its network.
+        pipeline: a pipeline of diffusers.
+        name: the name of the component that is its network.
     """
 
     num_classes: int | None = None
-    """Number of classes, the null class not counted; `None` where the network takes no labels."""
+    """The number of classes, the null class not counted; `None` where the network takes no labels."""
     null_class: int | None = None
     """The label that means "no class", where there is one."""
     takes_captions = False
@@ -96,7 +97,7 @@ class Subject:
 
     @property
     def others(self) -> list[nn.Module]:
-        """The networks beside the one that is trained."""
+        """Return the networks beside the one that is trained."""
         components = self.pipeline.components.values()
         return [c for c in components if isinstance(c, nn.Module) and c is not self.network]
 
@@ -108,10 +109,10 @@ class Subject:
     # --- data ---------------------------------------------------------------------------------------------------------
 
     def image_format(self, resolution: int | None = None) -> ImageFormat:
-        """The format of the images to train on. Nothing is changed.
+        """Return the format of the images to train on. This changes nothing.
 
         Args:
-            resolution: the one that is asked for; by default the one that the pipeline samples.
+            resolution: the resolution of the training; by default the one that the pipeline samples at.
 
         Raises:
             InputError: the network does not take images of this size or number of channels.
@@ -119,7 +120,7 @@ class Subject:
         raise self._unknown()
 
     def train_at(self, resolution: int) -> None:
-        """Prepare for training at a resolution: a network that can sample at it does so from then on."""
+        """Prepare for training at a resolution: a network that can sample at any resolution samples at this one."""
 
     @property
     def factor(self) -> int:
@@ -128,7 +129,7 @@ class Subject:
 
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """x0 of images (B, C, H, W): the images themselves, or their latents, drawn from the autoencoder's law."""
+        """Return x0 of images (B, C, H, W): these themselves, or latents drawn from the autoencoder's distribution."""
         if (autoencoder := self.autoencoder) is None:
             return images
         encoded = autoencoder.encode(images)
@@ -138,7 +139,7 @@ class Subject:
     # --- conditions ---------------------------------------------------------------------------------------------------
 
     def conditions(self, rows: Rows) -> Condition:
-        """The keyword arguments of the network's calls for some rows, on the network's device.
+        """Return the condition of some rows, on the network's device: the keyword arguments of the network's calls.
 
         Raises:
             InputError: this kind of pipeline is not known.
@@ -146,15 +147,15 @@ class Subject:
         raise self._unknown()
 
     def null_condition(self, resolution: int) -> Condition | None:
-        """The condition that says nothing, first dimension 1; `None` where there is no such condition."""
+        """Return the null condition, with first dimension 1; `None` where there is none."""
         return None
 
     def part(self, condition: Condition, rows: slice) -> Condition:
-        """Some rows of a condition."""
+        """Return some rows of a condition."""
         return _each_tensor(lambda value: value[rows], condition)
 
     def drop(self, condition: Condition, share: float, generator: torch.Generator, resolution: int) -> Condition:
-        """The condition with a random `share` of its rows, on average, replaced by the null condition."""
+        """Replace each row by the null condition, with probability `share` and independently; return the result."""
         null = self.null_condition(resolution) if condition else None
         if null is None:
             return condition
@@ -172,36 +173,37 @@ class Subject:
         """Refuse a pipeline that cannot be trained.
 
         Raises:
-            InputError: says what can.
+            InputError: the message says which pipelines can.
         """
         raise self._unknown()
 
     def before_training(self) -> None:
-        """Switch off what the training loop does itself."""
+        """Switch off what the training loop does instead of the network, such as dropping labels."""
 
     def trainable(self, network: nn.Module | None = None) -> dict[str, nn.Parameter]:
-        """The parameters that are trained, by their names in the state of the network.
+        """Return the parameters that are trained, by their names in the state of the network.
 
         Args:
-            network: the subject's network as it is trained, wrapped and sharded perhaps; by default as it is.
+            network: the subject's network in the form in which it is trained, which may be wrapped and sharded; by
+                default the pipeline's component.
         """
         return dict(unwrap(self.network if network is None else network).named_parameters())
 
     def state(self, network: nn.Module | None = None) -> dict[str, Tensor]:
-        """All that a checkpoint holds of the network: what is trained, and buffers."""
+        """Return all that a checkpoint holds of the network: the parameters that are trained, and the buffers."""
         model = unwrap(self.network if network is None else network)
         frozen = dict(model.named_parameters()).keys() - self.trainable(model).keys()
         return {name: value for name, value in model.state_dict().items() if name not in frozen}
 
     def with_weights(self, state: Mapping[str, Tensor], average: Sequence[Tensor] | None = None) -> Subject:
-        """The subject of a copy of the pipeline with these weights in its network.
+        """Return the subject of a copy of the pipeline with these weights in its network.
 
         The network is built anew: accelerate replaces `forward` of the one it wraps, and a deep copy would keep calling
-        it. The copy shares what is not trained.
+        that one. The other components are shared, except the scheduler, which is copied.
 
         Args:
-            state: as `state` returns it.
-            average: values of the trainable parameters that take the place of those in `state`.
+            state: what `state` returned.
+            average: values of the trainable parameters; they replace those in `state`.
         """
         network: Any = self.network
         with torch.random.fork_rng(devices=[]):
@@ -217,20 +219,22 @@ class Subject:
         return type(self)(copied, self.name)
 
     def _settings(self) -> dict[str, Any]:
-        """The arguments of the pipeline's class that are no components."""
+        """Return the arguments of the pipeline's class that are not components."""
         return {}
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 
     def sampler(self) -> DiffusionPipeline:
-        """The pipeline, or one with the same network that takes schedulers which this one would sample wrongly with."""
+        """Return the pipeline, or, where it samples wrongly with some schedulers, one with the same network that does
+        not."""
         return self.pipeline
 
     def with_scheduler(self, scheduler: Any) -> DiffusionPipeline:
-        """The pipeline with this scheduler, or, where its class would replace that by another, one that keeps it.
+        """Put a scheduler into the pipeline and return it, or, where its class would replace the scheduler by another,
+        return a new pipeline that keeps it.
 
         Raises:
-            NotKept: no pipeline does.
+            NotKept: there is no pipeline that keeps it.
         """
         own = {"scheduler": copy.copy(scheduler)}
         kept = type(self.pipeline)(**self.pipeline.components | own | self._settings())
@@ -243,7 +247,7 @@ class Subject:
         raise NotKept(f"{type(self.pipeline).__name__} does not keep a {type(scheduler).__name__}")
 
     def refusal_of(self, scheduler: Any) -> str | None:
-        """Why the pipeline samples wrongly with a scheduler; `None` if it does not."""
+        """Return why the pipeline samples wrongly with a scheduler; `None` if it does not."""
         return None
 
     def call(
@@ -255,12 +259,12 @@ class Subject:
         guidance_scale: float = 1.0,
         resolution: int | None = None,
     ) -> dict[str, Any]:
-        """The arguments of the pipeline's call for n images.
+        """Return the arguments of the pipeline's call for n images.
 
         Args:
-            labels: of the images; by default the classes in turn.
-            captions: prompts of the images; by default empty ones.
-            guidance_scale: 1 is the conditional model.
+            labels: the classes of the images; by default 0, 1, 2, ... in turn.
+            captions: the prompts of the images; by default empty ones.
+            guidance_scale: the scale of classifier-free guidance; 1 is the conditional model.
             resolution: height and width, for pipelines that take them.
         """
         raise self._unknown()
@@ -268,18 +272,21 @@ class Subject:
     def sample(
         self, n: int, num_inference_steps: int = 50, seed: int = 0, labels: Sequence[int] | None = None
     ) -> np.ndarray:
-        """Images (n, H, W, C) in [0, 1], drawn by the pipeline without guidance."""
+        """Draw images (n, H, W, C) in [0, 1] by the pipeline, without guidance."""
         generator = torch.Generator().manual_seed(seed)
         options = {"num_inference_steps": num_inference_steps, "generator": generator, "output_type": "np"}
         return self.pipeline(**self.call(n, labels=labels), **options).images
 
     def unit_range(self, sample: Tensor) -> Tensor:
-        """A sample of the pipeline's last step, or a decoded one, with its values from 0 to 1."""
+        """Map the sample of the last step, or what the autoencoder decoded of it, from the data's range to [0, 1].
+
+        Values outside of the range are not clamped.
+        """
         own = getattr(self.pipeline, "_in_unit_range", None)
         return sample / 2 + 0.5 if own is None else own(sample)
 
     def save(self, folder: str | Path) -> None:
-        """`save_pretrained`, written aside and then renamed; other files in the folder stay."""
+        """Save the pipeline by `save_pretrained`, written aside and then renamed; other files in the folder stay."""
         with replacing_entries(folder) as aside:
             self.pipeline.save_pretrained(aside)
 
@@ -291,7 +298,7 @@ class Subject:
 
 
 def _each_tensor(function: Callable[..., Tensor], condition: Any, *others: Any) -> Any:
-    """A tree with a function of the tensors of trees of one shape."""
+    """Apply a function to the tensors at each leaf of trees of the same structure, and return the tree of results."""
     if isinstance(condition, Mapping):
         return {k: _each_tensor(function, v, *(other[k] for other in others)) for k, v in condition.items()}
     return function(condition, *others)

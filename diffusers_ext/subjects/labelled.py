@@ -1,7 +1,7 @@
 """Pipelines without text: networks that take class labels, or nothing, beside the sample and the time.
 
-Pixel models (`UNet2DModel`: DDPM, DDIM, `ClassConditionalPipeline` and what is derived from it), the same in the
-latents of an autoencoder (LDM), and DiT.
+These are models of pixels (`UNet2DModel`: DDPM, DDIM, `ClassConditionalPipeline` and its subclasses), models of the
+latents of an autoencoder by the same network (LDM), and DiT.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .base import Condition, ImageFormat, Rows, Subject
 
 
 class Labelled(Subject):
-    """A network that takes class labels, or nothing."""
+    """A pipeline whose network takes class labels, or no condition at all."""
 
     def image_format(self, resolution: int | None = None) -> ImageFormat:
         network, factor, size = self.network, self.factor, self.network.config.sample_size
@@ -71,7 +71,7 @@ class Labelled(Subject):
 
 
 class Pixels(Labelled):
-    """A `UNet2DModel` of images, or of latents."""
+    """A pipeline with a `UNet2DModel` of images, or of latents."""
 
     @property
     def null_class(self) -> int | None:  # type: ignore[override]
@@ -107,7 +107,7 @@ class Pixels(Labelled):
 
 
 class ClassTransformer(Labelled):
-    """A `DiTTransformer2DModel` of latents."""
+    """A pipeline with a `DiTTransformer2DModel` of latents."""
 
     @property
     def null_class(self) -> int | None:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""Load a pipeline, and say what was wrong where that fails."""
+"""Load a pipeline, and say what is wrong where that fails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def load_pipeline(
     cache_dir: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> DiffusionPipeline:
-    """A pretrained pipeline, its networks in `dtype`.
+    """Load a pretrained pipeline, with its networks in `dtype`.
 
     Raises:
         InputError: it cannot be loaded.

@@ -1,4 +1,4 @@
-"""Text-to-image pipelines: what the network's calls get for a prompt, by family."""
+"""Text-to-image pipelines: which condition each family gives its network for a prompt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .base import Condition, ImageFormat, Rows, Subject
 
 
 class TextToImage(Subject):
-    """A pipeline with `encode_prompt`, of a family whose conditions are not known here."""
+    """A pipeline with `encode_prompt`; the subclasses know the conditions of their families."""
 
     takes_captions = True
 
@@ -57,7 +57,7 @@ class TextToImage(Subject):
 
 
 class StableDiffusion(TextToImage):
-    """Stable Diffusion 1 and 2."""
+    """Stable Diffusion 1 and 2: the condition is the embedding of the prompt."""
 
     def _conditions(self, prompts: list[str], resolution: int) -> Condition:
         embeddings, _ = self._encoded(prompts)
@@ -65,7 +65,7 @@ class StableDiffusion(TextToImage):
 
 
 class StableDiffusionXL(TextToImage):
-    """Stable Diffusion XL: pooled embeddings, and the size and crop of the image."""
+    """Stable Diffusion XL: the condition adds pooled embeddings, and the size and crop of the image."""
 
     def _conditions(self, prompts: list[str], resolution: int) -> Condition:
         embeddings, _, pooled, _ = self._encoded(prompts, None)
@@ -78,14 +78,14 @@ class StableDiffusionXL(TextToImage):
 
 
 class StableDiffusion3(TextToImage):
-    """Stable Diffusion 3 and 3.5."""
+    """Stable Diffusion 3 and 3.5: the condition adds pooled embeddings."""
 
     def _conditions(self, prompts: list[str], resolution: int) -> Condition:
         embeddings, _, pooled, _ = self._encoded(prompts, None, None)
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
 
 
-FAMILIES = {  # by the beginning of the pipeline's name, longer ones first
+FAMILIES = {  # the name of the pipeline's class begins with the key; longer keys come first
     "StableDiffusion3": StableDiffusion3,
     "StableDiffusionXL": StableDiffusionXL,
     "StableDiffusion": StableDiffusion,
