@@ -1,4 +1,4 @@
-"""What a script prints instead of a traceback."""
+"""Errors of the user or of the surroundings, for which a script prints a message instead of a traceback."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ class InputError(ValueError):
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Make a script's `main` end with the message of an `InputError` or `TrainingStopped`; no traceback on Ctrl-C."""
+    """Decorate a script's `main` to end with the message of an `InputError` or `TrainingStopped`, and at Ctrl-C without
+    a traceback."""
 
     @functools.wraps(main)
     def run() -> None:
@@ -30,7 +31,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 
 
 class TrainingStopped(Exception):
-    """Training ended before its time; the message says why and how to go on, `code` is the exit status."""
+    """Training has ended early; the message says why and how to go on, and `code` is the exit status."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)

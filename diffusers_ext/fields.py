@@ -1,4 +1,4 @@
-"""Fields of argument classes."""
+"""Fields of argument classes, and the checks that these share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .errors import InputError
 
 
 def arg(default: Any, help: str) -> Any:
-    """A field of an argument class, with the text of --help."""
+    """Return a field of an argument class, with the text that --help shows."""
     return field(default=default, metadata={"help": help})
 
 

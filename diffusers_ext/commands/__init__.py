@@ -1,4 +1,4 @@
-"""From the command line to arguments."""
+"""What the scripts need to read their command lines."""
 
 from .parsing import parse_arguments
 

@@ -1,4 +1,4 @@
-"""From the command line to arguments."""
+"""How a command line, a YAML file and a preset become the arguments of a script."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Arguments = TypeVar("Arguments", bound=DataArguments)
 
 
 def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
-    """Fill `kind` from defaults, preset, YAML file and command line.
+    """Fill an argument class from its defaults, a preset, a YAML file and the command line; what comes later wins.
 
-    Errors in any of them end the program with a message, as argparse does.
+    An error in any of them ends the program with a message, as argparse does.
     """
     usage = "%(prog)s [--preset NAME] [--config FILE] [--ARGUMENT VALUE ...]; --help lists the arguments"
     parser = HfArgumentParser(kind, allow_abbrev=False, usage=usage)
@@ -37,7 +37,7 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
         known = {f.name for f in fields(kind)}
         of_preset = PRESETS[preset].arguments if preset else {}
         values = {name: value for name, value in of_preset.items() if name in known} | file
-        # Put in front of the command line, they are checked and converted alike, and what comes later wins.
+        # In front of the command line they are checked and converted like it, and what comes later wins.
         words = [_words(name, value) for name, value in values.items() if value is not None]
         argv = [word for part in words for word in part] + argv
         args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)

@@ -1,13 +1,13 @@
 """The stream of samples that training reads.
 
-Training reads one endless stream of samples. Sample number s is image `permutation(seed, s // n)[s % n]` of n images,
-augmented by a generator that is seeded with (seed, s); micro-batch m holds the samples m b, ..., m b + b - 1. The data
-are then a function of (seed, b, m) alone: any number of worker processes reads the same, a run may stop anywhere and
-go on, and over several devices each takes every k-th micro-batch.
+The stream has no end. Sample number s is image `permutation(seed, s // n)[s % n]` of n images, augmented by a generator
+that is seeded with (seed, s); micro-batch m of b samples holds the samples m b, ..., m b + b - 1. The data of a
+micro-batch are then a function of (seed, b, m) alone: any number of worker processes reads the same, a run may stop
+anywhere and go on, and each of k devices takes every k-th micro-batch.
 
-A data set that is streamed (`--streaming`) cannot be looked up by number. Its rows come in the order that `datasets`
-gives them, shuffled within a buffer, each device reading its own share; the position in it is (epoch, row). A run goes
-on at that position exactly, by reading the epoch's earlier rows again without decoding them.
+The rows of a data set that is streamed (`--streaming`) cannot be looked up by number. They come in the order that
+`datasets` gives them, shuffled within a buffer, and each device reads its own share; the position in it is (epoch,
+row). A run goes on exactly at that position: it reads the epoch's earlier rows again without decoding them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..randomness import Seeds, Stream
 from .images import Transform
 from .sources import DataArguments, HubStream, ImageSource, open_encoded
 
-# So many neighbours of an unreadable image are tried in its position.
+# After so many unreadable images in a row, reading ends with an error.
 MAX_UNREADABLE_IN_A_ROW = 100
 
 
@@ -38,7 +38,7 @@ MAX_UNREADABLE_IN_A_ROW = 100
 
 @dataclass(frozen=True)
 class Sample:
-    """One image (channels, height, width), its label (-1 if it has none) and the unreadable ones met before it."""
+    """One image (channels, height, width), its label (-1 if it has none), and what could not be read in its stead."""
 
     image: Tensor
     label: int
@@ -46,7 +46,7 @@ class Sample:
 
 
 class StreamDataset(Dataset[Sample]):
-    """Looked up by sample number; see the module's docstring.
+    """The stream of samples as a data set that is indexed by sample number; see the module's docstring.
 
     Raises:
         InputError: on `MAX_UNREADABLE_IN_A_ROW` unreadable images in a row.
@@ -58,7 +58,7 @@ class StreamDataset(Dataset[Sample]):
         self._permutation: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def index(self, s: int) -> int:
-        """Which image sample number `s` is."""
+        """Return the index of the image that sample number `s` is made from."""
         epoch, position = divmod(s, self.n)
         if self._permutation[0] != epoch:
             generator = self.seeds.generator(Stream.ORDER, epoch)
@@ -71,7 +71,11 @@ class StreamDataset(Dataset[Sample]):
 
 
 def read_image(source: ImageSource, index: int, n: int, transform: Transform, generator: torch.Generator) -> Sample:
-    """Image `index`, or the next readable one of the first `n` after it."""
+    """Read image `index`, or, if it is unreadable, the next readable one, going round after `n` images.
+
+    Raises:
+        InputError: `MAX_UNREADABLE_IN_A_ROW` images in a row cannot be read, or all of them.
+    """
     unreadable: list[str] = []
     while True:
         try:
@@ -87,7 +91,7 @@ def read_image(source: ImageSource, index: int, n: int, transform: Transform, ge
 
 
 class MicroBatches(Sampler[list[int]]):
-    """Sample numbers of the micro-batches first, first + stride, ... (`count` of them), `batch_size` each."""
+    """Yields the sample numbers of `count` micro-batches: first, first + stride, ..., each of `batch_size` samples."""
 
     def __init__(self, batch_size: int, first: int, stride: int, count: int) -> None:
         self.batch_size, self.first, self.stride, self.count = batch_size, first, stride, count
@@ -102,8 +106,15 @@ class MicroBatches(Sampler[list[int]]):
 
 @dataclass(frozen=True)
 class Images:
-    """A micro-batch: images (B, C, H, W), labels (B,), names of unreadable images; of a stream the position behind it;
-    captions, where there are some."""
+    """A micro-batch of images.
+
+    Attributes:
+        images: (B, C, H, W) in [-1, 1].
+        labels: (B,), -1 where there is no label.
+        unreadable: names of the images that could not be read, with the reasons.
+        position: the row that follows the micro-batch in a stream; `None` for other data.
+        captions: B texts, where the data have captions.
+    """
 
     images: Tensor
     labels: Tensor
@@ -112,7 +123,7 @@ class Images:
     captions: Sequence[str] | None = None
 
     def pin_memory(self) -> Images:
-        """Page-locked copies, from which a GPU copies without a wait; `DataLoader` calls this, too."""
+        """Return a copy in page-locked memory, which a GPU reads without a wait; `DataLoader` calls this, too."""
         return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
@@ -123,7 +134,7 @@ def collate(samples: Sequence[Sample]) -> Images:
 
 
 def first_images(source: ImageSource | HubStream, n: int, transform: Transform) -> Images:
-    """The first `n` images and labels, cropped in the centre and not mirrored."""
+    """Read the first `n` images and labels, cropped in the centre and not mirrored."""
     still = Transform(transform.resolution, transform.channels)
     if isinstance(source, HubStream):
         stream = stream_samples(source, still, Seeds(0), Position(0, 0), endless=False)
@@ -147,9 +158,10 @@ class Position(NamedTuple):
 def stream_samples(
     source: HubStream, transform: Transform, seeds: Seeds, position: Position, threads: int = 0, endless: bool = True
 ) -> Iterator[tuple[Sample, Position]]:
-    """Samples of a stream from `position` on, each with the position behind it, decoded by `threads` threads.
+    """Yield the samples of a stream from `position` on, each with the position of the row after it.
 
-    An unreadable image is replaced by the next readable one, so that what comes does not depend on where one began.
+    `threads` threads decode the images. An unreadable image is replaced by the next readable one, so that the samples
+    do not depend on the position where reading began.
 
     Raises:
         InputError: the stream is empty, or `MAX_UNREADABLE_IN_A_ROW` images in a row cannot be read.
@@ -196,7 +208,7 @@ def _numbered(
 def _ordered_map(
     function: Callable[..., Sample | str], rows: Iterator[tuple[Position, Any, int, str]], threads: int
 ) -> Iterator[tuple[Position, Sample | str]]:
-    """(position, function(*row)) in the order of the rows, computed ahead by some threads."""
+    """Yield (position, function(*row)) in the order of the rows; threads compute the function ahead."""
     if threads == 0:
         for row in rows:
             yield row[0], function(*row)
@@ -227,8 +239,15 @@ def micro_batches(
     seeds: Seeds | None = None,
     pin_memory: bool = False,
 ) -> Iterable[Images]:
-    """The micro-batches first, first + world, ... of a run, `count` of them; of a stream, those after `position`. The
-    seeds are those of the arguments, or others of theirs."""
+    """Read the micro-batches first, first + world, ... of a run, `count` of them.
+
+    Args:
+        args: the batch size, the seed, and how images are read.
+        first, world: the number of the first micro-batch, and of processes; this is process number first modulo world.
+        position: where reading begins in a stream; other data ignore it.
+        seeds: the seeds of order and augmentation; by default those of `args.seed`.
+        pin_memory: return them in page-locked memory.
+    """
     seeds = seeds or Seeds(args.seed)
     if isinstance(source, HubStream):
         share = source.share(first % world, world)
@@ -252,6 +271,6 @@ def _batched(samples: Iterator[tuple[Sample, Position]], batch_size: int) -> Ite
 
 
 def _leave_signals_to_the_main_process(_: int) -> None:
-    """Ctrl-C, and what launchers send, reaches the whole process group; a worker that ends by it would end the run."""
+    """Ignore Ctrl-C and SIGTERM, which reach the whole process group: a worker that ended would end the run."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

