@@ -61,7 +61,7 @@ LIKELIHOOD = LikelihoodSettings()
 
 @dataclass
 class EvaluationArguments(MeasureArguments):
-    """How models are sampled, and what is measured: the arguments of `evaluate` for a command line."""
+    """Arguments of a command line that say how models are sampled and what is measured: those of `evaluate`."""
 
     schedulers: str = arg(
         OWN,
@@ -91,7 +91,7 @@ class EvaluationArguments(MeasureArguments):
         _check(asked["nfe"], self.num_samples, self.guidance_scale, asked["likelihood"])
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of `evaluate` that these are."""
+        """Return these arguments as the keyword arguments of `evaluate`."""
         try:
             nfe = [int(word) for word in self.nfe.split(",")]
         except ValueError as error:
@@ -133,29 +133,30 @@ def evaluate(
 
     Args:
         models: pipelines by name, on their device; the first is the baseline. They must make images of one shape.
-        data: real images, or a function that loads them for a number of channels and a resolution. It is called after
-            all else was found to be possible.
-        folder: for `results.json`, the pictures (`samples`) and what was drawn (`drawn`). What lies there from an
-            earlier call is not drawn again.
+        data: real images, or a function that loads them for a number of channels and a resolution. It is called once
+            all other arguments have been checked.
+        folder: where `results.json`, the pictures (`samples`) and the drawn images (`drawn`) go. Images that lie there
+            from an earlier call are not drawn again.
         schedulers: names, perhaps with settings, as `read_schedulers` takes them. "own" is each pipeline's.
-        nfe: evaluations of the network for one image; guidance takes twice as many. The number of steps is the largest
-            that needs no more. What a scheduler cannot do is left out, and printed.
-        num_samples: images of each model, scheduler and number of evaluations.
+        nfe: numbers of evaluations of the network for one image; guidance takes twice as many. The number of steps is
+            the largest that needs no more. Numbers that a scheduler cannot make are left out, which is printed.
+        num_samples: images that are drawn from each model with each scheduler and number of evaluations.
         batch_size: images of a forward pass. Another size draws other images.
-        seed: of noise, classes and all else that is random.
-        guidance_scale: of classifier-free guidance; 1 is the conditional model.
-        prompts: of text-to-image pipelines, repeated in turn; by default the empty one.
+        seed: the seed of noise, classes and all else that is random.
+        guidance_scale: the scale of classifier-free guidance; 1 is the conditional model.
+        prompts: prompts of text-to-image pipelines, repeated in turn; by default the empty one.
         resolution: height and width of the images; by default those that the models were made for.
-        extractor: of features, or its name for `make_extractor`; by default `default_extractor` says which.
-        likelihood: of held-out images under models of pixels; `None` leaves it out.
-        accelerator: where several processes share the work; each then calls this function with the same arguments.
+        extractor: the extractor of features, or its name for `make_extractor`; by default `default_extractor` chooses.
+        likelihood: on how many held-out images the likelihood of models of pixels is measured, and how exactly; `None`
+            leaves it out.
+        accelerator: needed where several processes share the work; each then calls this function with equal arguments.
         command: the command line, for the report.
 
     Returns:
-        The results, as in `results.json`. The main process has the pictures, too.
+        The results, as in `results.json`. Only the main process has the pictures.
 
     Raises:
-        InputError: an argument is not possible, or does not fit the others; the message says what would.
+        InputError: an argument is out of range, or does not fit the others; the message says what would.
     """
     levels, asked, folder = sorted(set(nfe)), read_schedulers(schedulers), Path(folder)
     settings = LikelihoodSettings(images=0, ode_images=0) if likelihood is None else likelihood
@@ -207,7 +208,7 @@ def _check(nfe: Sequence[int], num_samples: int, guidance_scale: float, likeliho
 
 
 def _image_format(subjects: Mapping[str, Subject], resolution: int | None) -> ImageFormat:
-    """The format that the images of all models have."""
+    """Return the format of the images, after checking that it is the same for all models."""
     formats = {name: subject.image_format(resolution) for name, subject in subjects.items()}
     if not formats:
         raise InputError("there is no model to evaluate")
@@ -262,7 +263,7 @@ def _plan(
     options: dict[str, Any],
     say: Callable[[str], None],
 ) -> list[Drawing]:
-    """Everything that is to be drawn, each drawing once."""
+    """Return all drawings that the evaluation needs, each once."""
     planned: dict[str, Drawing] = {}
     for model, subject in subjects.items():
         pipeline, identity = subject.pipeline, pipeline_fingerprint(subject.pipeline)
@@ -297,7 +298,7 @@ def _folder(folder: Path) -> Path:
 
 
 def _draw(drawings: Sequence[Drawing], folder: Path, rank: int, world: int) -> None:
-    """Draw the batches of one process among `world`."""
+    """Draw the batches of process number `rank` among `world`."""
     own = sum(len(one.numbers(batch)) for one in drawings for batch in range(rank, one.num_batches, world))
     with tqdm(total=own, desc="images", unit="image", disable=rank > 0) as bar:
         for drawing in drawings:
@@ -308,7 +309,7 @@ def _draw(drawings: Sequence[Drawing], folder: Path, rank: int, world: int) -> N
 def _with_likelihood(
     drawings: Sequence[Drawing], settings: LikelihoodSettings, real: RealImages, say: Callable[[str], None]
 ) -> list[Drawing]:
-    """The first drawing of each model that has a likelihood: those of pixels whose classes are those of the data."""
+    """Return a drawing of each model whose likelihood can be measured: of pixels, and with the classes of the data."""
     if settings.images == settings.ode_images == 0:
         return []
     first: dict[str, Drawing] = {}
@@ -330,7 +331,7 @@ def _with_likelihood(
 def _likelihood(
     drawing: Drawing, folder: Path, *, images: Images, settings: LikelihoodSettings, batch_size: int, seed: int
 ) -> Likelihood:
-    """The likelihood of a drawing's model, read from the folder where it lies there."""
+    """Measure the likelihood of a drawing's model, or read it from the folder, if it lies there."""
     counts = settings.images, settings.evaluations, settings.ode_images, RULE, seed, batch_size
     scheduler = sorted(stored_scheduler(drawing.pipeline.scheduler).items())
     key = hashlib.sha256(f"{counts}{drawing.identity}{scheduler}".encode())
@@ -344,7 +345,7 @@ def _likelihood(
 
 
 def _summary(judge: Judge, real: RealImages, sources: Mapping[str, str | None], seed: int, command: str) -> Evaluation:
-    """The evaluation without its cells: what is known of the real images."""
+    """Return an evaluation that has no cells yet, but what is known of the real images."""
     manifold = judge.manifold
     if manifold.count < manifold.least:
         print(
@@ -370,7 +371,7 @@ def _summary(judge: Judge, real: RealImages, sources: Mapping[str, str | None], 
 def _compare(
     evaluation: Evaluation, drawings: Sequence[Drawing], judge: Judge, real: RealImages, drawn: Path, samples: Path
 ) -> None:
-    """Add the cells and the pictures; the pictures are saved in `samples`, too."""
+    """Add the cells and the pictures to the evaluation, and save the pictures in `samples`."""
     evaluation.pictures |= grids(drawings, drawn, samples)
     last = {drawing.model: drawing for drawing in drawings}
     for drawing in tqdm(drawings, desc="distances"):

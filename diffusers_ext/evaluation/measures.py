@@ -46,9 +46,10 @@ class LikelihoodSettings:
     """How many held-out images the likelihood is measured on, and how exactly.
 
     Attributes:
-        images: of the upper bound; 0 leaves it out.
-        evaluations: of the network, for each image's bound.
-        ode_images: of the likelihood by the probability flow, which needs torchdiffeq; 0 leaves it out.
+        images: the number of images for the upper bound; 0 leaves it out.
+        evaluations: evaluations of the network for each image's bound.
+        ode_images: the number of images for the likelihood by the probability flow, which needs torchdiffeq; 0 leaves
+            it out.
 
     Raises:
         InputError: a number is negative, or too small for an interval.
@@ -71,8 +72,8 @@ class Manifold:
     """The features (n, d) of real images that every `quality` of one evaluation is measured against, on one device.
 
     Attributes:
-        reference, training: features.
-        count: images of precision and recall, which depend on their number, so that it is the same for all.
+        reference, training: features of the reference and of the training images.
+        count: the number of images for precision and recall, which depend on it, so it is the same for all.
         copy_distance: see `diffusers_ext.metrics.copy_threshold`; `None` where held-out images are too few to tell.
     """
 
@@ -83,19 +84,19 @@ class Manifold:
 
     @classmethod
     def of(cls, reference: Tensor, training: Tensor, held_out: Tensor | None, count: int) -> Manifold:
-        """Find the distance of a copy, if the held-out features are enough for it."""
+        """Make it, with the distance below which a sample counts as a copy, if there are enough held-out features."""
         if held_out is None or len(held_out) * MEMORISED < 1:
             return cls(reference, training, count, None)
         return cls(reference, training, count, copy_threshold(training, held_out, MEMORISED))
 
     @property
     def least(self) -> int:
-        """The fewest images of a Frechet distance: below the number of features its bias cannot be taken off."""
+        """The fewest images that a Frechet distance needs: with fewer than features its bias cannot be removed."""
         return self.reference.shape[1]
 
 
 def quality(features: Tensor, real: Manifold) -> Quality:
-    """The quality of samples, or of other real images, by their features (n, d), rows in random order.
+    """Return the quality of samples, or of other real images, by their features (n, d), rows in random order.
 
     Precision and recall are those of the first `real.count` images of both sides. The Frechet distance of fewer images
     than features is NaN.
@@ -129,7 +130,7 @@ class Judge:
     Args:
         real: see `RealImages`.
         extractor: see `make_extractor`; the features are compared on its device.
-        num_samples: of each set that is judged; precision and recall are those of as many images of all sets.
+        num_samples: the size of each set that is judged; precision and recall are those of as many images of all sets.
         progress: whether bars are shown.
     """
 
@@ -142,7 +143,7 @@ class Judge:
         self.manifold = Manifold.of(reference, training, held_out, count)
 
     def features(self, images: Images, name: str = "") -> Tensor:
-        """Features (n, d) of images."""
+        """Return the features (n, d) of images."""
         parts = tqdm(
             images.images.split(500), f"features, {name}", unit="batch", leave=False, disable=not self.progress
         )
@@ -150,11 +151,11 @@ class Judge:
 
     @functools.cached_property
     def floor(self) -> Quality:
-        """The quality of real images that are not in the reference."""
+        """The quality of real images that are not in the reference, which a perfect model would reach."""
         return quality(self._floor, self.manifold)
 
     def quality(self, features: Tensor) -> Quality:
-        """The quality of samples by their features (n, d), rows in random order."""
+        """Return the quality of samples by their features (n, d), rows in random order."""
         return quality(features.to(self.extractor.device), self.manifold)
 
 
@@ -167,16 +168,17 @@ def likelihood(
     seed: int = DataArguments.seed,
     progress: bool = True,
 ) -> Likelihood:
-    """The likelihood of held-out images under a model, at the lowest noise level that its network was trained for.
+    """Measure the likelihood of held-out images under a model, at the lowest noise level of its network's training.
 
     A class-conditional model gets the labels, or the null class for images without one. A model of short diffusion
     times starts from its bridge.
 
     Args:
-        subject: of a model of pixels.
-        held_out: the first of these are measured.
+        subject: a model of pixels.
+        held_out: the images, of which the first are measured.
+        settings: how many images are measured, and how exactly.
         batch_size: images of a forward pass.
-        seed: of dequantisation, noise and noise levels.
+        seed: the seed of dequantisation, noise and noise levels.
         progress: whether bars are shown.
     """
     scheduler, network = subject.pipeline.scheduler, subject.network
@@ -214,7 +216,7 @@ def likelihood(
 
 
 def _log_start(bridge: Any, schedule: Any, labels: Tensor | None) -> Any:
-    """The log density of x at its highest noise level, by the bridge of x_T = scale x."""
+    """Return the log density of x at the highest noise level, from the bridge, which is a law of x_T = scale x."""
 
     def log_prior(x: Tensor, sigma: float) -> Tensor:
         scale = schedule.scale(torch.tensor(sigma, dtype=torch.float64)).item()
@@ -227,7 +229,7 @@ def _log_start(bridge: Any, schedule: Any, labels: Tensor | None) -> Any:
 def loss_by_sigma(
     subject: Subject, validation: Images, sigma_range: tuple[float, float], *, seeds: Seeds, batch_size: int
 ) -> dict[str, list[float]]:
-    """Mean square error of eps on the validation images at log-spaced noise levels, always with the same noise."""
+    """Return the mean square error of eps on the validation images at log-spaced noise levels, for a fixed noise."""
     network = subject.network
     model, device = score_model_from(network, subject.pipeline.scheduler), network.device
     generator = seeds.generator(Stream.VALIDATION)

@@ -1,11 +1,11 @@
 """The real images that samples are compared with: the training images, and held-out ones in two halves.
 
-Half of the held-out images, at random, are the **reference**. The other half is the **floor**: it is measured as
-samples are, and so shows what real images reach by the same measures. Where held-out images are few, the training
-images can be the reference, as is common for FID; then all held-out images are the floor.
+A random half of the held-out images is the **reference**. The other half is the **floor**: it is measured as samples
+are, and so shows what real images reach by the same measures. Where held-out images are few, the training images can be
+the reference, as is common for FID; then all held-out images are the floor.
 
     RealImages.of(training, held_out)                                    # of tensors
-    load_real_images(MeasureArguments(dataset_name="digits"), 1, 28)     # of what a script's arguments name
+    load_real_images(MeasureArguments(dataset_name="digits"), 1, 28)     # from the data that a script's arguments name
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MIN_IMAGES = 2 * GROUPS
 
 @dataclass
 class MeasureArguments(HeldOutArguments):
-    """Which real images the samples are compared with."""
+    """Arguments that say which real images the samples are compared with."""
 
     reference: Literal["held_out", "train"] = arg(
         "held_out",
@@ -51,12 +51,12 @@ class RealImages:
     """Images in [-1, 1], (n, C, H, W), and their labels, in random order.
 
     Attributes:
-        training: what copies are looked for in; without held-out images half of it, the reference.
-        reference: what samples are compared with.
+        training: the images that samples may be copies of; without held-out images the half that is the reference.
+        reference: the images that samples are compared with.
         floor: real images that are measured as samples are.
         held_out: all held-out images; `None` where there are none.
         described: the reference, in words.
-        name: of the data set, for people.
+        name: the data set's name, for people.
     """
 
     training: Images
@@ -68,7 +68,7 @@ class RealImages:
 
     @property
     def unseen(self) -> Images:
-        """What no model was trained on: the held-out images, or, where there are none, the floor."""
+        """The images for the likelihood: the held-out ones, or, where there are none, the floor."""
         return self.floor if self.held_out is None else self.held_out
 
     @classmethod
@@ -91,8 +91,8 @@ class RealImages:
             training_labels, held_out_labels: integers (n,); by default the images have none.
             reference: "held_out" takes half of the held-out images, "train" all training images. Without held-out
                 images it must be "train", and takes half of these.
-            name: of the data set, for people.
-            seed: of the order.
+            name: the data set's name, for people.
+            seed: the seed of the order.
 
         Raises:
             InputError: the images are too few, not of one shape or not in [-1, 1], or "held_out" is asked for without
@@ -106,10 +106,10 @@ class RealImages:
 
 
 def load_real_images(args: MeasureArguments, channels: int, resolution: int) -> RealImages:
-    """The images that the arguments name, by `--reference`.
+    """Load the images that the arguments name, and divide them by `--reference`.
 
     Raises:
-        InputError: there are none, too few, or they are a stream.
+        InputError: there are none or too few, or they are a stream.
     """
     everything = replace(args, max_train_samples=None)
     transform, n = Transform(resolution, channels), args.max_train_samples
@@ -123,7 +123,7 @@ def load_real_images(args: MeasureArguments, channels: int, resolution: int) -> 
 def _compared(
     training: Images, held_out: Images | None, reference: Literal["held_out", "train"], name: str
 ) -> RealImages:
-    """Reference and floor of images in random order."""
+    """Choose the reference and the floor; the images are in random order."""
     if reference == "held_out":
         if held_out is None:
             raise InputError("the data have no held-out split: name it with --validation_split, or --reference train")
@@ -144,7 +144,7 @@ def _compared(
 
 
 class _Chosen:
-    """Some images of a source, in random order: stored ones are often sorted by class."""
+    """A random choice of images of a source, in random order: stored images are often sorted by class."""
 
     def __init__(self, source: ImageSource, n: int, seed: int) -> None:
         self.source, self.order = source, _order(len(source), seed)[:n].tolist()
@@ -185,5 +185,5 @@ def _halves(images: Images) -> tuple[Images, Images]:
 
 
 def rows_of(images: Images, first: int, last: int) -> Images:
-    """The rows first, ..., last - 1."""
+    """Return the rows first, ..., last - 1."""
     return Images(images.images[first:last], images.labels[first:last], images.unreadable)

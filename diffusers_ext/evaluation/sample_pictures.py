@@ -19,7 +19,7 @@ GRID_IMAGES = 10
 
 
 def grids(drawings: Sequence[Drawing], drawn: Path, folder: Path) -> dict[str, Image.Image]:
-    """A grid for each scheduler and number of steps, by title: a row for each model, a column for each noise.
+    """Return a grid for each scheduler and number of steps, by title: a row for each model, a column for each noise.
 
     Args:
         drawn: the folder of the drawings.
@@ -40,10 +40,10 @@ def grids(drawings: Sequence[Drawing], drawn: Path, folder: Path) -> dict[str, I
 def nearest_to_training(
     drawing: Drawing, features: Tensor, real: RealImages, judge: Judge, drawn: Path, folder: Path
 ) -> tuple[str, Image.Image]:
-    """Title and picture of the samples that are nearest to a training image; each stands above that image.
+    """Return title and picture of the samples that are nearest to a training image; each stands above that image.
 
     Args:
-        features: of the samples, (n, d).
+        features: features of the samples, (n, d).
         drawn, folder: as for `grids`.
     """
     found = nearest(features.to(judge.manifold.training.device), judge.manifold.training)

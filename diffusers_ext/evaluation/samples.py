@@ -1,4 +1,4 @@
-"""Draw images from pipelines, for the same noise whatever the model, and keep them, so that none is drawn twice.
+"""Draw images from pipelines, every model from the same noise, and keep them, so that none is drawn twice.
 
     drawing = Drawing.of(pipeline, swap_scheduler(pipeline, "DDIM"), steps=10, num_samples=500)
     drawing.draw(folder)                    # in batches; those that lie in the folder are not drawn again
@@ -7,8 +7,8 @@
     drawing.counted(folder).seconds         # per image
 
 Batch b of a drawing is a function of its settings, the seed and b alone: not of the number of processes, nor of what
-was drawn before. Each lies in a file of its own, in a folder whose name holds a hash of all that decides the images
-(the weights, too), so that a drawing with other settings never meets it.
+was drawn before. Each batch lies in a file of its own, in a folder whose name holds a hash of all that decides the
+images (the weights, too), so that a drawing with other settings never reads it.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _LEVEL = 1 / 255
 
 
 def file_name(text: str) -> str:
-    """A readable name of a file that every file system takes."""
+    """Turn a text into a readable file name that every file system takes."""
     return "".join(c if c.isalnum() else "-" for c in text)
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A hash of a network's weights and buffers."""
+    """Return a hash of a network's weights and buffers."""
     digest = hashlib.sha256(type(module).__name__.encode())
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -56,7 +56,7 @@ def fingerprint(module: nn.Module) -> str:
 
 @functools.lru_cache
 def extractor_id(extractor: Extractor, shape: tuple[int, ...]) -> str:
-    """A hash of what an extractor does to images of a shape (C, H, W): of its label and of the features of noise."""
+    """Return a hash that tells extractors apart, of the label and the features of noise of shape (C, H, W)."""
     noise = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     digest = hashlib.sha256(extractor.label.encode())
     digest.update(extractor(noise.to(extractor.device)).double().cpu().numpy().tobytes())
@@ -64,13 +64,13 @@ def extractor_id(extractor: Extractor, shape: tuple[int, ...]) -> str:
 
 
 def save_aside(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a file of safetensors aside, and rename it."""
+    """Write a safetensors file aside, then rename it."""
     with replacing(file) as aside:
         save_file(tensors, aside, metadata=metadata)
 
 
 def pipeline_fingerprint(pipeline: DiffusionPipeline) -> str:
-    """A hash of all networks and settings of a pipeline, but for its scheduler."""
+    """Return a hash of all networks and settings of a pipeline, except its scheduler."""
     digest = hashlib.sha256(_settings([type(pipeline).__name__, _public(pipeline.config)]))
     for name, part in sorted(pipeline.components.items()):
         if isinstance(part, nn.Module):
@@ -79,7 +79,7 @@ def pipeline_fingerprint(pipeline: DiffusionPipeline) -> str:
 
 
 def _public(config: Any) -> dict[str, str]:
-    """A configuration without what diffusers adds, which may differ from process to process."""
+    """Return a configuration without the entries that diffusers adds, which may differ from process to process."""
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)  # transformers', diffusers'
     return {key: repr(value) for key, value in sorted(values.items()) if not key.startswith("_")}
 
@@ -89,7 +89,7 @@ def _settings(values: Any) -> bytes:
 
 
 class Counted(NamedTuple):
-    """What a drawing cost, and how far its values were out of range."""
+    """What an image cost, in evaluations of the network and seconds, and the share of its values out of range."""
 
     nfe: float
     seconds: float
@@ -98,20 +98,20 @@ class Counted(NamedTuple):
 
 @dataclass(frozen=True)
 class Drawing:
-    """Images of one model, scheduler and number of steps.
+    """The images that one model draws with one scheduler and number of steps.
 
     Args:
-        model: name, for people.
-        pipeline: as `Subject.sampler` returns it; its scheduler is replaced while it draws.
-        identity: its `pipeline_fingerprint`.
+        model: the model's name, for people.
+        pipeline: what `Subject.sampler` returned; its scheduler is replaced while it draws.
+        identity: the pipeline's `pipeline_fingerprint`.
         scheduler, steps: see `swap_scheduler`, `steps_for`.
-        num_samples: images; whole batches are drawn.
-        batch_size: of a forward pass.
-        seed: of the noise and the classes.
-        guidance_scale: 1 is the conditional model.
-        prompts: of a text-to-image pipeline, repeated in turn.
+        num_samples: the number of images; whole batches are drawn, and the rest is not used.
+        batch_size: images of a forward pass.
+        seed: the seed of the noise and the classes.
+        guidance_scale: the scale of classifier-free guidance; 1 is the conditional model.
+        prompts: prompts of a text-to-image pipeline, repeated in turn.
         resolution: height and width that a text-to-image pipeline is asked for.
-        label: of the scheduler, for people; by default its class, without "Scheduler".
+        label: the scheduler's name, for people; by default its class, without "Scheduler".
         labels: classes of a class-conditional pipeline, repeated in turn; by default they are drawn at random.
     """
 
@@ -141,7 +141,7 @@ class Drawing:
         model: str = "model",
         **options: Any,
     ) -> Drawing:
-        """Make a drawing, with what follows from the pipeline filled in.
+        """Make a drawing of a pipeline: this fills in its identity and the scheduler's label.
 
         Args:
             pipeline: one that `subject_of` knows, in evaluation mode.
@@ -154,7 +154,7 @@ class Drawing:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         return next(subject_of(self.pipeline).network.parameters()).device
 
     @property
@@ -163,7 +163,7 @@ class Drawing:
 
     @functools.cached_property
     def name(self) -> str:
-        """The name of the drawing's folder, with a hash of all that decides the images."""
+        """The name of the drawing's folder, which holds a hash of all that decides the images."""
         calibration = getattr(self.scheduler, "calibration", None)
         tables = None if calibration is None else (fingerprint(calibration), self.scheduler.guidance_scale)
         drawn = (self.identity, type(self.scheduler).__name__, _public(self.scheduler.config), tables, self.steps)
@@ -178,14 +178,14 @@ class Drawing:
         return -(-self.num_samples // self.batch_size)
 
     def numbers(self, batch: int) -> range:
-        """The numbers of the samples of a batch that count."""
+        """Return the numbers of the samples of a batch, without those beyond `num_samples`."""
         return range(self.num_samples)[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def file(self, folder: Path, batch: int) -> Path:
         return folder / self.name / f"{batch:06d}.safetensors"
 
     def draw(self, folder: Path, rank: int = 0, world: int = 1, bar: tqdm | None = None) -> None:
-        """Draw the batches rank, rank + world, ... that do not lie in `folder`, each into a file of its own."""
+        """Draw the batches rank, rank + world, ... that do not lie in `folder` yet, each into a file of its own."""
         (folder / self.name).mkdir(parents=True, exist_ok=True)
         for batch in range(rank, self.num_batches, world):
             file = self.file(folder, batch)
@@ -197,7 +197,7 @@ class Drawing:
                 bar.update(len(self.numbers(batch)))
 
     def images(self, folder: Path) -> Iterator[Tensor]:
-        """The batches that lie in `folder`, (n, C, H, W), uint8; the last one is cut to the number of samples."""
+        """Yield the batches that lie in `folder`, (n, C, H, W), uint8; the last one is cut to the number of samples."""
         for batch in range(self.num_batches):
             with safe_open(self.file(folder, batch), "pt") as file:
                 yield file.get_tensor("images")[: len(self.numbers(batch))]
@@ -212,7 +212,7 @@ class Drawing:
                 save_aside({"features": extractor(images).cpu().contiguous()}, file)
 
     def features(self, folder: Path, extractor: Extractor) -> Tensor:
-        """The features (num_samples, d) of the images in `folder`; what is known already is read."""
+        """Return the features (num_samples, d) of the images in `folder`; those that lie there already are read."""
         self.extract(folder, extractor)
         files = (self._features_file(folder, extractor, batch) for batch in range(self.num_batches))
         return torch.cat([load_file(file)["features"] for file in files])[: self.num_samples]
@@ -224,8 +224,8 @@ class Drawing:
         return file.with_suffix(f".{extractor_id(extractor, shape)}.safetensors")
 
     def counted(self, folder: Path) -> Counted:
-        """What the images in `folder` cost: means over the batches, and the median of the seconds, which a first, slow
-        batch does not move."""
+        """Return what the images in `folder` cost: means over the batches, and the median of the seconds, which a
+        first, slow batch does not move."""
         rows = []
         for batch in range(self.num_batches):
             with safe_open(self.file(folder, batch), "pt") as file:
@@ -263,7 +263,7 @@ class Drawing:
         return (images * 255).round().to(torch.uint8), counted
 
     def _call(self, numbers: range) -> dict[str, Any]:
-        """The arguments of the pipeline's call for the samples of these numbers."""
+        """Return the arguments of the pipeline's call for the samples with these numbers."""
         subject, prompts, labels = subject_of(self.pipeline), self.prompts or [""], None
         if self.labels is not None:
             labels = [self.labels[i % len(self.labels)] for i in numbers]
@@ -289,7 +289,7 @@ class _Watched:
 
 @contextmanager
 def _watched(network: nn.Module, autoencoder: Any, scheduler: Any) -> Iterator[_Watched]:
-    """Count the network's inputs, and keep what the last step, or the autoencoder, returned before it was clamped."""
+    """Count the network's inputs, and keep what the last step, or the autoencoder, returned, before it is clamped."""
     watched = _Watched()
 
     def count(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

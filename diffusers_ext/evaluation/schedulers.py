@@ -1,4 +1,4 @@
-"""Which scheduler draws, and with how many steps.
+"""Choose the scheduler that draws, and its number of steps.
 
     read_schedulers(["own", "DPMSolverMultistep:use_karras_sigmas=true"])    # names and their settings
     swap_scheduler(pipeline, "DPMSolverMultistep", use_karras_sigmas=True)   # a scheduler for this pipeline
@@ -32,10 +32,10 @@ OWN = "own"
 
 
 def read_schedulers(asked: Iterable[str]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """What was asked for -> the name of the class, and the settings.
+    """Map each text to the name of the scheduler's class and its settings.
 
     Args:
-        asked: names, each with or without settings: `NAME:setting=value:setting=value`; values are read as YAML.
+        asked: texts, names with or without settings: `NAME:setting=value:setting=value`; values are read as YAML.
 
     Raises:
         InputError: a text has another form.
@@ -50,16 +50,17 @@ def read_schedulers(asked: Iterable[str]) -> dict[str, tuple[str, dict[str, Any]
 
 
 def swap_scheduler(pipeline: DiffusionPipeline, name: str, folder: str | None = None, **settings: Any) -> Any:
-    """A scheduler of this class with the configuration of the pipeline's own.
+    """Make a scheduler of another class with the configuration of the pipeline's own.
 
     Args:
-        name: with or without "Scheduler" at its end; "own" is the pipeline's. For a pipeline of short diffusion times
-            it is the short-time class of that name.
-        folder: of the pipeline, or its Hub name: where a calibrated scheduler finds its tables.
-        settings: of the configuration, in place of the pipeline's.
+        name: the class, with or without "Scheduler" at its end; "own" is the pipeline's. For a pipeline of short
+            diffusion times it is the short-time class of that name.
+        folder: the folder of the pipeline, or its Hub name, where a calibrated scheduler finds its tables.
+        settings: entries of the configuration that replace the pipeline's.
 
     Raises:
-        InputError: there is no such class or setting, or the pipeline cannot take it; names some that it can.
+        InputError: there is no such class or setting, or the pipeline cannot take it; the message names some that it
+            can.
     """
     own = pipeline.scheduler
     if name == OWN and not settings:
@@ -85,7 +86,7 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, folder: str | None = 
         if issubclass(kind, CalibratedScheduler) and folder is not None:
             scheduler = kind.from_pretrained(folder, subfolder="scheduler", **settings)
         else:
-            # diffusers would replace what the user left at its default by the other class's default: other betas.
+            # diffusers would replace settings that the user left at their defaults by the other class's: other betas.
             config = {k: v for k, v in own.config.items() if k != "_use_default_values"}
             scheduler = kind.from_config(config | settings)
         fits = noise_schedule(scheduler).family == family
@@ -101,7 +102,7 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, folder: str | None = 
 
 
 def steps_for(scheduler: Any, nfe: int) -> int:
-    """The most steps for which the scheduler asks for at most so many evaluations of the network.
+    """Return the largest number of steps for which the scheduler needs at most `nfe` evaluations of the network.
 
     Raises:
         InputError: there is no such number.
@@ -122,10 +123,10 @@ def steps_for(scheduler: Any, nfe: int) -> int:
 
 
 def possible_steps(scheduler: Any, nfe: Sequence[int], say: Callable[[str], None] = print) -> list[int]:
-    """`steps_for` of each number of evaluations, without those that the scheduler cannot make and without repetitions.
+    """Return `steps_for` of each number of evaluations that the scheduler can make, without repetitions.
 
     Args:
-        nfe: in increasing order.
+        nfe: numbers of evaluations, in increasing order.
         say: prints why a number is left out.
 
     Raises:

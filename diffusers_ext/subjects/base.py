@@ -97,7 +97,7 @@ class Subject:
 
     @property
     def others(self) -> list[nn.Module]:
-        """Return the networks beside the one that is trained."""
+        """The networks beside the one that is trained."""
         components = self.pipeline.components.values()
         return [c for c in components if isinstance(c, nn.Module) and c is not self.network]
 
