@@ -1,4 +1,4 @@
-"""Schedulers that take the place of diffusers' own."""
+"""Schedulers that are used like those of diffusers, and sample reflected, short or calibrated processes."""
 
 from typing import Any
 
@@ -17,4 +17,4 @@ __all__ = [
 ]
 
 FAMILIES: dict[str, Any] = by_name(CALIBRATED_SCHEDULERS) | by_name(SHORT_TIME_SCHEDULERS)
-"""Every class of the two families, by its own name."""
+"""The classes of the two families of subclasses, by their own names."""

@@ -1,4 +1,4 @@
-"""Subclasses of the stock schedulers, by the dozen: one mechanism for every family of them."""
+"""Make a family of schedulers: one subclass of each of many stock schedulers, all with the same added methods."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ WRAPPED = ("step", "set_timesteps")
 
 
 def derive(prefix: str, family: Any, stock: Any) -> Any:
-    """The class `prefix` + the stock scheduler's name: that scheduler with the methods of `family` in front of its own.
+    """Make the class `prefix` + the stock scheduler's name: the methods of `family` come before those of the stock.
 
-    Pipelines read the signature of `step` to decide what to pass on, so it stays that of the stock one, and that of
-    `set_timesteps`, too.
+    Pipelines read the signature of `step` to decide which arguments to pass on, so the signatures of `step` and
+    `set_timesteps` stay those of the stock scheduler.
     """
 
     def keep_signature(name: str) -> Any:
@@ -30,6 +30,6 @@ def derive(prefix: str, family: Any, stock: Any) -> Any:
 
 
 def by_name(family: Mapping[str, Any]) -> dict[str, Any]:
-    """The classes of a family by their own names. A module that makes them takes these up into its namespace, where
+    """Return the classes of a family by their own names. The module that makes them adds these to its namespace, where
     pickle looks for them."""
     return {kind.__name__: kind for kind in family.values()}

@@ -3,17 +3,18 @@ r"""Stock schedulers that subtract a model's mean error from its output before e
     calibration = Calibration.from_pretrained("user/model-calibration")
     pipe.scheduler = CalibratedDDIMScheduler.from_scheduler(pipe.scheduler, calibration, guidance_scale=7.5)
 
-`Calibrated` + the exact name of the stock scheduler (or of a short-time one), of which it is a subclass: everything but
-`step`, `set_timesteps` and what loads and saves is the stock one. Without a calibration nothing changes, bit for bit.
+The name of a class is `Calibrated` + the exact name of the stock scheduler (or of a short-time one) that it derives
+from. It overrides only `step`, `set_timesteps`, loading and saving. Without a calibration nothing changes, bit for
+bit.
 
-What reaches `step` under guidance has been combined already, u + s (c - u), and a scheduler is not told s: it is given
-to `from_scheduler`. Exact where the combination is this linear one; for `guidance_rescale` and tables by class use
-`calibrate_denoiser`.
+The output that reaches `step` under guidance is combined already, u + s (c - u), and diffusers does not pass s to the
+scheduler: give it to `from_scheduler`. This is exact where the combination is this linear one; for `guidance_rescale`
+and tables by class use `calibrate_denoiser`.
 
 `save_pretrained` writes the tables into a folder `calibration.tables` beside the scheduler's configuration. (The dot
 keeps them out of the way of diffusers' download filter: a file of weights in `scheduler/` itself would make it leave
-out the UNet's.) `save_tables` puts them beside a stock scheduler: people without this package open that pipeline,
-uncalibrated, and `CalibratedXScheduler.from_pretrained(repo, subfolder="scheduler")` finds them.
+out the UNet's.) `save_tables` puts them beside a stock scheduler: people without this package then open that pipeline
+uncalibrated, and `CalibratedXScheduler.from_pretrained(repo, subfolder="scheduler")` finds the tables.
 
 Reference: On Calibrating Diffusion Probabilistic Models (Pang et al., 2023, arXiv 2302.10688).
 """
@@ -42,28 +43,28 @@ logger = logging.get_logger(__name__)
 
 TABLES = "calibration.tables"
 
-# The offsets of later steps are made when they come, to save memory.
+# Of longer tables, offsets are computed in the step that needs them, to save memory.
 MAX_REMEMBERED = 200
 
 
 class CalibratedScheduler(SchedulerMixin):
-    """With the model's mean error subtracted."""
+    """Subtracts the model's mean error from the output before each step."""
 
     calibration: Calibration | None = None
     guidance_scale: float = 1.0
 
     @classmethod
     def from_scheduler(cls, scheduler: Any, calibration: Calibration | None, guidance_scale: float = 1.0) -> Any:
-        """This scheduler with the configuration of another one of the same model.
+        """Make this scheduler with the configuration of another scheduler of the same model.
 
         Args:
             scheduler: any stock scheduler whose configuration `from_config` takes.
             calibration: of the model; `None` for the stock behaviour.
-            guidance_scale: what the pipeline will be called with; 1 is the conditional model, without guidance.
+            guidance_scale: that of the pipeline's calls; 1 is the conditional model, without guidance.
 
         Raises:
-            ValueError: the calibration belongs to another model, schedule or prediction type, or has no row for it; or
-                the scheduler is a short-time one, and this is not.
+            ValueError: the calibration belongs to another model, schedule or prediction type, or lacks the rows that
+                guidance needs; or the other scheduler is a short-time one, and this class is not.
         """
         if isinstance(scheduler, ShortTimeScheduler) and not issubclass(cls, ShortTimeScheduler):
             raise ValueError(f"{cls.__name__} would sample from T = 1 on: use Calibrated{type(scheduler).__name__}")
@@ -80,7 +81,7 @@ class CalibratedScheduler(SchedulerMixin):
         return self
 
     def _remember_offsets(self) -> None:
-        """Make the offsets of the timesteps to come at once, (timesteps, *shape)."""
+        """Compute the offsets of all timesteps at once, (timesteps, *shape)."""
         assert self.calibration is not None
         known, self._times = self._times, self.timesteps[:MAX_REMEMBERED]
         if known.device.type == self._times.device.type == "cpu" and torch.equal(known, self._times):
@@ -97,7 +98,7 @@ class CalibratedScheduler(SchedulerMixin):
         return self.calibration.offset(self._schedule.sigma(times).float(), self._weights)
 
     def _position(self, timestep: Tensor | float) -> int | None:
-        """Where in `timesteps` it lies, if it is an element: told by its address, to leave its value where it is."""
+        """Return the index of an element of `timesteps`, found by its address, not its value; `None` for others."""
         times = self._times
         if not isinstance(timestep, Tensor) or timestep.dtype != times.dtype or timestep.device != times.device:
             return None
@@ -105,8 +106,8 @@ class CalibratedScheduler(SchedulerMixin):
         return position if 0 <= position < len(times) and rest == 0 else None
 
     def offset(self, timestep: Tensor | float, like: Tensor) -> Tensor:
-        """What `step` subtracts at a timestep, (1, *shape), in the dtype and on the device of `like`, without a wait
-        for that device."""
+        """Return what `step` subtracts at a timestep, (1, *shape), in the dtype and on the device of `like`; it does
+        not wait for that device."""
         position = self._position(timestep)
         if position is None:
             times = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, dtype=torch.float64)
@@ -118,19 +119,19 @@ class CalibratedScheduler(SchedulerMixin):
         return row
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers."""
+        """Set the timesteps as diffusers does, and compute their offsets."""
         super().set_timesteps(*args, **kwargs)
         if self.calibration is not None:
             self._remember_offsets()
 
     def step(self, model_output: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers, from the output less its mean error."""
+        """Step as diffusers does, from the output minus its mean error."""
         if self.calibration is not None:
             model_output = subtract(model_output, self.offset(timestep, model_output))
         return super().step(model_output, timestep, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As in diffusers, with the tables beside the configuration."""
+        """Save as diffusers does, with the tables beside the configuration."""
         folder = Path(save_directory) / TABLES
         shutil.rmtree(folder, ignore_errors=True)
         if self.calibration is not None:
@@ -141,14 +142,14 @@ class CalibratedScheduler(SchedulerMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
     ) -> Any:
-        """As in diffusers; finds the tables beside the configuration, of this scheduler or of a stock one.
+        """Load as diffusers does, with the tables beside the configuration, of this scheduler or of a stock one.
 
         Args:
             pretrained_model_name_or_path, subfolder: as in diffusers.
             kwargs: as in diffusers, and `guidance_scale`; by default the one that the scheduler was saved with.
 
         Raises:
-            OSError: the files cannot be read; it is no error, but a warning, that there are no tables.
+            OSError: the files cannot be read. Where there are no tables, this only warns.
             ValueError: as `from_scheduler`.
         """
         guidance_scale = kwargs.pop("guidance_scale", None)
@@ -174,7 +175,7 @@ class CalibratedScheduler(SchedulerMixin):
 
 
 def _absent(error: OSError, path: str | os.PathLike) -> bool:
-    """Whether an error of diffusers says that there is no such file, and not that it was out of reach."""
+    """Return whether an error of diffusers says that the file does not exist, and not that it was out of reach."""
     cause = error.__context__
     there_is_none = isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError)
     return there_is_none or os.path.isdir(path)
@@ -211,16 +212,16 @@ CALIBRATED_SCHEDULERS: dict[str, Any] = {
     stock.__name__: derive("Calibrated", CalibratedScheduler, stock)
     for stock in (*(getattr(diffusers, name) for name in _STOCK), *SHORT_TIME_SCHEDULERS.values())
 }
-"""The calibrated scheduler of each stock or short-time one, by that one's name."""
+"""The calibrated class of each stock or short-time scheduler, by the name of that scheduler."""
 
 globals().update(by_name(CALIBRATED_SCHEDULERS))
 
 
 def calibrated_class(name: str) -> Any:
-    """The calibrated scheduler of a stock one.
+    """Return the calibrated class of a stock or short-time scheduler, by its name.
 
     Raises:
-        ValueError: there is none; names those there are.
+        ValueError: there is none; the message names those there are.
     """
     if name not in CALIBRATED_SCHEDULERS:
         raise ValueError(f"there is no calibrated {name}; there are those of {', '.join(CALIBRATED_SCHEDULERS)}")

@@ -13,15 +13,16 @@ and with eps = -sigma score, F = (dsigma/dr) eps = dx/dr the slope of the probab
     ode     x <- C( x - (v/2 sigma) eps ) = C( x + (r' - r) F )        order 1
     heun    x <- C( x + (r' - r) (F + F') / 2 )                        order 2; F' at the end of the ode step
 
-The true score has no flux through the faces, so the flow needs no boundary term; a learned one nearly, so C follows.
-C folds x back (`reflect`) or clamps it (`project`: the projection scheme of the same process, which converges slowly).
+The true score has no flux through the faces, so the flow needs no boundary term. A learned score has a little flux, so
+C is applied all the same: it folds x back (`reflect`) or clamps it (`project`: the projection scheme of the same
+process, which converges slowly).
 
 The chain starts at sigma_max, where a reflected process is uniform, and ends at sigma_min: there is no denoising step
 to 0, because Tweedie's formula is false in a box.
 
-**Models trained the ordinary way** run, too: with the `beta_*` settings of their scheduler in the configuration, as in
-`ReflectedScheduler.from_config(pipe.scheduler.config)`, the network gets the scale and time that it was trained with.
-`ReflectedPipeline(**pipe.components | {"scheduler": ...})` starts the chain where it belongs.
+**Models trained the ordinary way** (with Gaussian noise) run, too: with the `beta_*` settings of their scheduler in the
+configuration, as in `ReflectedScheduler.from_config(pipe.scheduler.config)`, the network gets the scale and time that
+it was trained with. `ReflectedPipeline(**pipe.components | {"scheduler": ...})` starts the chain from the uniform law.
 The samples stay in the box, and are biased even where the network is exact: its score is that of another process.
 
 Reference: Reflected Diffusion Models (Lou, Ermon, 2023, arXiv 2304.04740).
@@ -52,17 +53,17 @@ STEP_VARIABLES = {
     "sigma": (lambda sigma: sigma, torch.ones_like),
     "sigma_squared": (torch.square, lambda sigma: 1 / (2 * sigma)),
 }
-# What a stock scheduler's configuration says about its network; the rest of it is about sampling.
+# These settings of a stock scheduler say something about its network; the others are about sampling.
 _OF_THE_NETWORK = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
     *("rescale_betas_zero_snr", "prediction_type"),
 )
-# Settings that make another network of it, by their usual value.
+# Settings that mean another kind of network, unless they have this value.
 _UNSUPPORTED = {"timestep_type": "discrete", "snr_shift_scale": 1.0}
 
 
 def _stock(network: dict[str, Any]) -> DDPMScheduler:
-    """The stock scheduler of a variance-preserving network."""
+    """Return the stock scheduler of a variance-preserving network."""
     try:
         return DDPMScheduler.from_config(network)
     except NotImplementedError as error:
@@ -70,7 +71,7 @@ def _stock(network: dict[str, Any]) -> DDPMScheduler:
 
 
 class ReflectedScheduler(SchedulerMixin, ConfigMixin):
-    """See the module's docstring. Noise levels are in the units of the data, and so is the box.
+    """Samples a reflected process; see the module's docstring. Noise levels and the box are in the units of the data.
 
     Args:
         num_train_timesteps: N, the size of the table of noise levels; the network is given 0 (sigma_min) to N - 1
@@ -142,11 +143,13 @@ class ReflectedScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any, **kwargs: Any) -> Any:
-        """As in diffusers; of another scheduler's configuration only what it says about the network is taken, and
-        sigma_min and sigma_max, where they are not given, are kept to the levels that it was trained for.
+        """Make a scheduler from a configuration of this class, or of a stock scheduler.
+
+        Of a stock scheduler's configuration it takes the settings that say something about the network. The default
+        sigma_min and sigma_max are then limited to the noise levels of its training.
 
         Raises:
-            ValueError: the network of that scheduler is not a variance-preserving one.
+            ValueError: the network of that scheduler is not variance-preserving.
         """
         own = inspect.signature(cls.__init__).parameters
         # A scheduler's `config` does not hold the name of its class.
@@ -162,19 +165,19 @@ class ReflectedScheduler(SchedulerMixin, ConfigMixin):
         return super().from_config(config, **kwargs)
 
     def schedule_of_network(self) -> NoiseSchedule:
-        """The noise levels of the table, or those of the model trained the ordinary way; for `noise_schedule`."""
+        """Return the schedule of the network, for `noise_schedule`: reflected, or that of the ordinary model."""
         return self.schedule
 
     @property
     def order(self) -> int:
-        """Evaluations of the network in a step."""
+        """The number of evaluations of the network in a step."""
         return 2 if self.config.algorithm_type == "heun" else 1
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Lay `num_inference_steps` steps between sigma_max and sigma_min; `sigmas` has one entry more.
+        """Divide the way from sigma_max to sigma_min into `num_inference_steps` steps; `sigmas` has one entry more.
 
         Raises:
             ValueError: it is below 1 or above `num_train_timesteps`.
@@ -191,7 +194,7 @@ class ReflectedScheduler(SchedulerMixin, ConfigMixin):
         self._first: tuple[Tensor, Tensor] | None = None  # x and F of Heun's first stage
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
-        """What the network gets: the sample, in the box; scaled for a model trained the ordinary way."""
+        """Return the network's input: the sample in the box, and scaled for a model trained the ordinary way."""
         time = torch.as_tensor(timestep, device=sample.device)
         return self.process.constrain(sample) * self.schedule.scale(self.schedule.sigma(time)).to(sample.dtype)
 
@@ -199,8 +202,8 @@ class ReflectedScheduler(SchedulerMixin, ConfigMixin):
         """Draw x at `timesteps`, (B,): original_samples + sigma noise, folded into the box; `noise` is N(0, I).
 
         Raises:
-            ValueError: data outside the box, or timesteps outside the table (not looked for on an accelerator, which
-                would have to wait).
+            ValueError: data lie outside the box, or timesteps outside the table. On an accelerator, which would have to
+                wait, this is not checked.
         """
         if timesteps.device.type == "cpu" and not 0 <= timesteps.min() <= timesteps.max() <= len(self) - 1:
             raise ValueError(f"timesteps must be from 0 to {len(self) - 1}, got {timesteps.tolist()}")
@@ -217,19 +220,19 @@ class ReflectedScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """From `sample` at `timestep` to the next noise level of the grid.
+        """Take `sample` from `timestep` to the next noise level of the grid.
 
         Args:
-            model_output: of the network, (B, ...).
+            model_output: the network's output, (B, ...).
             timestep: one of `timesteps`, a number or a tensor.
             sample: (B, ...); a point outside the box is folded into it first.
-            generator: source of the noise of `sde`, or a list with one for each sample.
+            generator: the source of the noise of `sde`, or a list with one for each sample.
 
         Returns:
             The next sample, in the dtype of `sample`; the step is computed in float32 at least.
 
         Raises:
-            ValueError: the timestep is not one of the grid (not looked for on an accelerator), or is its end.
+            ValueError: the timestep is not one of the grid (this is not checked on an accelerator), or is its end.
         """
         x = self.process.constrain(sample.to(torch.promote_types(sample.dtype, torch.float32)))
         index = self._index(timestep, x.device)
@@ -258,13 +261,13 @@ class ReflectedScheduler(SchedulerMixin, ConfigMixin):
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
     def eps(self, model_output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """-sigma score, (B, ...), by the network's output at x; `sigma` has shape () or (1,). What a network says about
-        its variance is left out."""
+        """Return eps = -sigma score, (B, ...), from the network's output at x, without its variance channels; `sigma`
+        has shape () or (1,)."""
         _, c_skip, c_out = self.schedule.coefficients(sigma)
         return ((1 - c_skip) * x - c_out * model_output[:, : x.shape[1]].to(x.dtype)) / sigma
 
     def _index(self, timestep: Tensor | float, device: torch.device) -> Tensor:
-        """Where on the grid a timestep is, (1,), on the device; it does not wait for one."""
+        """Return the index of a timestep on the grid, (1,), on the device and without a wait for it."""
         if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
             return (self._times - timestep).abs().argmin().reshape(1)
         index = self._on_grid.get(float(timestep))

@@ -3,15 +3,18 @@ r"""Stock schedulers that sample on the diffusion times [0, T] alone, T <= 1.
     bridge = GaussianBridge.from_pretrained("user/model-bridge")
     scheduler = ShortTimeDDIMScheduler.from_config(pipe.scheduler.config, max_diffusion_time=0.6)
 
-`ShortTime` + the exact name of the stock scheduler, of which it is a subclass. Of N trained timesteps those up to
-round(N T) - 1 are left, and for T < 1 it is, while it samples, the stock scheduler of a model that was trained on these
-alone: all of `num_inference_steps` lie there, and the first is the last of them, where the chain starts from a draw of
-x_T = alpha x0 + (1 - alpha^2)^1/2 n, made by an auxiliary model (see `bridge`). Spacing `leading`, which would start
-below, is replaced by `trailing`. At T = 1 nothing is changed, bit for bit.
+The name of a class is `ShortTime` + the exact name of the stock scheduler that it derives from. Of N trained timesteps
+those up to round(N T) - 1 are left. For T < 1 it samples as the stock scheduler of a model does that was trained on
+these alone: all `num_inference_steps` lie there. Sampling begins at the highest of them, from a draw of
+
+    x_T = alpha x0 + (1 - alpha^2)^1/2 n
+
+that an auxiliary model makes (see `diffusers_ext.bridges`). Spacing `leading`, which would begin below it, is replaced
+by `trailing`. At T = 1 nothing is changed, bit for bit.
 
 Schedulers that work in x = x0 + sigma n (Euler) have for T < 1 `init_noise_sigma` = (1 + sigma_T^2)^1/2 = 1 / alpha_T,
-which takes x_T to x: whoever multiplies the start by it, as diffusers' pipelines do with `latents`, may use the same
-bridge for every scheduler.
+which takes x_T to x: a pipeline that multiplies the start by it, as those of diffusers do with `latents`, can use the
+same bridge with every scheduler.
 
 Reference: How Much is Enough? A Study on Diffusion Times in Score-based Generative Models (Franzese, Rossi, Yang,
 Finamore, Rossi, Filippone, Michiardi, 2022, arXiv 2206.05173).
@@ -33,14 +36,14 @@ from ..interop import NoiseSchedule, require_vp, stock_schedule
 from .derived import by_name, derive
 
 TABLES = ("betas", "alphas", "alphas_cumprod", "alpha_t", "sigma_t", "lambda_t")
-"""By trained timestep, wherever a stock scheduler has them."""
+"""The stock schedulers' tables by trained timestep, which are cut at T."""
 
 
 class ShortTimeScheduler(SchedulerMixin):
-    """On the diffusion times [0, T] alone.
+    """Samples on the diffusion times [0, T] alone.
 
     Args:
-        max_diffusion_time: T, from 0 (excluded) to 1; the others are the stock scheduler's.
+        max_diffusion_time: T, from 0 (excluded) to 1; the other arguments are the stock scheduler's.
 
     Raises:
         ValueError: T is out of range, or T < 1 and the schedule is not variance preserving; and in `set_timesteps`,
@@ -51,7 +54,7 @@ class ShortTimeScheduler(SchedulerMixin):
     sigmas: Any
 
     def schedule_of_network(self) -> NoiseSchedule:
-        """The noise levels up to T; for `diffusers_ext.noise_schedule`."""
+        """Return the schedule of the network up to T, for `diffusers_ext.noise_schedule`."""
         whole, max_diffusion_time = stock_schedule(self), self.config.max_diffusion_time
         return whole if max_diffusion_time == 1 else require_vp(whole).shortened(max_diffusion_time)
 
@@ -71,7 +74,7 @@ class ShortTimeScheduler(SchedulerMixin):
 
     @contextmanager
     def _on_short_times(self) -> Iterator[None]:
-        """For as long as it lasts this is the stock scheduler of the trained timesteps up to T."""
+        """A context in which this is the stock scheduler of a model that was trained on the timesteps up to T alone."""
         whole = {name: getattr(self, name) for name in self._cut}
         self.__dict__.update(self._cut)
         try:
@@ -80,7 +83,7 @@ class ShortTimeScheduler(SchedulerMixin):
             self.__dict__.update(whole)
 
     def set_timesteps(self, num_inference_steps: int | None = None, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers, on [0, T]."""
+        """Set the timesteps as diffusers does, on [0, T]."""
         given = kwargs.get("timesteps")
         if self._cut and given is not None and max(given) >= (n := self._cut["_internal_dict"].num_train_timesteps):
             raise ValueError(f"timesteps begin at {max(given)}, after the last one of [0, T], {n - 1}")
@@ -90,13 +93,13 @@ class ShortTimeScheduler(SchedulerMixin):
             self._drop_timestep_below_0(num_inference_steps)
 
     def _drop_timestep_below_0(self, num_inference_steps: int) -> None:
-        """By rounding, diffusers' `trailing` adds a timestep -1 for some pairs (7 steps and 600 trained ones)."""
+        """Drop the timestep -1 that diffusers' `trailing` adds by rounding, for 7 steps of 600 trained ones, say."""
         self.timesteps, self.num_inference_steps = self.timesteps[:num_inference_steps], num_inference_steps
         if hasattr(self, "sigmas"):
             self.sigmas = torch.cat([self.sigmas[:num_inference_steps], self.sigmas[-1:]])
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers."""
+        """Step as diffusers does, on [0, T]."""
         with self._on_short_times():
             return super().step(*args, **kwargs)
 
@@ -129,16 +132,16 @@ SHORT_TIME_SCHEDULERS: dict[str, Any] = {
         "UniPCMultistepScheduler",
     )
 }
-"""The short-time scheduler of each stock one, by the stock one's name."""
+"""The short-time class of each stock scheduler, by the stock scheduler's name."""
 
 globals().update(by_name(SHORT_TIME_SCHEDULERS))
 
 
 def short_time_class(name: str) -> Any:
-    """The short-time scheduler of a stock one, or of itself.
+    """Return the short-time class of a stock scheduler, by its name; a short-time class's own name gives that class.
 
     Raises:
-        ValueError: there is none; names those there are.
+        ValueError: there is none; the message names those there are.
     """
     stock = name.removeprefix("ShortTime")
     if stock not in SHORT_TIME_SCHEDULERS:
