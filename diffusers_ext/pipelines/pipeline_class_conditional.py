@@ -44,7 +44,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes, the null class not counted; `None` for an unconditional model."""
+        """The number of classes, the null class not counted; `None` for an unconditional model."""
         embeddings = self.unet.config.num_class_embeds
         return embeddings if embeddings is None or self.config.null_class is None else embeddings - 1
 
@@ -78,9 +78,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
             output_type: `pil`, `np` (batch, height, width, channels) or `pt` (batch, channels, height, width), in
                 [0, 1].
             return_dict: return an `ImagePipelineOutput` and not a tuple.
-            callback_on_step_end: called after each step as (pipeline, step, timestep, tensors); returns a dict,
-                with new `latents` or without.
-            callback_on_step_end_tensor_inputs: which tensors it gets: `latents`.
+            callback_on_step_end: called after each step as (pipeline, step, timestep, tensors); returns a dict, which
+                may hold new `latents`.
+            callback_on_step_end_tensor_inputs: the names of the tensors that the callback gets; there is `latents`.
 
         Raises:
             ValueError: an argument contradicts the model or another argument; the message says how.
@@ -105,7 +105,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return self._finish(sample, output_type, return_dict)
 
     def _start(self, n: int, labels: Tensor | None, generator: Any, latents: Tensor | None) -> Tensor:
-        """The chain's first sample, in float32 at least: with large sigma a half-precision one would lose the image."""
+        """Make the chain's first sample, in float32 at least: in half precision a large sigma would drown the image."""
         device, dtype = self._execution_device, self.unet.dtype
         if latents is None:
             latents = randn_tensor(self._shape(n), generator, device, dtype)
@@ -138,7 +138,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return (n, self.unet.config.in_channels, *height_width)
 
     def _batch(self, class_labels: Any, batch_size: int | None, guidance_scale: float) -> tuple[Tensor | None, int]:
-        """The labels, `None` for an unconditional model, and the number of images."""
+        """Return the labels, `None` for an unconditional model, and the number of images."""
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"{batch_size=} must be at least 1")
         labels = self._labels(class_labels, batch_size, guidance_scale)

@@ -1,11 +1,11 @@
 r"""Sampling a model of a reflected process: the chain starts from the uniform law of the box and never leaves it.
 
-With the fixed grids of `ReflectedScheduler`, or with an adaptive solver of the probability flow,
+The chain follows the fixed grids of `ReflectedScheduler`, or an adaptive solver of the probability flow,
 
-    dx/du = sigma eps(x, sigma),        u = ln sigma,
+    dx/du = sigma eps(x, sigma),        u = ln sigma.
 
-continued beyond a face, where a learned score with some flux may lead, by its mirror image. Guidance is that of
-`ClassConditionalPipeline`: it combines scores linearly, and no scale of it leads out of the box.
+A learned score may have some flux through a face; beyond the face the flow is continued by its mirror image. Guidance
+is that of `ClassConditionalPipeline`: it combines scores linearly, and no scale of it leads out of the box.
 
 Reference: Reflected Diffusion Models (Lou, Ermon, 2023, arXiv 2304.04740).
 """
@@ -62,12 +62,11 @@ class ReflectedPipeline(ClassConditionalPipeline):
         Args:
             class_labels, batch_size, guidance_scale, generator, eta, output_type, return_dict, callback_on_step_end,
                 callback_on_step_end_tensor_inputs: as in `ClassConditionalPipeline`.
-            num_inference_steps: steps of the scheduler; without meaning for the adaptive solver.
+            num_inference_steps: steps of the scheduler; the adaptive solver ignores it.
             latents: points of the box (batch_size, channels, height, width) to start from, uniform ones by default.
             rtol, atol: with one of them or both, solve the probability flow adaptively (Dormand-Prince, of torchdiffeq)
-                to this relative and absolute tolerance; one stands for the other. The network is evaluated as often as
-                it takes, in no more than 1000 steps even where a face has flux, and there are no steps to call back
-                from.
+                to this relative and absolute tolerance; where one is missing it equals the other. The solver takes as
+                many steps as it needs, at most 1000, and calls no callback.
 
         Raises:
             ImportError: the adaptive solver needs torchdiffeq.

@@ -2,8 +2,8 @@ r"""Sampling on the diffusion times [0, T] alone: the chain starts from a draw o
 
     x_T ~ nu,    then any short-time scheduler from the timestep of T down to 0.
 
-Without a bridge it starts from N(0, I), which is what x_T would be at T = 1. Guidance is that of
-`ClassConditionalPipeline`; a bridge with classes gives the start of the class that is asked for.
+Without a bridge the chain starts from N(0, I), the law of x_T at T = 1. Guidance is that of `ClassConditionalPipeline`;
+a class-conditional bridge draws the start from the class that is asked for.
 
 Reference: How Much is Enough? A Study on Diffusion Times in Score-based Generative Models (Franzese et al., 2022, arXiv
 2206.05173).
@@ -27,11 +27,12 @@ class ShortTimePipeline(ClassConditionalPipeline):
     Args:
         unet: the network; class-conditional if its `num_class_embeds` is set.
         scheduler: a short-time scheduler, e.g. `ShortTimeDDIMScheduler`.
-        bridge: fitted at the scheduler's `max_diffusion_time`; `None` starts from N(0, I).
+        bridge: a bridge that was fitted at the scheduler's `max_diffusion_time`; `None` starts from N(0, I).
         null_class: the label that stands for "no class", needed for guidance; `None` if the model was trained without.
 
-    Called as a `ClassConditionalPipeline`; `latents` are x_T = alpha x0 + (1 - alpha^2)^1/2 n, whatever the scheduler.
-    A call raises ValueError also where the bridge belongs to another scheduler, time or shape, or has no such class.
+    It is called like a `ClassConditionalPipeline`; `latents` are x_T = alpha x0 + (1 - alpha^2)^1/2 n with every
+    scheduler. A call also raises ValueError where the bridge belongs to another scheduler, T or shape, or has no such
+    class.
     """
 
     _exclude_from_cpu_offload: ClassVar = ["bridge"]  # it has no `forward` that could fetch it
