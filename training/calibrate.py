@@ -10,7 +10,7 @@ Then, with the guidance scale that the pipeline is called with:
     calibration = Calibration.from_pretrained("sd-calibration")
     pipe.scheduler = CalibratedPNDMScheduler.from_scheduler(pipe.scheduler, calibration, guidance_scale=7.5)
 
-A run that was stopped goes on where it was when it is repeated. `--help` lists every argument.
+Repeat the command to continue a run that was stopped. `--help` lists every argument.
 """
 
 import json
@@ -41,7 +41,7 @@ from diffusers_ext.subjects import Subject, load_pipeline, subject_of
 
 @dataclass
 class CalibrationArguments(HubArguments, DataArguments):
-    """What to measure, on what, how exactly, and where the result goes."""
+    """Arguments that say which model is measured, on which data, how exactly, and where the result goes."""
 
     pretrained_model_name_or_path: str | None = arg(None, "Pipeline whose model is measured (Hub name or folder).")
     revision: str | None = arg(None, "Git revision of the pipeline.")
@@ -62,8 +62,8 @@ class CalibrationArguments(HubArguments, DataArguments):
 def batches(
     args: CalibrationArguments, subject: Subject, accelerator: Accelerator, channels: int, resolution: int
 ) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
-    """What the network was trained on, and its conditions: every image once, each process its own."""
-    everything = replace(args, max_train_samples=None)  # so many of all, in random order, and not the first so many
+    """Yield the network's training data with their conditions: every image once, each process its own share."""
+    everything = replace(args, max_train_samples=None)  # `count` limits them, in random order
     source = load_images(everything, args.train_split)
     prompts: Any = None
     if args.caption_column is not None:

@@ -3,10 +3,10 @@
     accelerate launch training/evaluate.py --pretrained_model_name_or_path google/ddpm-cifar10-32 you/ddpm-tuned \
         --dataset_name uoft-cs/cifar10 --schedulers DDIM,DPMSolverMultistep --nfe 5,10,20,50 --output_dir evaluation
 
-Every model draws from the same noise. Distances are corrected for their bias and have intervals; those of real images
-stand beside them. `output_dir` holds results.json, results.csv, table.md, plots, sample grids, and all of it in one
-file, index.html. An evaluation that was stopped, or is repeated with more models, schedulers, steps or samples, draws
-only what is missing. `--help` lists every argument. From Python: `diffusers_ext.evaluation.evaluate`.
+Every model draws from the same noise. Distances are corrected for their bias and have intervals; the distance that real
+images have is shown beside them. `output_dir` holds results.json, results.csv, table.md, plots, sample grids, and all
+of it in one file, index.html. An evaluation that was stopped, or is repeated with more models, schedulers, steps or
+samples, draws only what is missing. `--help` lists every argument. From Python: `diffusers_ext.evaluation.evaluate`.
 """
 
 import shlex
@@ -41,7 +41,7 @@ from diffusers_ext.subjects import load_pipeline
 
 @dataclass
 class ModelArguments(EvaluationArguments):
-    """Which models, how they are sampled, what is measured, and where the results go."""
+    """Arguments that say which models are compared, how they are sampled and measured, and where the results go."""
 
     pretrained_model_name_or_path: list[str] = field(
         default_factory=list, metadata={"help": "Pipelines (Hub names or folders), the baseline first."}
@@ -70,7 +70,7 @@ class ModelArguments(EvaluationArguments):
 
     @property
     def models(self) -> dict[str, str]:
-        """Name -> Hub name or folder."""
+        """The Hub name or folder of each model, by the model's name."""
         return dict(zip(self.names, self.pretrained_model_name_or_path, strict=True))
 
 
@@ -87,7 +87,7 @@ def captions(args: ModelArguments) -> list[str] | None:
 
 
 def publish(args: ModelArguments, evaluation: Evaluation) -> list[str]:
-    """Write the results into the cards; what failed, in words."""
+    """Write the results into the models' cards; return a message for each that failed."""
     failures = []
     for name, path in args.models.items():
         try:

@@ -5,8 +5,8 @@
     accelerate launch training/fit_bridge.py --pretrained_model_name_or_path stabilityai/stable-diffusion-2-1-base \
         --dataset_name you/photos --max_diffusion_time 0.8 --bridge gaussian --output_dir sd-bridge
 
-The first saves a `ShortTimePipeline`: the same network, sampled on [0, T] alone. Of a text-to-image pipeline the bridge
-and the scheduler are saved:
+The first command saves a `ShortTimePipeline`: the same network, sampled on [0, T] alone. Of a text-to-image pipeline
+only the bridge and the scheduler are saved:
 
     bridge = GaussianBridge.from_pretrained("sd-bridge")
     pipe.scheduler = ShortTimeDDIMScheduler.from_pretrained("sd-bridge", subfolder="scheduler")
@@ -41,7 +41,7 @@ from diffusers_ext.subjects import load_pipeline, subject_of
 
 @dataclass
 class FitArguments(BridgeArguments, HubArguments, HeldOutArguments):
-    """Whose data, which auxiliary model, and where the result goes."""
+    """Arguments that say which pipeline and data are used, which bridge is fitted, and where the result goes."""
 
     pretrained_model_name_or_path: str | None = arg(None, "Pipeline to sample on [0, T] (Hub name or folder).")
     revision: str | None = arg(None, "Git revision of the pipeline.")
@@ -107,7 +107,7 @@ def main() -> None:
         raise InputError("--bridge must be gaussian, mixture or flow")
     accelerator = Accelerator()
     pusher = make_pusher(args, out, accelerator.is_main_process)
-    if accelerator.is_main_process:  # alone: it is one pass over some thousand images
+    if accelerator.is_main_process:  # one process is enough for a pass over some thousand images
         pipeline = load_pipeline(name, args.revision, args.variant, args.cache_dir).to(accelerator.device)
         subject = subject_of(pipeline)
         if subject.takes_captions and args.report:

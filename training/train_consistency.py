@@ -21,7 +21,7 @@ PAPER = ("Consistent Diffusion Models: Mitigating Sampling Drift by Learning to 
 
 @dataclass
 class ConsistencyArguments(TrainingArguments):
-    """Arguments of the regulariser; the paper's are weight 10, fraction 1, 5 steps of euler_maruyama, absolute 0.05."""
+    """Adds the regulariser's arguments; the paper has weight 10, fraction 1, 5 steps euler_maruyama, absolute 0.05."""
 
     consistency_weight: float = field(default=10.0, metadata={"help": "Weight of the regulariser; 0 switches it off."})
     consistency_fraction: float = field(default=0.25, metadata={"help": "Share of the batch that it is applied to."})

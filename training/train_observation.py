@@ -4,9 +4,9 @@
     accelerate launch training/train_observation.py --pretrained_model_name_or_path google/ddpm-cifar10-32 \
         --dataset_name uoft-cs/cifar10 --random_flip --train_batch_size 128 --max_train_steps 10000
 
-A discriminator of noise levels judges one sampler step of the model; it is gone when the model is sampled. The pipeline
-that is nearest to held-out images in `--frechet_steps` steps is the result. `--help` lists every argument;
-`--config run.yaml` reads them from a file.
+A discriminator judges one sampler step of the model; sampling does not need it. The result is the pipeline whose
+samples of `--frechet_steps` steps were nearest to held-out images. `--help` lists every argument; `--config run.yaml`
+reads them from a file.
 """
 
 import math
@@ -39,8 +39,11 @@ SCRATCH_LOOK_AHEAD, TUNING_LOOK_AHEAD = 0.1, 0.2
 
 @dataclass
 class ObservationArguments(TrainingArguments):
-    """The loss is that of denoising, a mean over pixels and samples with the weight of train_consistency.py (by default
-    the error of the network's output), plus gamma times the mean of -disc(fake) over samples, alike at all levels."""
+    """Adds the arguments of the loss.
+
+    The loss is that of denoising, a mean over pixels and samples with the weight of train_consistency.py (by default
+    the error of the network's output), plus gamma times the mean of -disc(fake) over samples, for all levels alike.
+    """
 
     observation_weight: float | None = arg(
         None, "gamma; 0: plain denoising. By default 0.01 from scratch, 0.025 for fine-tuning with euler, else 0.005."
@@ -90,7 +93,7 @@ class ObservationArguments(TrainingArguments):
 def step(
     args: ObservationArguments, loop: TrainingLoop, denoiser: Denoiser, adversary: Adversary | None, batch: Batch
 ) -> None:
-    """One micro-batch. Denoising and consistency draw first: they are what train_consistency.py does."""
+    """Train on one micro-batch. Denoising and consistency draw first, so that they draw as in train_consistency.py."""
     schedule, x0, generator = loop.schedule, batch.x0, batch.generator
     sigma = schedule.draw_sigmas(len(x0), generator, x0.device)
     x = denoiser.process.perturb(x0, sigma, generator)
@@ -113,9 +116,9 @@ def step(
     bounds = schedule.sigma_min, schedule.sigma_max
     sigma_next = look_ahead_sigma(sigma, args.look_ahead, *bounds, generator=generator)
     projection = args.projection
-    if projection == "random":  # of an optimiser step, the same on all devices
+    if projection == "random":  # drawn for each optimiser step, the same on all devices
         projection = list(PROJECTIONS)[loop.seeds(Stream.PROJECTION, loop.step) % len(PROJECTIONS)]
-    # Both play against each other's weights of now; the step is made of the prediction of the denoising loss.
+    # Both losses use the weights before the update; the sampler step reuses the prediction of the denoising loss.
     game = {"denoised": denoised, "projection": projection, "discriminator_cond": batch.cond, **batch.cond}
     penalty = {"sigma_data": adversary.network.config.sigma_data, "r1_weight": args.r1_weight}
     judged = discriminator_loss(denoiser, adversary.network, x, x0, sigma, sigma_next, **penalty, **game)

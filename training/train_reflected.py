@@ -20,7 +20,7 @@ PAPER = ("Reflected Diffusion Models", "2304.04740")
 
 @dataclass
 class ReflectedArguments(TrainingArguments):
-    """Images are in [-1, 1], and noise levels in these units: the paper's, in units of the box, are half as large."""
+    """Noise levels are in the units of images in [-1, 1]; the paper's, in units of the box, are half as large."""
 
     needs_scheduler: ClassVar[str | None] = "ReflectedScheduler"
 

@@ -24,7 +24,7 @@ PAPER = ("How Much is Enough? A Study on Diffusion Times in Score-based Generati
 
 @dataclass
 class ShortTimeArguments(BridgeArguments, TrainingArguments):
-    """Where the diffusion ends, and what is known of the data there."""
+    """Arguments that also say at which T the diffusion ends, and which bridge models the data there."""
 
     def adapt(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
         try:
