@@ -1,4 +1,4 @@
-"""What the training scripts share."""
+"""The training loop and its parts, which all training scripts share."""
 
 from .adversary import Adversary
 from .arguments import TrainingArguments

@@ -1,7 +1,7 @@
-"""Command-line arguments that every training script shares, and how they are filled.
+"""Command-line arguments that every training script shares.
 
-Later wins: the defaults below, a preset (`--preset`), a YAML file (`--config`), the command line. Names are those of
-diffusers' own training scripts wherever these agree on one.
+They are filled from the defaults below, a preset (`--preset`), a YAML file (`--config`) and the command line; what
+comes later wins. The names are those of diffusers' own training scripts wherever these agree on one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LR_SCHEDULERS = (
 
 @dataclass
 class TrainingArguments(HubArguments, HeldOutArguments):
-    """What to train, on what, how long, and where the result goes."""
+    """Arguments that say what is trained, on which data, how long, and where the result goes."""
 
     # model
     pretrained_model_name_or_path: str | None = arg(
@@ -78,14 +78,14 @@ class TrainingArguments(HubArguments, HeldOutArguments):
     num_inference_steps: int = arg(50, "Sampler steps of a sample grid.")
 
     needs_scheduler: ClassVar[str | None] = None
-    """The one scheduler whose models the script trains, if there is only one."""
+    """The class of the only scheduler whose models the script trains; `None` if it trains others, too."""
 
     def adapt(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
-        """What the script makes of a pipeline before it trains its network."""
+        """Return the pipeline that is trained; a script may override this to change it or its scheduler."""
         return pipeline
 
     def scheduler_settings(self) -> dict[str, Any]:
-        """The arguments that are settings of a new model's scheduler; `None` leaves its default."""
+        """Return the arguments that are settings of a new model's scheduler; `None` leaves the scheduler's default."""
         return {"prediction_type": self.prediction_type, "beta_schedule": self.beta_schedule}
 
     def __post_init__(self) -> None:

@@ -18,14 +18,16 @@ from .arguments import TrainingArguments
 
 
 def build_subject(args: TrainingArguments, num_classes: int | None) -> Subject:
-    """The subject of a pretrained pipeline, or of a new one by preset or model configuration; the network in float32.
+    """Load a pretrained pipeline, or build one from a preset or a model's configuration, and return its subject.
+
+    The network is in float32.
 
     Args:
         args: the run's arguments.
-        num_classes: number of classes of the data, `None` if they have no labels.
+        num_classes: the number of classes of the data, `None` if they have no labels.
 
     Raises:
-        InputError: nothing, or something that cannot be trained, was asked for.
+        InputError: the arguments name no model, or one that cannot be trained.
     """
     if args.pretrained_model_name_or_path is not None:
         pipeline = _load_pipeline(args)
@@ -101,7 +103,7 @@ def _new_pipeline(args: TrainingArguments, num_classes: int | None) -> Diffusion
 
 
 def _pipeline_for(unet: UNet2DModel, scheduler: Any, labelled: bool, null_class: int | None) -> DiffusionPipeline:
-    """A stock pipeline where one samples this model rightly, so that it loads without our package."""
+    """Make a stock pipeline if there is one that samples this model rightly: it opens without this package."""
     name = type(scheduler).__name__
     if name == "ReflectedScheduler":
         return ReflectedPipeline(unet=unet, scheduler=scheduler, null_class=null_class)

@@ -1,9 +1,9 @@
-"""Checkpoints: everything a run needs to go on, in safetensors and JSON, written aside and renamed.
+"""The format of checkpoints: everything a run needs to go on, in safetensors and JSON, without pickle.
 
-A checkpoint is a folder `checkpoint-00000500` with `state.safetensors` and `state.json`: the state dicts of what trains
-(weights, moving average, optimisers, learning rate). The first file holds their tensors, the second the rest, with the
-names of the tensors in their stead. No pickle. There is no state of random number generators: what is drawn at a step
-follows from the seed and the step (see `diffusers_ext.training.loop`).
+A checkpoint is a folder `checkpoint-00000500` with `state.safetensors` and `state.json`, written aside and renamed. It
+holds the state dicts of weights, moving average, optimisers and learning rate: the first file their tensors, the second
+the rest, with the names of the tensors. It needs no state of random number generators: what is drawn at a step follows
+from the seed and the step (see `diffusers_ext.training.loop`).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def save_checkpoint(output_dir: Path, step: int, state: Mapping[str, Any], limit: int | None = None) -> Path:
-    """Write `checkpoint-<step>` and then delete the oldest ones beyond `limit`.
+    """Write `checkpoint-<step>`, then delete the oldest ones, so that `limit` are left.
 
-    Until the new one is complete and on the disk, the others stay, so a run that is killed here, or a full disk, loses
+    The others stay until the new one is complete and on the disk, so a run that is killed here, or a full disk, loses
     nothing.
 
     Raises:
-        OSError: it could not be written; the older checkpoints are as they were.
+        OSError: the checkpoint could not be written; the older ones are as they were.
     """
     folder = output_dir / f"checkpoint-{step:08d}"
     tensors: dict[str, Tensor] = {}
@@ -50,7 +50,7 @@ def save_checkpoint(output_dir: Path, step: int, state: Mapping[str, Any], limit
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """The state that `save_checkpoint` got, tensors on the CPU.
+    """Return the state that `save_checkpoint` has written, with its tensors on the CPU.
 
     Raises:
         OSError: the folder holds no checkpoint, or a damaged one.
@@ -63,14 +63,14 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints in the folder, by their steps."""
+    """Return the complete checkpoints in the folder, in the order of their steps."""
     if not output_dir.is_dir():
         return []
     return sorted(f for f in output_dir.iterdir() if _NAME.fullmatch(f.name) and (f / "state.json").is_file())
 
 
 def _to_json(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """A tree of dicts, lists and tuples as JSON; tensors go to `tensors` under their path in the tree."""
+    """Return a tree of dicts, lists and tuples as JSON; put its tensors into `tensors`, under their paths."""
     if isinstance(value, Tensor):
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {"tensor": name}
@@ -97,7 +97,7 @@ def _from_json(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def same_state(a: Any, b: Any) -> bool:
-    """Whether two states are equal, bit for bit."""
+    """Return whether two states are equal, bit for bit."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict) and isinstance(b, dict):

@@ -1,6 +1,6 @@
-"""What a run says: progress bar, `logs/log.jsonl` and accelerate's tracker.
+"""The log of a run: its progress bar, `logs/log.jsonl` and accelerate's tracker.
 
-Losses are summed on the device, by noise level, and read every `logging_steps`; nothing waits for them in between.
+Losses are summed on the device, by noise level, and are read every `logging_steps`; nothing waits for them in between.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ SIGMA_RANGE = 0.02, 20.0
 
 
 class RunLog:
-    """See the module's docstring.
+    """Logs a run; see the module's docstring.
 
     Args:
-        sigma_range: the noise levels of the training.
-        images_per_step: over all devices.
+        args: the run's arguments.
+        accelerator: the run's accelerator.
+        sigma_range: the lowest and the highest noise level of the training.
+        images_per_step: images of an optimiser step, over all devices.
+        total_steps: optimiser steps of the whole run.
     """
 
     def __init__(
@@ -56,7 +59,7 @@ class RunLog:
         self.warnings: list[str] = []
 
     def start(self, project: str, step: int) -> None:
-        """Open everything at `step`; what a killed run has logged beyond it is dropped, as it will come again."""
+        """Open everything at `step`. Later records of a killed run are dropped, as they will be written again."""
         if self.accelerator.is_main_process:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._drop_after(step)
@@ -76,7 +79,7 @@ class RunLog:
         write_file(self.path, "".join(line + "\n" for line in kept))
 
     def record(self, sigma: Tensor, terms: dict[str, Tensor]) -> None:
-        """Add loss terms, each (B,) or of the first samples of the batch, at noise levels sigma (B,)."""
+        """Add loss terms at noise levels sigma (B,); each term is (B,), or shorter for the first samples alone."""
         bins = torch.bucketize(sigma.detach().float().log(), self._edges)
         for name, values in terms.items():
             if name not in self._sums:
@@ -87,11 +90,11 @@ class RunLog:
             self._counts[name].index_add_(0, bins[: len(values)], torch.ones_like(values))
 
     def record_value(self, name: str, value: Tensor) -> None:
-        """Add a number of an optimiser step, ()."""
+        """Add a scalar tensor that belongs to an optimiser step, such as a gradient norm."""
         self._values.setdefault(name, []).append(value.detach().float())
 
     def flush(self, step: int, lr: float) -> dict[str, float]:
-        """Average what was recorded over all devices, show and write it; the same on all."""
+        """Average what was recorded, over all devices, then show, write and return it; all get the same values."""
         names, now = sorted(self._sums), time.monotonic()
         both = torch.stack([torch.stack([self._sums[n], self._counts[n]]) for n in names])
         sums, counts = self.accelerator.reduce(both, "sum").cpu().unbind(1)
@@ -116,7 +119,7 @@ class RunLog:
         return values
 
     def unreadable(self, step: int, names: list[str]) -> None:
-        """Name images that could not be read, each once."""
+        """Report the names of images that could not be read, each once."""
         for name in names:
             if name not in self._unreadable:
                 self._unreadable.add(name)
@@ -130,20 +133,20 @@ class RunLog:
                 file.write(json.dumps(record) + "\n")
 
     def warn(self, message: str) -> None:
-        """Say and remember what goes on in spite of a failure."""
+        """Print a warning and remember it."""
         self.warnings.append(message)
         print(f"\nwarning: {message}")
 
     @contextmanager
     def goes_on_without(self, what: str, step: int) -> Iterator[None]:
-        """Turn a failed write, on a full disk say, into a warning."""
+        """A context that turns a failed write, for instance on a full disk, into a warning."""
         try:
             yield
         except OSError as error:
             self.warn(f"{what} of step {step} could not be written: {error}")
 
     def close(self) -> None:
-        """The end of training, or of this part of it."""
+        """Close the progress bar, when training ends or stops."""
         self.bar.close()
         if self._unreadable:
             print(f"unreadable images skipped: {len(self._unreadable)}; their names stand above")

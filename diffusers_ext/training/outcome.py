@@ -1,4 +1,4 @@
-"""What a run leaves behind: measurements and sample grids on the way; at the end its pipeline, card and push."""
+"""The results of a run: measurements and sample grids on the way, at the end the pipeline, its card and its push."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from .parts import Run
 
 
 class Outcome:
-    """The results of a run in its output folder, and on the Hub.
+    """Writes the results of a run into its output folder, and to the Hub.
 
-    The subjects that its methods get are copies with the weights of the moment, on the main process; on the others they
-    are `None`, and nothing is done.
+    The methods get a subject with a copy of the current weights on the main process. On the others they get `None`, and
+    only wait.
 
     Args:
         run: the run.
         paper: title and arXiv id of the method, for the model card.
 
     Attributes:
-        best: decides which pipeline is the result, where there is such a part.
+        best: the part that decides which pipeline is the result; `None` if the last one is.
 
     Raises:
-        InputError: the repository's name is none.
+        InputError: the repository's name is not valid.
     """
 
     def __init__(self, run: Run, paper: tuple[str, str]) -> None:
@@ -48,12 +48,12 @@ class Outcome:
     # --- on the way ---------------------------------------------------------------------------------------------------
 
     def is_due(self) -> bool:
-        """Whether a validation follows the step that is done."""
+        """Return whether a validation is due after the current step."""
         every = self.run.args.validation_steps
         return every is not None and self.run.step % every == 0
 
     def on_the_way(self, trained: Subject | None, push: bool) -> None:
-        """Validate; `push` the pipeline, too."""
+        """Validate in the course of the training, and push the pipeline if `push` says so."""
         if trained is not None:
             with self.run.log.goes_on_without("the sample grid or the pipeline", self.run.step):
                 metrics = self.validate(trained)
@@ -62,7 +62,7 @@ class Outcome:
         self.run.accelerator.wait_for_everyone()
 
     def validate(self, trained: Subject) -> dict[str, Any]:
-        """Draw a sample grid in `samples/` and measure the denoising loss by noise level, which is returned."""
+        """Draw a sample grid in `samples/`, measure the pipeline, write the measurements to the log and return them."""
         run = self.run
         if run.args.num_validation_images > 0:
             self._draw_sample_grid(trained)
@@ -73,7 +73,7 @@ class Outcome:
         return metrics
 
     def losses(self, trained: Subject) -> dict[str, Any]:
-        """The denoising loss by noise level."""
+        """Return the denoising loss on the validation images by noise level."""
         options: dict[str, Any] = {"seeds": self.run.seeds, "batch_size": self.run.args.train_batch_size}
         return loss_by_sigma(trained, self.run.validation, self.run.log.sigma_range, **options)
 
@@ -95,8 +95,8 @@ class Outcome:
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def _install(self, trained: Subject, metrics: dict[str, Any]) -> tuple[dict[str, Any], int]:
-        """Put the result so far into the output folder: the best pipeline if one was measured, else that of now. Its
-        metrics and its step."""
+        """Put the best pipeline, if one was measured, else the given one into the output folder; return the metrics
+        and the step of that pipeline."""
         if self.best is None or self.best.step is None:
             trained.save(self.run.output_dir)
             for part in self.run.parts.values():
@@ -135,7 +135,8 @@ class Outcome:
         """Put the pipeline into the output folder, validate, and push if that was asked for.
 
         Raises:
-            TrainingStopped: the pipeline is in the output folder, but could not be pushed; says how to push it.
+            TrainingStopped: the pipeline is in the output folder, but could not be pushed; the message says how to
+                push it.
         """
         run = self.run
         if trained is not None:
@@ -155,12 +156,13 @@ class Outcome:
             raise TrainingStopped(failure, code=3)
 
     def leave(self, stopped: TrainingStopped, failed: bool, timeout: float) -> TrainingStopped:
-        """Close what an early end leaves open; what was not pushed in time is added to the message.
+        """Close what is open when a run ends early; return the reason with notes on what was kept and not pushed.
 
         Args:
-            stopped: why the run ends.
-            failed: the run went wrong: its best pipeline, if it has one, is put into the output folder.
-            timeout: in seconds, for a push that is under way.
+            stopped: the reason why the run ends.
+            failed: the run went wrong, and will hardly be continued: put its best pipeline, if there is one, into the
+                output folder.
+            timeout: how long to wait for a push that is under way, in seconds.
         """
         run = self.run
         if failed and run.accelerator.is_main_process and self.best is not None and self.best.step is not None:

@@ -1,7 +1,7 @@
-"""What joins a run beside its network: `loop.keep(part)`.
+"""Parts of a run beside its network: `loop.keep(part)` adds one.
 
-A part trains along (a discriminator), or watches (which pipeline is the best). Parts and the two objects that a run
-has for its checkpoints and its results know a run by `Run` alone, so that nothing here imports the loop.
+A part trains together with the network (a discriminator), or watches it (`Best`, which keeps the best pipeline). Parts,
+`Checkpoints` and `Outcome` know a run only as a `Run`, so that none of them imports the loop.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Run(Protocol):
-    """What is known of a run: the attributes of `TrainingLoop` that others read."""
+    """The attributes of `TrainingLoop` that its parts, `Checkpoints` and `Outcome` use."""
 
     args: TrainingArguments
     accelerator: Accelerator
@@ -44,28 +44,28 @@ class Run(Protocol):
     parts: dict[str, Part]
 
     def stateful(self) -> dict[str, Any]:
-        """What trains beside the network, by its name in a checkpoint."""
+        """Return what has a state beside the network, by its name in a checkpoint."""
 
 
 class Part(Protocol):
-    """A checkpoint holds its state; beside the pipeline it is written only if it is `saved`."""
+    """A part of a run. Checkpoints hold its state; the result of the run holds it only if it is `saved`."""
 
     name: str
-    """Of its state in a checkpoint, and of its folder."""
+    """The name of its state in a checkpoint, and of its folder."""
     saved: bool
-    """Written beside the pipeline, in a folder of the part's name, and pushed with it."""
+    """Whether it is written beside the pipeline, in a folder of its name, and pushed with the pipeline."""
 
     def join(self, run: Run) -> None:
-        """Called once, before the run begins, and before `load_state_dict` where the run goes on."""
+        """Prepare for a run. It calls this once, before training and before `load_state_dict`."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
+        """Return the state for a checkpoint."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the state of a checkpoint."""
+        """Restore the state from a checkpoint."""
 
     def check(self, means: Mapping[str, float]) -> None:
-        """Look at the means of a record of the log, the same on all devices; may raise `TrainingStopped`."""
+        """Look at the means of a log record, the same on all devices; raise `TrainingStopped` to end the run."""
 
     def save(self, folder: Path) -> None:
-        """Write beside the pipeline in `folder` what belongs there, if it is `saved`."""
+        """Write the part into a pipeline's folder, if it is `saved`."""

@@ -1,7 +1,7 @@
-"""States whose tensors are spread over the processes, as FSDP2 (`fully_shard`) does.
+"""States whose tensors are sharded: spread over the processes, as by FSDP2 (`fully_shard`).
 
 There, a parameter, its moving average and its moments are `DTensor`s, of which each process holds a part. A checkpoint
-and a saved pipeline hold whole tensors, so that any number of processes, sharded or not, goes on from them.
+and a saved pipeline hold whole tensors, so any number of processes, sharded or not, can go on from them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def whole(state: Any, keep: bool) -> Any:
-    """The state (a tree of dicts, lists and tuples) with its spread tensors whole, on the CPU; `None` for them in a
-    process that does not `keep` them. All processes must call it together."""
+    """Return a state (a tree of dicts, lists and tuples) in which sharded tensors are put together, on the CPU.
+
+    A process that does not `keep` them gets `None` in their stead. All processes must call this together.
+    """
     if isinstance(state, DTensor):
         tensor = state.full_tensor()
         return tensor.cpu() if keep else None
@@ -28,12 +30,12 @@ def whole(state: Any, keep: bool) -> Any:
 
 
 def spread_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, the same in all processes, on the device of `like`, spread and laid out in memory as that is."""
+    """Shard a whole tensor, the same in all processes, as `like` is, on its device and in its memory layout."""
     if isinstance(like, DTensor):
         value = distribute_tensor(value.to(like.device_mesh.device_type), like.device_mesh, like.placements)
     return torch.empty_like(like, dtype=value.dtype).copy_(value)
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """The tensor, put together where it is spread. All processes must call it together."""
+    """Return the tensor, put together if it is sharded. All processes must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""Reasons to stop early: a signal, and losses that are no longer finite."""
+"""Reasons to stop early: signals, and losses that are no longer finite."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class StopSignals:
         os.write(2, b"\nstopping after this step, with a checkpoint; once more to stop at once\n")
 
     def agreed(self) -> int | None:
-        """The signal that any process received, once all have come here; `None` if there was none."""
+        """Return the signal that any process received, or `None`. All processes must call this together."""
         if self._group is None:
             return self.received
         number = torch.tensor(self.received or 0)
@@ -61,8 +61,8 @@ class FiniteGuard:
     """Leaves out optimiser steps whose gradient is not finite, and remembers the first, without a wait.
 
     A loss that is not finite makes every gradient NaN, on all devices once they have averaged: all decide alike.
-    The decision stays on the device: it reaches the fused AdamW as `found_inf`, in the way that gradient scalers take.
-    With float16 the scaler itself leaves steps out, as it should while it looks for its scale; there only
+    The decision stays on the device: it reaches the fused AdamW as `found_inf`, as that of a gradient scaler does. With
+    float16 the scaler itself leaves steps out, as it should while it looks for its scale; there only more than
     `MAX_OVERFLOWS` in a row count as a failure.
     """
 
@@ -75,14 +75,14 @@ class FiniteGuard:
         self._first_step = self._first_sigma = self._sigma = self._nothing
 
     def watch(self, loss: Tensor, sigma: Tensor, terms: dict[str, Tensor]) -> Tensor:
-        """The loss of a micro-batch to go backward from; remembers at which of sigma (B,) its terms were not finite."""
+        """Return the loss for the backward pass, NaN if it is not finite; remember the sigma (B,) of such a term."""
         for values in terms.values():
             bad = ~values.detach().isfinite()
             self._sigma = torch.maximum(self._sigma, torch.where(bad, sigma[: len(values)], -1.0).max().float())
         return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
     def before_step(self, optimizer: Any, grad_norm: Tensor, step: int) -> None:
-        """Decide on the step, once its gradient is complete."""
+        """Decide whether the optimiser makes the step, once its gradient is complete."""
         bad = ~grad_norm.isfinite()
         if self.accelerator.scaler is None:
             getattr(optimizer, "optimizer", optimizer).found_inf = bad.float()
@@ -96,7 +96,7 @@ class FiniteGuard:
         """Stop if more than `limit` steps were left out; waits for the device, so call it when a log is due.
 
         Raises:
-            TrainingStopped: with the step and the noise level of the first.
+            TrainingStopped: the message gives the step and the noise level of the first.
         """
         local = torch.stack([self._skipped, self._in_a_row, self._first_step, self._first_sigma])
         skipped, in_a_row, step, sigma = self.accelerator.gather(local[None]).amax(0).tolist()
