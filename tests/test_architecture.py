@@ -119,3 +119,24 @@ def test_importing_the_package_leaves_heavy_and_optional_libraries_alone():
     code = f"import sys, diffusers_ext; print([m for m in {optional} if m in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"
+
+
+def test_the_plan_is_that_of_the_order():
+    import plan
+
+    assert plan.PLAN.read_text() == plan.plan(), "draw it anew: python tests/plan.py"
+    modules = {layer_of(path) for path in MODULES}
+    assert modules == set(LAYER)
+    assert all(f">{name}" in plan.PLAN.read_text() for name in modules)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_functions_and_classes_are_short(path):
+    """No function has more than 60 lines, its docstring not counted, and no class more than 250."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            lines = node.end_lineno - node.lineno + 1
+            first = node.body[0]
+            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
+                lines -= first.end_lineno - first.lineno + 1
+            assert lines <= (250 if isinstance(node, ast.ClassDef) else 60), f"{node.name}: {lines} lines"
