@@ -49,7 +49,7 @@ def reflect(x: Tensor) -> Tensor:
 
 
 def heat_kernel_log_prob(x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
-    """log p(x | x0) of every coordinate, in nats.
+    """Return log p(x | x0) of every coordinate, in nats.
 
     Raises:
         ValueError: `sigma` is a number and not positive, or a tensor of neither shape () nor (B,).
@@ -63,7 +63,7 @@ def heat_kernel_log_prob(x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor
 
 
 def heat_kernel_score(x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
-    """d/dx log p(x | x0) of every coordinate; it vanishes at the faces.
+    """Return d/dx log p(x | x0) of every coordinate; it vanishes at the faces.
 
     Raises:
         ValueError: `sigma` is a number and not positive, or a tensor of neither shape () nor (B,).
@@ -78,7 +78,7 @@ def heat_kernel_score(x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def _prepare(x: Tensor, x0: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-    """All three in one dtype, float32 at least, `sigma` aligned with `x`."""
+    """Return all three in one dtype, float32 at least, with `sigma` aligned with `x`."""
     if not isinstance(sigma, Tensor) and not sigma > 0:
         raise ValueError(f"sigma must be positive, got {sigma}")
     dtype = torch.promote_types(torch.promote_types(x.dtype, x0.dtype), torch.float32)
@@ -86,7 +86,7 @@ def _prepare(x: Tensor, x0: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tens
 
 
 def _images(x: Tensor, x0: Tensor, sigma: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """exp(e_c) and c - x of every image but x0."""
+    """Yield exp(e_c) and c - x of every image except x0."""
     rate = -2 / (log(2) * sigma**2)  # to base 2: on a CPU exp is forty times slower than exp2 where it underflows
     y, y0 = 1 - x, 1 - x0
     up, down = y + x0, x + y0
@@ -100,7 +100,7 @@ def _images(x: Tensor, x0: Tensor, sigma: Tensor) -> Iterator[tuple[Tensor, Tens
 
 
 def _waves(x: Tensor, x0: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """p - 1 and dp/dx."""
+    """Return p - 1 and dp/dx from the waves."""
     sigma = sigma.clamp(min=SWITCH)  # below it the cut sum can be 0, and gradients of the unused branch nan
     orders = range(1, 8 if x.dtype == torch.float64 else 6)
     decays = [torch.exp2(-((j * pi * sigma) ** 2) / log(4)) for j in orders]
@@ -116,7 +116,7 @@ def _waves(x: Tensor, x0: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _clenshaw(r: list[Tensor], cos: Tensor) -> tuple[Tensor, Tensor]:
-    """Clenshaw's b_1 and b_2: sum_j r_j cos(j t) = b_1 cos t - b_2 and sum_j r_j sin(j t) = b_1 sin t."""
+    """Return Clenshaw's b_1 and b_2: sum_j r_j cos(j t) = b_1 cos t - b_2 and sum_j r_j sin(j t) = b_1 sin t."""
     b, after = r[-1], torch.zeros_like(r[-1])
     for r_j in reversed(r[:-1]):
         b, after = torch.addcmul(r_j - after, cos, b, value=2), b

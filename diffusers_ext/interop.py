@@ -77,7 +77,7 @@ _TIME_IN_UNIT_INTERVAL = ("AuraFlow", "Chroma", "Flux", "LongCatImage", "Nucleus
 
 
 class NoiseSchedule(ABC):
-    """What a scheduler's configuration says about a network, by family; made by `noise_schedule`.
+    """The noise levels and times of a network, as its scheduler's configuration says; made by `noise_schedule`.
 
     Args:
         prediction_type: diffusers' name, `flow_prediction` for flow matching.
@@ -107,28 +107,28 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def time(self, sigma: Tensor) -> Tensor:
-        """The time that the network is given at `sigma`, of its shape; held at the ends of a table."""
+        """Return the time that the network is given at `sigma`, of its shape; beyond a table, that of its end."""
 
     def sigma(self, time: Tensor) -> Tensor:
-        """The noise level at a (fractional) time, of its shape, floating point; the inverse of `time`."""
+        """Return the noise level at a (fractional) time, of its shape, floating point: the inverse of `time`."""
         return self._sigma(time if time.is_floating_point() else time.float())
 
     @abstractmethod
     def _sigma(self, time: Tensor) -> Tensor: ...
 
     def scale(self, sigma: Tensor) -> Tensor:
-        """The scheduler's sample is scale x: alpha for vp, 1 - t/N for flow, else 1."""
+        """Return the scale of the scheduler's samples, which are scale x: alpha for vp, 1 - t/N for flow, else 1."""
         return torch.ones_like(sigma)
 
     @abstractmethod
     def draw_sigmas(
         self, n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """The usual training law, (n,): log-normal (edm), else uniform over the trained timesteps."""
+        """Draw from the usual training law, (n,): log-normal (edm), else uniform over the trained timesteps."""
 
 
 class EDMSchedule(NoiseSchedule):
-    """The network takes any noise level.
+    """A schedule whose network takes any noise level.
 
     Args:
         prediction_type, num_train_timesteps, sigma_min, sigma_max, sigma_data: of `NoiseSchedule`.
@@ -160,7 +160,7 @@ class EDMSchedule(NoiseSchedule):
 
 
 class TableSchedule(NoiseSchedule):
-    """The network is trained at a table of noise levels; times between them are interpolated in log sigma.
+    """A schedule whose network is trained at a table of noise levels; times between them are interpolated in log sigma.
 
     Args:
         sigmas: noise level of each trained timestep, increasing, float64.
@@ -198,7 +198,7 @@ class TableSchedule(NoiseSchedule):
 
 
 class VPSchedule(TableSchedule):
-    """Variance-preserving; perhaps cut at T = `max_diffusion_time`, see `shortened`."""
+    """A variance-preserving schedule, which may be cut at T = `max_diffusion_time`; see `shortened`."""
 
     family = "vp"
 
@@ -206,7 +206,7 @@ class VPSchedule(TableSchedule):
         return self.coefficients(sigma).c_in
 
     def last_timestep(self, max_diffusion_time: float) -> int:
-        """The last trained timestep of [0, T], T = `max_diffusion_time` in (0, 1]: round(N T) - 1.
+        """Return the last trained timestep of [0, T], T = `max_diffusion_time` in (0, 1]: round(N T) - 1.
 
         Raises:
             ValueError: T is outside (0, 1], or below half a timestep, or beyond that of this schedule.
@@ -218,7 +218,7 @@ class VPSchedule(TableSchedule):
         return min(round(self.num_train_timesteps * max_diffusion_time), len(self.sigmas)) - 1
 
     def shortened(self, max_diffusion_time: float) -> VPSchedule:
-        """This schedule on [0, T] alone. Raises as `last_timestep`."""
+        """Return this schedule on [0, T] alone. Raises as `last_timestep`."""
         sigmas = self.sigmas[: self.last_timestep(max_diffusion_time) + 1]
         short = VPSchedule(self.prediction_type, self.num_train_timesteps, sigmas)
         short.max_diffusion_time = max_diffusion_time
@@ -226,7 +226,7 @@ class VPSchedule(TableSchedule):
 
 
 class FlowSchedule(TableSchedule):
-    """Flow matching, with the timesteps 1 to N - 1."""
+    """The schedule of flow matching, with the timesteps 1 to N - 1."""
 
     family = "flow"
 
@@ -245,7 +245,7 @@ class FlowSchedule(TableSchedule):
 
 
 class ReflectedSchedule(TableSchedule):
-    """A reflected process in the box of `process`; the network predicts epsilon := -sigma score."""
+    """The schedule of a reflected process in the box of `process`; the network predicts epsilon := -sigma score."""
 
     family = "reflected"
 
@@ -257,11 +257,12 @@ class ReflectedSchedule(TableSchedule):
 
 
 def noise_schedule(scheduler: Any) -> NoiseSchedule:
-    """Read a scheduler: what it says itself by a method `schedule_of_network()`, or a stock one of diffusers.
+    """Return a scheduler's noise schedule: what its method `schedule_of_network()` returns, or, for a stock scheduler
+    of diffusers, what its configuration says.
 
     Raises:
         TypeError: it is no scheduler.
-        ValueError: the scheduler, or a setting of it, does not stand in the table of this module or of `score`.
+        ValueError: the tables of this module and of `score` do not have the scheduler, or one of its settings.
     """
     if not isinstance(scheduler, SchedulerMixin):
         raise TypeError(f"the scheduler must be an instance of a diffusers scheduler, got {scheduler!r:.80}")
@@ -271,10 +272,10 @@ def noise_schedule(scheduler: Any) -> NoiseSchedule:
 
 
 def require_vp(schedule: NoiseSchedule) -> VPSchedule:
-    """The schedule, of a variance-preserving network.
+    """Return the schedule, after checking that it is variance-preserving.
 
     Raises:
-        ValueError: it is of another one.
+        ValueError: it is not.
     """
     if not isinstance(schedule, VPSchedule):
         raise ValueError(f"diffusion up to a time T < 1 needs a schedule of family vp, this one is {schedule.family}")
@@ -282,20 +283,20 @@ def require_vp(schedule: NoiseSchedule) -> VPSchedule:
 
 
 def stored_scheduler(scheduler: Any) -> dict[str, Any]:
-    """A scheduler as it is stored with a fitted model: its class, the nearest in diffusers, and its configuration
-    without what diffusers adds to it."""
+    """Return what a fitted model stores of a scheduler: its nearest class in diffusers, and its configuration without
+    the entries that diffusers adds."""
     name = next(c.__name__ for c in type(scheduler).__mro__ if hasattr(diffusers, c.__name__))
     return {"_class_name": name, **{k: v for k, v in scheduler.config.items() if not k.startswith("_")}}
 
 
 def stored_schedule(stored: Mapping[str, Any]) -> NoiseSchedule:
-    """The noise schedule of what `stored_scheduler` returned."""
+    """Return the noise schedule of what `stored_scheduler` returned."""
     config = dict(stored)
     return noise_schedule(getattr(diffusers, config.pop("_class_name")).from_config(config))
 
 
 def stock_schedule(scheduler: Any) -> NoiseSchedule:
-    """Read a stock scheduler of diffusers, or a subclass of one, by the name of that class and its configuration.
+    """Return the schedule of a stock scheduler of diffusers or a subclass, by its class's name and its configuration.
 
     Raises:
         ValueError: as `noise_schedule`.
@@ -360,12 +361,12 @@ class Network(nn.Module):
 
 
 def time_scale(model: Any) -> float:
-    """What a network expects its time multiplied with: 1/1000 for those that multiply it by 1000 themselves."""
+    """Return the factor of the time that a network expects: 1/1000 for those that multiply it by 1000 themselves."""
     return 1e-3 if type(unwrap(model)).__name__.startswith(_TIME_IN_UNIT_INTERVAL) else 1.0
 
 
 def unwrap(model: Any) -> Any:
-    """The model inside DistributedDataParallel, FSDP, DeepSpeed or torch.compile."""
+    """Return the model inside DistributedDataParallel, FSDP, DeepSpeed or torch.compile."""
     while True:
         inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
         if not isinstance(inner, nn.Module):
@@ -380,7 +381,7 @@ def _dtype(model: Any) -> torch.dtype | None:
 
 
 def score_model_from(model: Any, scheduler: Any) -> ScoreModel:
-    """A diffusers model as its scheduler means it: a `ReflectedModel` or a `Denoiser`.
+    """Turn a diffusers model and its scheduler into a function of (x, sigma): a `ReflectedModel` or a `Denoiser`.
 
     Args, Raises: as `denoiser_from`.
     """
@@ -391,7 +392,7 @@ def score_model_from(model: Any, scheduler: Any) -> ScoreModel:
 
 
 def denoiser_from(model: Any, scheduler: Any) -> Denoiser:
-    """D(x, sigma, **cond) of a diffusers model as its scheduler means it.
+    """Turn a diffusers model and its scheduler into the denoiser D(x, sigma, **cond).
 
     Args:
         model: the network, wrapped (DDP, compiled, ...) or not; see `Network`.

@@ -14,8 +14,8 @@ the draws. The exact denoiser of *another* distribution has loss 0, too: score m
 
 This is unrelated to the "consistency models" of Song et al. (arXiv 2303.01469), which learn the end point of an ODE.
 
-**Observation.** From the same x = x0 + sigma n, one deterministic step down to sigma' < sigma, of the model, and with
-the true x0 in its place (any such step is then exact); and a discriminator that tells them apart:
+**Observation.** From the same x = x0 + sigma n, one deterministic step down to sigma' < sigma is made with the model's
+x0, and one with the true x0 (any such step is then exact); a discriminator tells them apart:
 
     fake = step(D; x, sigma, sigma')        real = x0 + sigma' n = x0 + (sigma'/sigma) (x - x0)
 
@@ -69,11 +69,11 @@ def score_matching_loss(
     weight: Tensor | float = 1.0,
     **cond: Any,
 ) -> Tensor:
-    """weight sigma^2 |score(x, sigma) - grad log p(x | x0)|^2, (B,).
+    """Return weight sigma^2 |score(x, sigma) - grad log p(x | x0)|^2, (B,).
 
     Args:
         x: a draw of `model.process.perturb(x0, sigma)`, (B, ...).
-        prediction: `model(x, sigma, **cond)`, where the caller has it already.
+        prediction: `model(x, sigma, **cond)`, if the caller has it already.
         weight: a number or (B,); 1 is the mean square error of eps. `Denoiser.output_weight` gives that of the
             network's own output.
 
@@ -97,19 +97,19 @@ def consistency_loss(
     generator: torch.Generator | None = None,
     **cond: Any,
 ) -> Tensor:
-    """The product of two independent residuals of the martingale property, (B,); see the module's docstring.
+    """Return the product of two independent residuals of the martingale property, (B,); see the module's docstring.
 
     Args:
         denoiser: the model; conditions in `cond` reach every one of its evaluations.
         x: noisy samples at `sigma`, (B, ...).
         sigma, sigma_next: (B,), 0 < sigma_next <= sigma; a sigma_next above sigma gives NaN.
-        denoised: D(x, sigma), with its graph, where the denoising loss has made it; one rollout step then costs no
+        denoised: D(x, sigma), with its graph, if the denoising loss has computed it; one rollout step then costs no
             further evaluation beside the two at sigma_next. A network with active dropout is evaluated here with
-            dropout off and `denoised` is not used: its mask would sit in both residuals and add its variance.
+            dropout off, and `denoised` is not used: its mask would be in both residuals and add its variance.
         steps: steps of each rollout, on the rho = 7 grid between the two levels. The first reuses D(x, sigma).
         rollout: `posterior` (exact for Gaussian data with any number of steps) or `euler_maruyama` (the paper's, with
             5 steps; with one step it is biased).
-        generator: source of both rollouts' noise.
+        generator: the source of both rollouts' noise.
 
     Raises:
         ValueError: `rollout` is unknown, `steps` below 1, shapes differ, or dropout meets gradient checkpointing.
@@ -154,16 +154,16 @@ def observation_loss(
     discriminator_cond: Mapping[str, Any] | None = None,
     **cond: Any,
 ) -> Tensor:
-    """-disc(fake), (B,), with the gradient of the denoiser; the discriminator's parameters get none.
+    """Return -disc(fake), (B,). Its gradient reaches the denoiser, and not the discriminator's parameters.
 
     Args:
         denoiser: the model; conditions in `cond` reach it and not the discriminator.
-        discriminator: disc(x_next, sigma, sigma_next, **discriminator_cond) -> logits, (B,). Best the module itself: a
-            wrapper for several processes has nothing to reduce here. It may use gradient checkpointing if the parts so
-            treated have no linear layers (which keep other tensors when frozen), like `NoiseLevelDiscriminator`.
+        discriminator: disc(x_next, sigma, sigma_next, **discriminator_cond) -> logits, (B,). Pass the module itself: a
+            wrapper for several processes has no gradient to reduce here. It may use gradient checkpointing in parts
+            without linear layers (which keep other tensors when frozen), as `NoiseLevelDiscriminator` does.
         x: noisy samples at `sigma`, (B, ...).
         sigma, sigma_next: (B,), 0 < sigma_next <= sigma.
-        denoised: D(x, sigma), with its graph, where the denoising loss has made it: Euler then costs no evaluation of
+        denoised: D(x, sigma), with its graph, if the denoising loss has computed it: Euler then costs no evaluation of
             the denoiser and Heun one.
         projection: the step, `euler` or `heun`.
 
@@ -177,7 +177,7 @@ def observation_loss(
 
 
 class DiscriminatorLoss(NamedTuple):
-    """`discriminator_loss` and what a log wants to know of it, without gradient; all (B,)."""
+    """The discriminator's loss, and its parts without gradient, for the log; all (B,)."""
 
     loss: Tensor
     real_logits: Tensor
@@ -200,16 +200,16 @@ def discriminator_loss(
     discriminator_cond: Mapping[str, Any] | None = None,
     **cond: Any,
 ) -> DiscriminatorLoss:
-    """relu(1 - disc(real)) + relu(1 + disc(fake)) + r1_weight/2 |g|^2, with the gradient of the discriminator alone.
+    """Return relu(1 - disc(real)) + relu(1 + disc(fake)) + r1_weight/2 |g|^2; only the discriminator gets a gradient.
 
     Args:
-        denoiser, sigma, sigma_next, denoised, projection: as in `observation_loss`, and of the same values.
-        discriminator: likewise, with the wrapper for several processes if there is one.
+        denoiser, sigma, sigma_next, denoised, projection: the same values as for `observation_loss`.
+        discriminator: as for `observation_loss`, but inside the wrapper for several processes, if there is one.
         x: a draw of x0 + sigma n, (B, ...).
-        sigma_data: the discriminator's, `discriminator.config.sigma_data`: the unit of g.
-        r1_weight: 0 computes no |g|^2 (and needs no second derivatives, which `torch.compile` has not). To take it only
-            every k-th time, use k times the weight then and 0 otherwise. Where the logits of a group of samples depend
-            on each other, g is the gradient of their sum.
+        sigma_data: `discriminator.config.sigma_data`, which sets the unit of g.
+        r1_weight: the weight of |g|^2; 0 does not compute it (and needs no second derivatives, which `torch.compile`
+            does not support). To add it only every k-th time, use k times the weight then and 0 otherwise. Where the
+            logits of a group of samples depend on each other, g is the gradient of their sum.
 
     Raises:
         ValueError: `projection` is unknown, `r1_weight` negative, or shapes differ.
@@ -255,7 +255,7 @@ def _mean_of_elements(x: Tensor) -> Tensor:
 
 @contextmanager
 def _frozen(network: object) -> Iterator[None]:
-    """Take a network's parameters out of the graphs that are made meanwhile."""
+    """A context in which graphs do not contain the network's parameters."""
     parameters = [p for p in network.parameters() if p.requires_grad] if isinstance(network, nn.Module) else []
     for p in parameters:
         p.requires_grad_(False)
@@ -268,7 +268,7 @@ def _frozen(network: object) -> Iterator[None]:
 
 @contextmanager
 def _without_dropout(network: object) -> Iterator[bool]:
-    """Switch active dropout, of activations and of labels, off for a while; says whether there was any."""
+    """A context in which dropout, of activations and of labels, is off; its value says whether any was active."""
     modules = list(network.modules()) if isinstance(network, nn.Module) else []
     active = [m for m in modules if m.training and _drop_probability(m) > 0]
     if active and any(getattr(m, "gradient_checkpointing", False) for m in modules):

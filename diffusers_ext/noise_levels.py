@@ -24,7 +24,7 @@ def _as_tensor(value: Tensor | float) -> Tensor:
 
 
 def karras_sigmas(n: int, sigma_min: Tensor | float, sigma_max: Tensor | float, rho: float = RHO) -> Tensor:
-    """`n` levels from `sigma_max` down to `sigma_min`, equidistant in sigma^(1/rho).
+    """Return `n` levels from `sigma_max` down to `sigma_min`, equidistant in sigma^(1/rho).
 
     The bounds are numbers (the grid is then float64 of shape (n,)) or tensors of one shape S: one grid for each entry,
     shape (n, *S).
@@ -35,7 +35,7 @@ def karras_sigmas(n: int, sigma_min: Tensor | float, sigma_max: Tensor | float, 
 
 
 def log_linear_sigmas(n: int, sigma_min: Tensor | float, sigma_max: Tensor | float) -> Tensor:
-    """`n` levels from `sigma_max` down to `sigma_min`, equidistant in log sigma; shapes as in `karras_sigmas`."""
+    """Return `n` levels from `sigma_max` down to `sigma_min`, equidistant in log sigma; shapes as `karras_sigmas`."""
     low, high = _as_tensor(sigma_min).log(), _as_tensor(sigma_max).log()
     u = torch.linspace(0, 1, n, dtype=high.dtype, device=high.device).reshape(-1, *[1] * high.ndim)
     return (high + u * (low - high)).exp()
@@ -48,7 +48,7 @@ def log_normal_sigmas(
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Training law of EDM: ln sigma ~ N(mean, std^2); shape (n,)."""
+    """Draw from the training law of EDM: ln sigma ~ N(mean, std^2); shape (n,)."""
     return (mean + std * randn((n,), generator, device=device)).exp()
 
 
@@ -59,7 +59,7 @@ def lower_sigma(
     relative: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The lower noise level of the consistency loss: sigma' = max(sigma - U[0, width], floor), never above sigma.
+    """Draw the lower noise level of the consistency loss: sigma' = max(sigma - U[0, width], floor), at most sigma.
 
     `relative` makes the width a fraction of sigma, sigma' = sigma (1 - U[0, width]): for schedules that reach far above
     sigma = 1, where an absolute width changes nothing. The paper's law is absolute, with width 0.05 and floor 0.002.
@@ -82,11 +82,11 @@ def look_ahead_sigma(
     rho: float = RHO,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The next noise level of the observation loss: u' = min(1, u + k U[0, 1]) in the time u of `karras_sigmas`, which
-    runs from 0 at sigma_max to 1 at sigma_min and is linear in sigma^(1/rho); the shape of sigma, never above sigma.
+    """Draw the next noise level of the observation loss: u' = min(1, u + k U[0, 1]) in the time u of `karras_sigmas`,
+    which runs from 0 at sigma_max to 1 at sigma_min and is linear in sigma^(1/rho).
 
-    A sigma above sigma_max looks ahead from sigma_max. One at or below sigma_min stays where it is: that is no step,
-    which teaches a discriminator nothing.
+    The result has the shape of sigma and is at most sigma. A sigma above sigma_max looks ahead from sigma_max. One at
+    or below sigma_min stays as it is: there is no step, from which a discriminator learns nothing.
 
     Args:
         sigma: of any shape, of a floating dtype.
@@ -105,5 +105,8 @@ def look_ahead_sigma(
 
 
 def min_snr_weight(sigma: Tensor, gamma: float = 5.0) -> Tensor:
-    """min(SNR, gamma) on the error of x0, which is min(1, gamma sigma^2) on that of eps; SNR = sigma^-2."""
+    """Return the weight min(SNR, gamma) of the error of x0, as the weight min(1, gamma sigma^2) of that of eps.
+
+    SNR = sigma^-2.
+    """
     return (gamma * sigma**2).clamp(max=1)

@@ -33,7 +33,7 @@ from .shapes import align as align
 
 
 class Process(ABC):
-    """A diffusion that takes data to noise; what a network's output means depends on it."""
+    """A diffusion that takes data to noise; the meaning of a network's output depends on it."""
 
     @abstractmethod
     def perturb(self, x0: Tensor, sigma: Tensor | float, generator: torch.Generator | None = None) -> Tensor:
@@ -41,7 +41,7 @@ class Process(ABC):
 
     @abstractmethod
     def target_score(self, x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
-        """grad_x log p(x | x0), the regression target of denoising score matching."""
+        """Return grad_x log p(x | x0), the regression target of denoising score matching."""
 
     @abstractmethod
     def constrain(self, x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class Process(ABC):
 
     @abstractmethod
     def log_prior(self, x: Tensor, sigma_max: float) -> Tensor:
-        """Log density of `sample_prior`, (B,), in nats."""
+        """Return the log density of the law of `sample_prior`, (B,), in nats."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class GaussianProcess(Process):
 class ReflectedProcess(Process):
     """x = x0 + sigma n, folded back at the faces of the box [low, high]^d; the prior is uniform on it.
 
-    `sigma` is in the units of the data. The uniform law is reached, up to exp(-(pi sigma / (high - low))^2 / 2), at any
-    sigma_max of some widths: 5 is the paper's.
+    `sigma` is in the units of the data. The law at sigma is uniform up to exp(-(pi sigma / (high - low))^2 / 2); the
+    paper's sigma_max is 5 widths of the box.
 
     Raises:
         ValueError: low is not below high, or one of them is not finite.
@@ -128,7 +128,7 @@ class ReflectedProcess(Process):
         return torch.where((x < self.low) | (x > self.high), folded, x)
 
     def orientation(self, x: Tensor) -> Tensor:
-        """The derivative of `constrain`: 1 where folding keeps directions (in the box), -1 where it turns them."""
+        """Return the derivative of `constrain`: 1 where folding keeps directions (in the box), else -1."""
         turned = 1 - 2 * self._in_unit_box(x).floor().remainder(2)
         return torch.where((x < self.low) | (x > self.high), turned, 1)
 
@@ -151,7 +151,7 @@ class ReflectedProcess(Process):
         return x.new_full((len(x),), -x.shape[1] * log(self.width)).where(inside, -torch.inf)
 
     def require_inside(self, x: Tensor, name: str = "x0") -> None:
-        """Check that data lie in the box; waits for the device.
+        """Check that data lie in the box; this waits for the device.
 
         Raises:
             ValueError: they do not; the message gives their range.

@@ -38,7 +38,7 @@ from .process import GaussianProcess, Process, ReflectedProcess, align
 
 
 class Coefficients(NamedTuple):
-    """D = c_skip x + c_out F(c_in x, time); each of the shape of sigma."""
+    """The coefficients of D = c_skip x + c_out F(c_in x, time), each of the shape of sigma."""
 
     c_in: Tensor
     c_skip: Tensor
@@ -73,7 +73,7 @@ def edm_v_prediction(sigma: Tensor, sigma_data: float) -> Coefficients:
 
 
 def preconditioning(prediction_type: str, sigma_data: float | None = None) -> Callable[[Tensor], Coefficients]:
-    """The row of the table for a diffusers `prediction_type`; with `sigma_data`, of the EDM schedulers' rows.
+    """Return the row of the table for a diffusers `prediction_type`; with `sigma_data`, the row of the EDM schedulers.
 
     Raises:
         ValueError: the table has no such row.
@@ -97,25 +97,25 @@ def preconditioning(prediction_type: str, sigma_data: float | None = None) -> Ca
 
 
 class ScoreModel(ABC):
-    """A network under a process: whatever it predicts, it gives a score."""
+    """A network trained on the noise of a process: whatever it predicts, this gives its score."""
 
     process: Process
 
     @abstractmethod
     def __call__(self, x: Tensor, sigma: Tensor | float, **cond: Any) -> Tensor:
-        """The model's own prediction, (B, ...): x0 for a `Denoiser`. `cond` reaches the network unchanged."""
+        """Return the model's own prediction, (B, ...): x0 for a `Denoiser`. `cond` reaches the network unchanged."""
 
     @abstractmethod
     def score(self, x: Tensor, sigma: Tensor | float, **cond: Any) -> Tensor:
-        """grad_x log p_sigma(x), (B, ...)."""
+        """Return grad_x log p_sigma(x), (B, ...)."""
 
     @abstractmethod
     def score_error(self, prediction: Tensor, x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
-        """sigma (score - grad_x log p(x | x0)) of a prediction at (x, sigma), (B, ...)."""
+        """Return sigma (score - grad_x log p(x | x0)) of a prediction at (x, sigma), (B, ...)."""
 
     @abstractmethod
     def output_weight(self, sigma: Tensor) -> Tensor:
-        """The weight of the score-matching loss that makes it the mean square error of the network's own output."""
+        """Return the weight of the score-matching loss that makes it the mean square error of the network's output."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Denoiser(ScoreModel):
         return c_skip * x + c_out * self.network(c_in * x, self.time(sigma.flatten()), **cond)
 
     def eps(self, x: Tensor, sigma: Tensor | float, **cond: Any) -> Tensor:
-        """The predicted noise, (x - D) / sigma."""
+        """Return the predicted noise, (x - D) / sigma."""
         denoised = self(x, sigma, **cond)
         return (x - denoised) / align(sigma, denoised)
 
@@ -152,7 +152,7 @@ class Denoiser(ScoreModel):
         return (prediction - x0) / align(sigma, prediction)
 
     def output_weight(self, sigma: Tensor) -> Tensor:
-        """1 for epsilon, 1 + sigma^2 for v, and for an EDM network the weighting of Karras et al."""
+        """Return 1 for epsilon, 1 + sigma^2 for v, and for an EDM network the weighting of Karras et al."""
         return (sigma / self.coefficients(sigma).c_out) ** 2
 
 

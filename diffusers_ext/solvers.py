@@ -74,8 +74,8 @@ def heun(
     generator: torch.Generator | None = None,
     **cond: Any,
 ) -> Tensor:
-    """Two evaluations, no noise. With sigma_next the number 0, where no second slope exists, the Euler step; a tensor
-    sigma_next must be positive."""
+    """Step with two evaluations and no noise. If sigma_next is the number 0, where no second slope exists, this is the
+    Euler step; a tensor sigma_next must be positive."""
     denoised = denoiser(x, sigma, **cond) if denoised is None else denoised
     x_euler = euler(denoiser, x, sigma, sigma_next, denoised=denoised)
     if not isinstance(sigma_next, Tensor) and sigma_next == 0:
@@ -130,8 +130,10 @@ def langevin(
     generator: torch.Generator | None = None,
     **cond: Any,
 ) -> Tensor:
-    """Langevin steps at one noise level, each `model.process.constrain`ed; they repair the law of x, which stays at
-    `sigma`. As `step_size` goes to 0 (and `steps` as step_size^-2 to infinity) the law becomes the model's p_sigma.
+    """Make Langevin steps at one noise level, each followed by `model.process.constrain`.
+
+    They bring the law of x, which stays at `sigma`, nearer to the model's p_sigma: as `step_size` goes to 0, and
+    `steps` to infinity like step_size^-2, it becomes p_sigma.
 
     Raises:
         ValueError: `step_size`, `steps` or a number `sigma` is not positive.
