@@ -1,9 +1,9 @@
 r"""The mean error of a pretrained model, measured once, to be subtracted whenever it is used.
 
 For Gaussian noise the score has mean 0 at every noise level: E eps(x, sigma) = E[n] = 0 for x = x0 + sigma n, where
-eps = (x - D) / sigma and D is the denoiser. That of a trained network has not, and
+eps = (x - D) / sigma and D is the denoiser. The mean of a trained network's eps is not 0. With
 
-    o(sigma) = E eps(x, sigma),        eps - o has a loss smaller by |o|^2,
+    o(sigma) = E eps(x, sigma),        the loss of eps - o is smaller by |o|^2,
 
 so the likelihood bound rises by int |o|^2 dln(sigma) nats. Per condition y the same holds over q(x | y). Offsets are
 kept and interpolated as eps, linearly in ln sigma, and are converted to what the network predicts, F with D = c_skip x
@@ -24,7 +24,7 @@ at most a share `significance` of the 2^15 ways to choose the signs makes |o^|^2
 Shapes: o is (rows, *shape) at each level, with one row for each condition: of all data, or of each class, and one more
 of the unconditional model where it is used for guidance.
 
-Not for a reflected process, whose score has another mean.
+This does not hold for a reflected process, whose score has another mean.
 
 References: On Calibrating Diffusion Probabilistic Models (Pang, Lu, Du, Lin, Yan, Deng, 2023, arXiv 2302.10688);
 everything under "Estimate" is ours.
@@ -53,23 +53,23 @@ _HANDLE = "_mean_error_hook"
 
 
 class Calibration(ModelMixin, ConfigMixin):
-    """Offsets of one model by noise level and condition; made by `estimate_calibration`.
+    """The offsets of one model by noise level and condition; `estimate_calibration` makes it.
 
     Args:
-        shape: of the network's input without the batch, (C, H, W) for images.
+        shape: the shape of the network's input without the batch dimension, (C, H, W) for images.
         sigmas: the noise levels, increasing.
         rows: the conditions: `("all",)`; `("conditional", "unconditional")`, the former averaged over the conditions;
             or the classes as `"0"`, `"1"`, ..., and perhaps `"unconditional"`.
         scheduler: class name and configuration of the scheduler that belongs to the model.
         null_class: the class label that stands for "no class", where there is one.
-        measured_on: what it was measured on, for people: model, data, seed, settings.
-        guidance_scale: the one of the scheduler that the tables are saved beside.
+        measured_on: a note for people on how it was measured: model, data, seed, settings.
+        guidance_scale: that of the scheduler beside which the tables are saved.
 
     Attributes:
         offsets: o^ in eps, (levels, rows, *shape).
-        shrinkage: what they are multiplied with when used, (levels, rows), from 0 to 1.
+        shrinkage: the factors of the offsets when they are used, (levels, rows), from 0 to 1.
         noise_floor, squared_norm: E|o^ - o|^2 and the estimate of |o|^2 without bias, (levels, rows).
-        num_samples: (levels, rows).
+        num_samples: the number of samples of each offset, (levels, rows).
 
     Raises:
         ValueError: sigmas are not at least two, positive and increasing.
@@ -113,14 +113,14 @@ class Calibration(ModelMixin, ConfigMixin):
 
     @property
     def std_error(self) -> Tensor:
-        """Root mean square over the coordinates of the standard error of the offsets, (levels, rows), in eps."""
+        """The standard error of the offsets, (levels, rows), in eps: root mean square over the coordinates."""
         return (self.noise_floor.float() / self.offsets[0, 0].numel()).sqrt()
 
     def check(self, schedule: NoiseSchedule, shape: Sequence[int] | None = None) -> None:
-        """That this was made for a model with such a schedule, and samples of such a shape.
+        """Check that this was made for a model with such a schedule, and samples of such a shape.
 
         Raises:
-            ValueError: names what differs.
+            ValueError: something differs, which the message names.
         """
         require_gaussian(schedule)
         own, differ = self.schedule, []
@@ -142,7 +142,7 @@ class Calibration(ModelMixin, ConfigMixin):
             raise ValueError(f"this calibration belongs to another model or setting: {'; '.join(differ)}")
 
     def guidance_weights(self, guidance_scale: float) -> Tensor:
-        """The weights of the rows, (rows,), in the output that guidance combines.
+        """Return the weights of the rows, (rows,), in the output that guidance combines.
 
         Raises:
             ValueError: guidance needs a conditional and an unconditional row; or the rows are those of classes, which a
@@ -159,11 +159,11 @@ class Calibration(ModelMixin, ConfigMixin):
         )
 
     def row_weights(self, n: int, class_labels: Tensor | None = None, unconditional: Tensor | None = None) -> Tensor:
-        """The row of each of n samples, one-hot, (n, rows).
+        """Return the row of each of n samples, one-hot, (n, rows).
 
         Args:
             class_labels: (n,), for rows of classes, and for the null class.
-            unconditional: (n,), which samples are unconditional, where labels do not tell.
+            unconditional: (n,) booleans, which samples are unconditional, if the labels do not say it.
 
         Raises:
             ValueError: the rows are classes, and there are no labels.
@@ -181,11 +181,11 @@ class Calibration(ModelMixin, ConfigMixin):
         return torch.nn.functional.one_hot(row, len(rows)).float()
 
     def offset(self, sigma: Tensor, weights: Tensor) -> Tensor:
-        """The offset of the network's raw output, (B, *shape): to be subtracted from it.
+        """Return the offset of the network's raw output, (B, *shape), which is to be subtracted from it.
 
         Args:
-            sigma: (B,); beyond the levels of the table the output's offset is that of its end.
-            weights: of the rows, (rows,) or (B, rows).
+            sigma: (B,); beyond the levels of the table the offset is that of its end.
+            weights: the weights of the rows, (rows,) or (B, rows).
         """
         (n_levels, n_rows), shape = self.offsets.shape[:2], self.offsets.shape[2:]
         device = self.offsets.device
@@ -210,18 +210,20 @@ class Calibration(ModelMixin, ConfigMixin):
         return total.reshape(-1, *shape)
 
     def likelihood_gain(self) -> Tensor:
-        """By how much subtracting o raises the likelihood bound, (rows,), in bits per dimension: int |o|^2 dln(sigma),
-        from `squared_norm`, without bias (and so perhaps negative)."""
+        """Return by how much subtracting o raises the likelihood bound, (rows,), in bits per dimension.
+
+        It is int |o|^2 dln(sigma), computed from `squared_norm`, without bias (and so perhaps negative).
+        """
         log_sigmas = torch.tensor(self.config.sigmas, device=self.squared_norm.device).log()
         dimensions = self.offsets[0, 0].numel()
         return torch.trapezoid(self.squared_norm.float(), log_sigmas, dim=0) / (dimensions * log(2))
 
 
 def require_gaussian(schedule: NoiseSchedule) -> None:
-    """Refuse a reflected process.
+    """Refuse the schedule of a reflected process.
 
     Raises:
-        ValueError: the schedule is of one.
+        ValueError: it is one.
     """
     if not isinstance(schedule.process, GaussianProcess):
         raise ValueError(
@@ -231,7 +233,7 @@ def require_gaussian(schedule: NoiseSchedule) -> None:
 
 
 def subtract(output: Tensor, offset: Tensor) -> Tensor:
-    """`output` - `offset`; a network's variance channels, which follow, are left alone.
+    """Return `output` - `offset`; a network's variance channels, which come after the others, stay as they are.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -247,14 +249,16 @@ def subtract(output: Tensor, offset: Tensor) -> Tensor:
 
 
 def calibrate_denoiser(model: Any, calibration: Calibration, *, guidance: str | None = None) -> RemovableHandle:
-    """Subtract the offset from every output of a network, with a forward hook: exact in every case, whatever the
-    sampler does with the output, and lost when the model is saved. Another call takes the place of the first.
+    """Subtract the offset from every output of a network, by a forward hook.
+
+    This is exact whatever the sampler does with the output, and is lost when the model is saved. Another call replaces
+    the first.
 
     Args:
         model: a diffusers network, called as (sample, timestep, ...); wrapped or not.
         calibration: moved to the device of the model's output.
-        guidance: `first_half` where the first half of each batch is the unconditional one, as in the text pipelines of
-            diffusers with guidance; `None` where class labels tell, or nothing is guided.
+        guidance: `first_half` if the first half of each batch is unconditional, as in the text pipelines of diffusers
+            with guidance; `None` if the class labels say it, or there is no guidance.
 
     Returns:
         A handle; `handle.remove()` undoes it.

@@ -1,4 +1,4 @@
-"""A pipeline from another one: calibrated, by the route that fits it, or sampled on short diffusion times."""
+"""Make a pipeline from another one: a calibrated one, by the route that fits it, or one of short diffusion times."""
 
 from __future__ import annotations
 
@@ -25,16 +25,15 @@ def calibrate_pipeline(
     Args:
         pipeline: any pipeline with a scheduler and a `unet` or `transformer`; changed in place, unless the class itself
             would drop the scheduler (see below).
-        calibration: measured on its model.
-        guidance_scale: what the pipeline will be called with, 1 for none.
+        calibration: a calibration that was measured on its model.
+        guidance_scale: that of the pipeline's calls; 1 is the conditional model, without guidance.
         route: `scheduler` swaps the scheduler for its calibrated subclass, which is saved with the pipeline; `model`
             puts a hook on the network, which is exact also with `guidance_rescale` and for tables by class, and is not
             saved; `auto` takes the first wherever it is exact: a linear combination of the rows that the table has.
 
     Returns:
-        The pipeline, calibrated by this route alone, whatever was done to it before. `DDIMPipeline` makes a plain
-        DDIMScheduler of what it is given, so it comes back as a `ClassConditionalPipeline` with the same network, which
-        does not.
+        The pipeline, calibrated by this route alone: an earlier calibration is undone. `DDIMPipeline` turns every
+        scheduler into a plain DDIMScheduler, so a `ClassConditionalPipeline` with the same network is returned instead.
 
     Raises:
         ValueError: the calibration belongs to another model or setting, or the route does not exist for it.
@@ -64,13 +63,13 @@ def calibrate_pipeline(
 def short_time_pipeline(
     pipeline: DiffusionPipeline, max_diffusion_time: float, bridge: Bridge | None = None
 ) -> ShortTimePipeline:
-    """A pipeline that samples the same network on [0, T] alone.
+    """Make a pipeline that samples the same network on [0, T] alone.
 
     Args:
-        pipeline: any with a `UNet2DModel` of images, `unet`, and a scheduler that has a short-time
-            class; the parts are shared.
+        pipeline: any pipeline with a `UNet2DModel` of images and a scheduler that has a short-time class; the network is
+            shared.
         max_diffusion_time: T in (0, 1].
-        bridge: fitted at T; `None` starts from N(0, I).
+        bridge: a bridge that was fitted at T; `None` starts from N(0, I).
 
     Raises:
         ValueError: the pipeline has no such network or scheduler, T is out of range, or the bridge belongs to another.

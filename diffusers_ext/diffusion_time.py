@@ -10,9 +10,9 @@ data x at sigma_min, of D dimensions, in nats,
 
 S is the paper's I(s, T) - R(T), what the score costs. Its last part changes the units: x_T has the density nu(x_T)
 scale_T^D where x is x0 + sigma n. KL falls with T, and G grows. The integral up to T is part of the one up to T = 1: a
-single pass over the levels (`nested_elbos`) serves all T, and all terms come from the same samples and noise. Errors
-are those of the mean over the held-out samples, for differences of the paired differences, noise of the levels
-included. They take the samples for independent: an image that comes twice makes them too small.
+single pass over the levels (`nested_elbos`) serves all T, and all terms come from the same samples and noise. Standard
+errors are those of the mean over the held-out samples, for differences those of the paired differences; they include
+the noise of the levels. They take the samples for independent: an image that comes twice makes them too small.
 
 **KL.** With U = E[-log N(x_1; 0, I)] + S(1) - S(T), the model's own bound on -E log p_T(x_T) from T to 1,
 
@@ -59,11 +59,11 @@ from .randomness import randn_like
 
 STANDARD_NORMAL = "N(0, I)"
 MIN_SAMPLES = 4
-"""The fewest that give |Cov x0|^2 without bias, and a standard error."""
+"""The fewest samples that give |Cov x0|^2 without bias, and a standard error."""
 MOMENT_SAMPLES = 2048
-"""As many samples, the first ones, give the moments of x0; they are kept."""
+"""The moments of x0 are those of so many samples, the first ones, which are kept in memory."""
 SIGNIFICANCE = 0.05
-"""Probability that a best T is called different from T = 1 where none is, over all cells."""
+"""The probability that a best T is called different from T = 1 where none is, over all cells together."""
 
 
 class BridgeLike(Protocol):
@@ -77,7 +77,7 @@ class BridgeLike(Protocol):
         """log nu(x), (n,), in nats."""
 
     def check(self, scheduler: Any, *, max_diffusion_time: float | None = None, shape: Sequence[int] | None) -> None:
-        """Raise a ValueError where it belongs to another schedule, T or shape of samples."""
+        """Raise a ValueError if it belongs to another schedule, T or shape of samples."""
 
 
 class Estimate(NamedTuple):
@@ -88,7 +88,7 @@ class Estimate(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What is known of one T and start; nats for each sample, but for `bits_per_dim`."""
+    """The terms of the bound for one T and start, in nats for each sample, except `bits_per_dim`."""
 
     start_term: Estimate
     """E[-log nu(x_T)]."""
@@ -98,9 +98,9 @@ class Terms(NamedTuple):
     """Their sum."""
     bits_per_dim: Estimate
     kl: Estimate | None
-    """The lower bound on KL[p_T || nu], or the cost against T = 1; None where T = 1 was not asked for."""
+    """The lower bound on KL[p_T || nu], or the cost compared with T = 1; `None` if T = 1 is not among the times."""
     kl_expansion: float | None
-    """Of N(0, I) alone."""
+    """The expansion of KL[p_T || N(0, I)]; `None` for other starts."""
 
 
 Cell = tuple[float, str]
@@ -108,18 +108,18 @@ Cell = tuple[float, str]
 
 @dataclass(frozen=True, eq=False)
 class DiffusionTimeReport:
-    """The terms of the bound by T and start; made by `diffusion_time_report`.
+    """The terms of the bound by T and start; `diffusion_time_report` makes it.
 
     Args:
-        times, timesteps, sigmas: T, increasing, its last timestep, and sigma_T.
-        starts: names, `STANDARD_NORMAL` first.
-        cells: all (T, start) that there are.
-        shape: of a sample.
-        sigma_min, n: where the bound ends, and evaluations of the network for each sample.
+        times, timesteps, sigmas: the times T, increasing, the last timestep of each, and sigma_T.
+        starts: the names of the starts, `STANDARD_NORMAL` first.
+        cells: all pairs (T, start) that were measured.
+        shape: the shape of a sample.
+        sigma_min, n: the noise level where the bound ends, and the evaluations of the network for each sample.
         start_terms: -log nu(x_T) of each sample, (N, times, starts), NaN where there is no cell; float64.
         score_terms: each sample's part of S(T), (N, times); float64.
-        kl_expansion: of N(0, I), for each T.
-        bin_width: of discrete data; 1 for the density of the data as they are.
+        kl_expansion: the expansion of KL[p_T || N(0, I)], for each T.
+        bin_width: the distance of the values of discrete data; 1 for the density of the data as they are.
     """
 
     times: tuple[float, ...]
@@ -137,19 +137,19 @@ class DiffusionTimeReport:
 
     @property
     def reference(self) -> Cell | None:
-        """(1.0, `STANDARD_NORMAL`): the model as it is usually sampled."""
+        """The cell (1.0, `STANDARD_NORMAL`), the model as it is usually sampled; `None` if it was not measured."""
         return (1.0, STANDARD_NORMAL) if 1.0 in self.times else None
 
     @property
     def best(self) -> Cell:
-        """Of the lowest negative bound."""
+        """The cell with the lowest negative bound."""
         return min(self.cells, key=lambda cell: self._negative_bound(cell).mean().nan_to_num(torch.inf).item())
 
     def terms(self, T: float, start: str = STANDARD_NORMAL) -> Terms:
-        """All terms of one T and start.
+        """Return all terms of one T and start.
 
         Raises:
-            KeyError: there are none.
+            KeyError: this cell was not measured.
         """
         i, j = self._index((T, start))
         total, dims = self._negative_bound((T, start)), prod(self.shape)
@@ -164,11 +164,11 @@ class DiffusionTimeReport:
         )
 
     def difference(self, cell: Cell, other: Cell) -> Estimate:
-        """Negative bound of one cell minus that of another, in nats, from paired samples."""
+        """Return the negative bound of one cell minus that of another, in nats, from paired samples."""
         return _estimate(self._negative_bound(cell) - self._negative_bound(other))
 
     def verdict(self) -> str:
-        """The best T in words, and whether its distance from T = 1 is more than the noise of the estimate."""
+        """Say which T is best, and whether its difference from T = 1 exceeds the noise of the estimate."""
         best, rivals = self.best, len(self.cells) - 1
         text = f"The best bound is that of T = {best[0]:g}, started from {best[1]}"
         if self.reference is None:
@@ -184,7 +184,7 @@ class DiffusionTimeReport:
         )
 
     def table(self) -> str:
-        """Markdown: a line for each T and start, means ± standard errors, in nats; `Terms` says what they are."""
+        """Return Markdown with a line for each T and start: the `Terms` as mean ± standard error, in nats."""
         head = ["T", "timestep", "sigma", "start", "-log start", "score", "bound", "bits/dim", "KL", "expansion"]
         lines = [head, ["---"] * len(head)]
         for T, name in self.cells:
@@ -196,7 +196,7 @@ class DiffusionTimeReport:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, ready for JSON; an estimate is [mean, standard error]."""
+        """Return all numbers, ready for JSON; an estimate is [mean, standard error]."""
         rows = [
             {"T": T, "timestep": self.timesteps[i], "sigma": self.sigmas[i], "start": name}
             | self.terms(T, name)._asdict()
@@ -267,28 +267,28 @@ def diffusion_time_report(
     generator: torch.Generator | None = None,
     progress: bool = True,
 ) -> DiffusionTimeReport:
-    """The terms of the likelihood bound of a model for every diffusion time T, from N(0, I) and from bridges.
+    """Measure the terms of the likelihood bound of a model for every diffusion time T, from N(0, I) and from bridges.
 
     Args:
         model: a diffusers network in evaluation mode, any prediction type, trained up to the longest T; wrapped or not.
         scheduler: the stock scheduler that belongs to it, of a variance-preserving schedule.
         batches: (x0, conditions) of HELD-OUT data, (B, *shape), scaled as in training, on the model's device; the
             conditions are keyword arguments of the network, and `class_labels`, if any, reach the bridges, too.
-        bridges: for each name those of one kind, each for its own T, one of `times`; on the device of the data.
-        times: T, in any order; with 1.0 there are KL divergences and a comparison with T = 1.
-        n: evaluations of the network for each sample, in all; shared by the parts between the T by their widths. A
-            start is evaluated as often as the network is in the part below its T.
+        bridges: bridges by the name of their kind, each for another T among `times`; on the device of the data.
+        times: the T, in any order; with 1.0 there are KL divergences and a comparison with T = 1.
+        n: evaluations of the network for each sample in all, shared among the intervals between the T by their widths.
+            A start is evaluated as often as the network is in the interval below its T.
         sigma_min: the level of the density that is bounded; by default the lowest that the network was trained for.
-        levels, low, high: of discrete data, x0 being dequantised by `dequantize` with the same. Then x0 itself is the
+        levels, low, high: those of discrete data, if `dequantize` with the same values made x0. Then x0 itself is the
             point at sigma_min, and the bits per dimension bound those of the discrete data. Without `levels` x is x0 +
             sigma_min n, and they are those of its density.
-        generator: of all randomness; by default a new one of seed 0, on the device of the data.
+        generator: the source of all randomness; by default a new one of seed 0, on the device of the data.
         progress: show a progress bar.
 
     Raises:
-        ValueError: a schedule that is not variance-preserving (reflected models, flow matching, EDM), T outside (0, 1],
-            not above sigma_min or of the same timestep as another, n below the number of `times`, a bridge of another
-            T, schedule or shape, no data, samples of several shapes or less than `MIN_SAMPLES` of them.
+        ValueError: the schedule is not variance-preserving (reflected models, flow matching, EDM); a T is outside
+            (0, 1], not above sigma_min, or has the timestep of another; n is below the number of `times`; a bridge has
+            another T, schedule or shape; there are fewer than `MIN_SAMPLES` samples, or they have several shapes.
     """
     schedule, times = require_vp(noise_schedule(scheduler)), tuple(sorted(times))
     timesteps = _timesteps(schedule, times, n)
@@ -338,10 +338,10 @@ def diffusion_time_report(
 
 
 def _of_one_shape(batches: Iterable[tuple[Tensor, Any]]) -> Iterator[tuple[Tensor, Any]]:
-    """The batches, in float32 at least.
+    """Yield the batches, in float32 at least.
 
     Raises:
-        ValueError: the samples of one have another shape than those of the first.
+        ValueError: the samples of a batch have another shape than those of the first.
     """
     shape: torch.Size | None = None
     for x0, cond in batches:
@@ -352,7 +352,7 @@ def _of_one_shape(batches: Iterable[tuple[Tensor, Any]]) -> Iterator[tuple[Tenso
 
 
 def _timesteps(schedule: VPSchedule, times: Sequence[float], n: int) -> tuple[int, ...]:
-    """The last timestep of each T."""
+    """Return the last timestep of each T."""
     timesteps = tuple(schedule.last_timestep(T) for T in times)
     if not times or len(set(timesteps)) < len(times):
         raise ValueError(f"times must be one or more, of a timestep each: {times} are timesteps {timesteps}")
@@ -364,7 +364,7 @@ def _timesteps(schedule: VPSchedule, times: Sequence[float], n: int) -> tuple[in
 def _by_cell(
     bridges: Mapping[str, Sequence[BridgeLike]], times: Sequence[float], schedule: VPSchedule
 ) -> dict[Cell, BridgeLike]:
-    """Each bridge by that of `times` whose timestep is its own."""
+    """Return the bridges by cell; the T of a cell is that of `times` with the bridge's timestep."""
     given: dict[Cell, BridgeLike] = {}
     by_timestep = {schedule.last_timestep(T): T for T in times}
     for name, bridge in ((name, bridge) for name, group in bridges.items() for bridge in group):
@@ -380,7 +380,7 @@ def _by_cell(
 
 
 def _log_starts(scale: float, bridges: Sequence[BridgeLike | None], labels: Tensor | None) -> LogPrior:
-    """(x, sigma) -> log densities of x = x_T / scale of N(0, I) and of the bridges, NaN where there is none."""
+    """Return the function (x, sigma) -> log densities of x = x_T / scale by N(0, I) and each bridge, NaN for none."""
 
     def log_prior(x: Tensor, sigma: float) -> Tensor:
         values = [GaussianProcess().log_prior(scale * x, 1.0)]
@@ -393,7 +393,7 @@ def _log_starts(scale: float, bridges: Sequence[BridgeLike | None], labels: Tens
 
 
 def _moments(x0: Tensor) -> tuple[float, float]:
-    """|E x0|^2 and |Cov x0 - I|^2 from (N, D), without bias: means over pairs, triples and quadruples of samples."""
+    """Return |E x0|^2 and |Cov x0 - I|^2 from (N, D), without bias: means over pairs, triples and quadruples."""
     n, gram = len(x0), x0 @ x0.T
     square = gram.diagonal().mean()
     gram = gram - gram.diagonal().diag()
@@ -408,6 +408,6 @@ def _estimate(samples: Tensor) -> Estimate:
 
 
 def _shown(estimate: Estimate) -> str:
-    """With two digits of the error."""
+    """Return an estimate as text, with two digits of its error."""
     digits = max(0, 1 - floor(log10(estimate.std_error))) if 0 < estimate.std_error < inf else 3
     return f"{estimate.mean:.{digits}f} ± {estimate.std_error:.{digits}f}"

@@ -1,8 +1,8 @@
-r"""Measuring the mean error of a model; what is measured, and why so, is in `diffusers_ext.calibration`.
+r"""Measure the mean error of a model; `diffusers_ext.calibration` says what is measured, and why.
 
-One pass over the data serves all noise levels: every batch is noised to every level that still needs samples. Of the
-values e = eps - c n of one level and row, sums are kept for each of GROUPS interleaved groups. Without a mean error
-each sum has either sign with the same probability (exactly so where it is Gaussian, as it is for many samples), so
+One pass over the data serves all noise levels: every batch is noised to every level that still needs samples. The
+values e = eps - c n of one level and row are added up in GROUPS interleaved groups. Without a mean error each sum has
+either sign with the same probability (exactly so where it is Gaussian, as it is for many samples), so
 
     |s_1 V_1 + ... + s_16 V_16|^2,        V_g the sums, s_g = 1 or -1,
 
@@ -34,12 +34,12 @@ from .score import Denoiser
 
 GROUPS = 16
 MIN_P = 2.0 ** (1 - GROUPS)
-"""The smallest p-value there is: of the signs, only s = 1 and s = -1 make the sum so large."""
+"""The smallest p-value that there can be: of all signs, only s = 1 and s = -1 make the sum as large."""
 
 
 @dataclass
 class Sums:
-    """What is kept of the values: leading dimensions (levels, rows, GROUPS), or (levels, rows)."""
+    """Sums over the values, with the leading dimensions (levels, rows, GROUPS), or (levels, rows)."""
 
     values: Tensor
     """Sum of e, (levels, rows, GROUPS, *shape)."""
@@ -50,7 +50,7 @@ class Sums:
     slopes: Tensor
     """The coefficient c of each level, (levels,); NaN before it is known."""
     batches: Tensor
-    """Batches taken in, ()."""
+    """Number of batches that were added, ()."""
 
     @classmethod
     def zeros(cls, levels: int, rows: int, shape: Iterable[int], device: torch.device) -> Sums:
@@ -60,7 +60,7 @@ class Sums:
         return cls(values, counted, squares, slopes, torch.zeros((), dtype=torch.long))
 
     def add(self, level: int, rows: Tensor, e: Tensor) -> None:
-        """Take in values e (B, *shape) of the rows (B,); the samples of a row go to its groups in turn."""
+        """Add values e (B, *shape) of the rows (B,); the samples of a row go to its groups in turn."""
         e = e.to(self.values.dtype)
         one_hot = torch.nn.functional.one_hot(rows, self.squares.shape[1])
         number = self.counts[level].sum(1).long() + one_hot.cumsum(0) - 1
@@ -70,18 +70,18 @@ class Sums:
         self.squares[level].index_add_(0, rows, e.double().flatten(1).square().sum(1))
 
     def means(self) -> Tensor:
-        """o^, (levels, rows, *shape)."""
+        """Return o^, (levels, rows, *shape)."""
         n = self.counts.sum(2)
         return self.values.sum(2).double() / n.reshape(*n.shape, *[1] * (self.values.ndim - 3))
 
     def noise_floor(self) -> Tensor:
-        """tr Cov(o^) = E|o^ - o|^2, (levels, rows)."""
+        """Return the estimate of tr Cov(o^) = E|o^ - o|^2, (levels, rows)."""
         n = self.counts.sum(2)
         spread = self.squares - n * self.means().flatten(2).square().sum(2)
         return spread.clamp(min=0) / (n - 1).clamp(min=1) / n  # rounding makes it negative where all e are equal
 
     def p_values(self) -> Tensor:
-        """Share of the signs of the groups that make |o^|^2 as large as it is, (levels, rows), at least MIN_P."""
+        """Return the share of all signs s that make |o^|^2 as large as it is, (levels, rows), at least MIN_P."""
         half = torch.cartesian_prod(*[torch.tensor([1.0, -1.0], dtype=torch.float64)] * (GROUPS - 1))
         signs = torch.cat([torch.ones_like(half[:, :1]), half], 1).to(self.values.device)
         shares = []
@@ -119,24 +119,24 @@ def estimate_calibration(
     Args:
         model: a diffusers network in evaluation mode, any prediction type; wrapped or not.
         scheduler: the stock scheduler that belongs to it.
-        batches: (x0, conditions): what the network was trained on, (B, *shape), scaled as it was (latents included),
-            and the keyword arguments of its calls, first dimension B. In a fixed order where the run may be resumed;
-            over several processes each gets its own part, of equal length.
+        batches: (x0, conditions): the network's training data, (B, *shape), scaled as in training (latents included),
+            and the keyword arguments of its calls, with first dimension B. The order must be fixed if the run may be
+            resumed; of several processes each gets its own part, of equal length.
         num_levels: noise levels, log-spaced over what the network was trained for.
-        unconditional: conditions with first dimension 1 that mean "none" (of the empty prompt, say): adds a row.
-        null_class: the same for class labels.
+        unconditional: conditions with first dimension 1 that mean "none", such as the empty prompt; they add a row.
+        null_class: the class label that means "none"; it adds a row, too.
         num_classes: measure a row for each class; without it one row for all.
-        control_variate, antithetic, shrink: all False gives the plain average of the paper. Antithetic noise leaves a
-            control variate nothing to do.
-        significance: probability, for each level and row, that something is subtracted from a model without a mean
+        control_variate, antithetic, shrink: switch these on or off; all False gives the plain average of the paper.
+            With antithetic noise a control variate has no effect.
+        significance: the probability, for each level and row, that something is subtracted from a model without a mean
             error; 3e-5 at least.
         tolerance: a level is done when its standard error (root mean square over coordinates, in eps, whose own is 1)
             is below this; without it all the data are used.
         max_samples: stop after so many samples, over all processes.
-        seed: of all noise. Noise depends on the seed, the batch's number and size, the process and the level alone.
+        seed: the seed of the noise, which depends on it, the batch's number and size, the process and the level alone.
         accelerator: of accelerate, to add up several processes; the model must be on its device.
-        state_path: file for the sums, written every `save_every` batches; a killed run goes on from it. It knows the
-            data by their first batch.
+        state_path: a file for the sums, written every `save_every` batches; a killed run goes on from it. Other data
+            are detected by their first batch.
         measured_on: stored with the result, for people.
         progress: show a progress bar.
 
@@ -144,8 +144,8 @@ def estimate_calibration(
         The calibration, the same on all processes; on the CPU.
 
     Raises:
-        ValueError: a reflected process, no data or too few samples for an estimate of their noise, values that are not
-            finite, arguments out of range, or a state file of another run.
+        ValueError: the process is reflected, there are no data or too few samples for an estimate of their noise, a
+            value is not finite, an argument is out of range, or the state file is of another run.
     """
     schedule = noise_schedule(scheduler)
     require_gaussian(schedule)
@@ -204,11 +204,11 @@ def _sums_over_data(
     save_every: int,
     progress: bool,
 ) -> Sums:
-    """Go through the data until they end, enough samples are seen or no level is left; the sums over all processes.
+    """Return the sums of all processes, over the data until they end, `max_samples` are seen or no level is left.
 
     Args:
-        run: what the sums in the state file must have been made with, if there is such a file.
-        others: of `estimate_calibration`.
+        run: the settings of this run; those in the state file, if there is one, must be equal.
+        others: as for `estimate_calibration`.
     """
     sigmas, rank, world, accelerator = measurement.sigmas, measurement.rank, measurement.world, measurement.accelerator
     path = None if state_path is None else _of_process(Path(state_path), rank, world)
@@ -256,7 +256,7 @@ def _rows(num_classes: int | None, unconditional: bool) -> list[str]:
 
 @dataclass(frozen=True)
 class _Measurement:
-    """How the values of a batch are made; arguments as of `estimate_calibration`."""
+    """Computes the values of a batch; its arguments are those of `estimate_calibration`."""
 
     denoiser: Denoiser
     sigmas: Sequence[float]
@@ -279,7 +279,7 @@ class _Measurement:
         return Sums.zeros(len(self.sigmas), len(self.rows), x0.shape[1:], x0.device)
 
     def take_in(self, sums: Sums, levels: Iterable[int], x0: Tensor, cond: Mapping[str, Any]) -> None:
-        """Add the next batch, at some of the levels."""
+        """Add the next batch to the sums, at some of the levels."""
         number, conditions = int(sums.batches), self._conditions(x0, cond)
         for level in levels:
             seed = Seeds(self.seed)(Stream.CALIBRATION_NOISE, number, self.rank, level)
@@ -295,7 +295,7 @@ class _Measurement:
         sums.batches += 1
 
     def _conditions(self, x0: Tensor, cond: Mapping[str, Any]) -> list[tuple[Tensor, Mapping[str, Any]]]:
-        """The rows (B,) that a batch adds to, and the conditions of the network for them."""
+        """Return the rows (B,) that a batch adds to, each with the conditions of the network for it."""
         row = torch.zeros(len(x0), dtype=torch.long, device=x0.device)
         row = row if self.rows[0] in (ALL, CONDITIONAL) else cond["class_labels"]
         if self.unconditional is None:
@@ -324,7 +324,7 @@ def _fill(calibration: Calibration, sums: Sums, shrink: bool, significance: floa
 
 
 def _levels_left(sums: Sums, tolerance: float | None, accelerator: Any) -> list[int]:
-    """The levels whose standard error is still above the tolerance; without one, all."""
+    """Return the levels whose standard error is still above the tolerance; without a tolerance, all."""
     if tolerance is None:
         return list(range(len(sums.slopes)))
     sums = _over_processes(sums, accelerator)
@@ -349,7 +349,7 @@ def _finite(sums: Sums, sigmas: Sequence[float]) -> Sums:
 
 
 def _for_each(cond: Any, x0: Tensor) -> Any:
-    """A condition of first dimension 1, or a tree of them, for each sample of x0."""
+    """Repeat a condition of first dimension 1, or each in a tree of them, for each sample of x0."""
     if isinstance(cond, Mapping):
         return {name: _for_each(value, x0) for name, value in cond.items()}
     return cond.to(x0.device).expand(len(x0), *cond.shape[1:])
@@ -379,7 +379,7 @@ def _load(path: Path | None, run: Mapping[str, Any], device: torch.device) -> Su
 
 
 def _agreed(sums: Sums, accelerator: Any) -> int:
-    """The number of batches taken in, the same in all processes."""
+    """Return the number of batches that were added, after checking that it is the same in all processes."""
     if accelerator is None or accelerator.num_processes == 1:
         return int(sums.batches)
     batches = accelerator.gather(sums.batches.reshape(1).to(accelerator.device)).tolist()
@@ -393,14 +393,14 @@ def _written(run: Mapping[str, Any]) -> str:
 
 
 def _fingerprint(model: Any) -> str:
-    """A mark of the weights, to tell the models of two runs apart."""
+    """Return a text that depends on the weights, to tell the models of two runs apart."""
     network = unwrap(model)
     weights = network.parameters() if isinstance(network, torch.nn.Module) else ()
     return f"{type(network).__name__} {sum(p.detach().sum(dtype=torch.float64).item() for p in weights):.6g}"
 
 
 def _mark(data: Any) -> Any:
-    """A mark of tensors, or of a tree of them, to tell the data of two runs apart."""
+    """Return numbers that depend on tensors, or a tree of them, to tell the data of two runs apart."""
     if isinstance(data, Mapping):
         return {name: _mark(value) for name, value in data.items()}
     return f"{data.double().norm().item():.4g}" if isinstance(data, Tensor) else str(data)

@@ -1,6 +1,6 @@
-"""Models, schedulers and settings that work together; each value with its source.
+"""Models, schedulers and settings that work together; comments name the source of each value.
 
-`arguments` fill the command line's defaults (see `diffusers_ext.commands`), so any of them can be overridden.
+A preset's `arguments` replace defaults of the command line (see `diffusers_ext.commands`), which can override them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ PRESETS: dict[str, Preset] = {
             "discriminator_channels": "32,64,64",
         },
     ),
-    # The same family at 28 x 28; sizes by trying.
+    # A model of the same family at 28 x 28; its sizes were also chosen by trying.
     "mnist": Preset(
         model={
             "sample_size": 28,
