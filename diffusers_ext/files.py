@@ -2,7 +2,7 @@
 
     replacing(file)            a file
     replacing_folder(folder)   a folder as a whole
-    replacing_entries(folder)  what is written, entry by entry; everything else in the folder stays
+    replacing_entries(folder)  the entries of a folder that are written anew; the others stay
 
 Each is a context that gives the path to write to. If the body raises, what was there before stays.
 """
@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial-"
-"""How the names of what is not complete begin."""
+"""The names of incomplete files and folders begin like this."""
 
 
 @contextmanager
 def replacing(file: str | os.PathLike) -> Iterator[Path]:
-    """The path of a file that takes the place of `file`; the folder is made where it is missing."""
+    """Give the path of a new file that replaces `file` at the end; make its folder if it is missing."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f"{PARTIAL}{os.getpid()}-{file.name}")
@@ -41,7 +41,7 @@ def write_file(file: str | os.PathLike, content: bytes | str) -> None:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """The path of a new folder that takes the place of `folder`, once it is on the disk."""
+    """Give the path of a new folder that replaces `folder` at the end, once it is on the disk."""
     partial, old = folder.with_name(f"{PARTIAL}{folder.name}"), _old(folder)
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -60,21 +60,21 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def recover_folder(folder: Path) -> None:
-    """Put a folder back that `replacing_folder` has moved aside, where a kill has come between its two renames."""
+    """Put a folder back that `replacing_folder` has moved aside, if the process was killed between its two renames."""
     if _old(folder).exists() and not folder.exists():
         os.replace(_old(folder), folder)
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete what a run that was killed while writing has left in a folder."""
+    """Delete what killed processes have left incomplete in a folder."""
     for left in folder.glob(f"{PARTIAL}*"):
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 @contextmanager
 def replacing_entries(folder: str | Path) -> Iterator[Path]:
-    """The path of a folder whose entries take the places of those of the same names in `folder`, the index of a
-    pipeline last."""
+    """Give the path of a new folder whose entries replace those of the same names in `folder` at the end, the index of
+    a pipeline last."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
@@ -102,10 +102,10 @@ def _to_disk(path: Path) -> None:
 
 
 def is_local(value: str) -> bool:
-    """Whether a name is that of a file or folder on this machine, and not one of the Hub."""
+    """Return whether a name is that of a file or folder on this machine, and not one of the Hub."""
     return value.startswith(("/", "~", ".")) or os.path.isabs(value) or os.path.exists(value)
 
 
 def shown(value: str) -> str:
-    """A name as others may see it: a local path by its base name."""
+    """Return a name that can be published: of a local path only the base name."""
     return os.path.basename(os.path.abspath(os.path.expanduser(value))) if is_local(value) else value
