@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..files import replacing_entries
 from ..interop import unwrap
+from ..randomness import rand
 
 Condition = dict[str, Any]
 
@@ -160,7 +161,7 @@ class Subject:
         if null is None:
             return condition
         first = _first_tensor(condition)
-        dropped = torch.rand(len(first), generator=generator, device=generator.device).to(first.device) < share
+        dropped = rand((len(first),), generator, device=first.device) < share
 
         def replaced(value: Tensor, nothing: Tensor) -> Tensor:
             return torch.where(dropped.reshape(-1, *[1] * (value.ndim - 1)), nothing.to(value), value)
