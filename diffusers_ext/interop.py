@@ -176,13 +176,14 @@ class TableSchedule(NoiseSchedule):
         table = self._log_sigmas(sigma)
         log_sigma = sigma.log().contiguous()
         low = (torch.searchsorted(table, log_sigma, right=True) - 1).clamp(0, len(table) - 2)
-        fraction = (log_sigma - table[low]) / (table[low + 1] - table[low])
+        # `take`, because `table[low]` of a `low` of shape () would wait for the device.
+        fraction = (log_sigma - table.take(low)) / (table.take(low + 1) - table.take(low))
         return low + fraction.clamp(0, 1)
 
     def _sigma(self, time: Tensor) -> Tensor:
         table = self._log_sigmas(time)
         low = time.floor().long().clamp(0, len(table) - 2)
-        return torch.lerp(table[low], table[low + 1], (time - low).clamp(0, 1)).exp()
+        return torch.lerp(table.take(low), table.take(low + 1), (time - low).clamp(0, 1)).exp()
 
     def draw_sigmas(
         self, n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
