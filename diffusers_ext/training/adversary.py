@@ -1,6 +1,7 @@
 """A second network that plays against the first one: its optimiser, its state, and when the game is lost.
 
-    adversary = loop.keep(Adversary(discriminator, learning_rate=2e-4, betas=(0.0, 0.99), max_logit=100.0))
+    adversary = Adversary(discriminator, learning_rate=2e-4, betas=(0.0, 0.99), max_logit=100.0)
+    loop.keep(adversary)
     for batch in loop:
         judged = discriminator_loss(denoiser, adversary.network, ...)
         loss = ... + gamma * observation_loss(denoiser, adversary.network, ...).mean()
@@ -41,7 +42,7 @@ from .parts import Run
 
 DIVERGED_RECORDS = 3
 NAME = "discriminator"
-"""Of the part of a checkpoint, and of the folder beside the pipeline."""
+"""The name of the part in a checkpoint, and of the folder beside the pipeline."""
 
 
 IMAGE_STD, LATENT_STD = 0.5, 1.0
@@ -49,7 +50,7 @@ IMAGE_STD, LATENT_STD = 0.5, 1.0
 
 
 def new_discriminator(run: Run, channels: str) -> NoiseLevelDiscriminator:
-    """Fitting what the loop trains, labels included; the same on all devices.
+    """Make a discriminator that fits what the loop trains, labels included; it is the same on all devices.
 
     Args:
         channels: features at each resolution, separated by commas.
@@ -67,14 +68,16 @@ def new_discriminator(run: Run, channels: str) -> NoiseLevelDiscriminator:
 
 
 class Adversary:
-    """See the module's docstring. Its learning rate follows the run's schedule, and its gradient is clipped alike.
+    """Trains a second network; see the module's docstring.
+
+    Its learning rate follows the run's schedule, and its gradient is clipped like that of the first network.
 
     Args:
-        network: in float32, the same on all devices.
-        learning_rate: the peak.
-        betas: of AdamW.
+        network: the second network, in float32, the same on all devices.
+        learning_rate: the peak learning rate.
+        betas: the betas of AdamW.
         max_logit: the bound of the mean logits.
-        saved: write the network beside the pipeline, and push it with that.
+        saved: write the network beside the pipeline, and push it with the pipeline.
     """
 
     name = NAME
@@ -115,11 +118,11 @@ class Adversary:
             network.forward = torch.autocast(run.accelerator.device.type, torch.bfloat16)(network.forward)
 
     def update(self, judged: DiscriminatorLoss, *, sigma: torch.Tensor) -> None:
-        """Backward pass and, at the end of an accumulation, optimiser step; call it after `loop.update`.
+        """Make the backward pass and, at the end of an accumulation, the optimiser step; call it after `loop.update`.
 
         Args:
             judged: the loss and its parts, each (B,).
-            sigma: noise level of each sample, (B,), for the log.
+            sigma: the noise level of each sample, (B,), for the log.
         """
         run = self.run
         run.log.record(sigma, {NAME: judged.loss, **{name: getattr(judged, name) for name in self.bounds}})
@@ -151,7 +154,7 @@ class Adversary:
             means: what was logged, averaged over the steps since the last time, the same on all devices.
 
         Raises:
-            TrainingStopped: says which value is beyond its bound.
+            TrainingStopped: the message says which value is beyond its bound.
         """
         watched = (*self.bounds, NAME, f"{NAME}_norm")
         broken = [name for name in watched if not math.isfinite(means[name])]
@@ -168,7 +171,7 @@ class Adversary:
         )
 
     def save(self, folder: Path) -> None:
-        """Beside a pipeline, if that was asked for."""
+        """Write the network beside a pipeline, if it is `saved`."""
         if self.saved:
             self.network.save_pretrained(folder / NAME)
 

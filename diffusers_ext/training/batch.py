@@ -1,4 +1,4 @@
-"""What the loop hands out: a micro-batch of samples, their conditions, and the source of its random numbers."""
+"""The micro-batch that the loop yields: samples, their conditions, and the source of random numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Batch:
     x0: Tensor
     """Clean samples (B, C, H, W): images in [-1, 1], or latents where the pipeline has an autoencoder."""
     cond: Condition
-    """The condition of every evaluation of the network: class labels, some replaced by the null class; or nothing."""
+    """The condition of the samples, some rows replaced by the null condition: keyword arguments of the network."""
     generator: torch.Generator
     """The source of every random number of this micro-batch."""
 
@@ -28,7 +28,7 @@ class Batch:
 def make_batch(
     subject: Subject, args: TrainingArguments, seeds: Seeds, m: int, images: Images, device: torch.device
 ) -> Batch:
-    """Micro-batch number m of a run; sets the global random state, for dropout."""
+    """Make micro-batch number m of a run, and set the global random state, for dropout."""
     generator = seeds.generator(Stream.NOISE, m, device=device)
     torch.manual_seed(seeds(Stream.DROPOUT, m))
     pixels = images.images.to(device, non_blocking=True)

@@ -34,17 +34,17 @@ NAME = "best"
 
 
 class Best:
-    """See the module's docstring.
+    """Keeps the nearest pipeline; see the module's docstring.
 
     Args:
-        steps: of the sampler.
-        samples: images that are drawn.
+        steps: the number of steps of the sampler.
+        samples: the number of images that are drawn.
         patience: the run ends after so many validations in a row without a nearer pipeline; `None`: never.
 
     Attributes:
-        step, distance, metrics: of the nearest pipeline so far; step is `None` while there is none.
+        step, distance, metrics: those of the nearest pipeline so far; step is `None` while there is none.
         measured: the step of the last measurement.
-        stale: measurements since the nearest.
+        stale: the number of measurements since that of the nearest pipeline.
     """
 
     name, saved = NAME, False
@@ -56,21 +56,21 @@ class Best:
         self.measured, self.stale = 0, 0
 
     def join(self, run: Run) -> None:
-        """Look at the run's validation images; a folder of an earlier run that was killed is put back."""
+        """Compute the features of the run's validation images, and repair the folder if the run was killed."""
         self.run, self.folder = run, run.output_dir / NAME
         self.real = pixel_features(run.validation.images)
         if run.accelerator.is_main_process:
             recover_folder(self.folder)
 
     def ends(self) -> bool:
-        """Whether the nearest pipeline is too long ago; all processes must call it together."""
+        """Return whether there was no nearer pipeline for too long; all processes must call this together."""
         (ends,) = broadcast_object_list([self.patience is not None and self.stale >= self.patience])
         if ends and self.run.accelerator.is_main_process:
             print(f"\nno nearer samples in {self.stale} validations: training ends at step {self.run.step}")
         return ends
 
     def measure(self, subject: Subject) -> float:
-        """The distance of the pipeline's samples; infinite if they are not finite."""
+        """Return the distance of the pipeline's samples; it is infinite if they are not finite."""
         classes, size, drawn = subject.num_classes, self.run.args.train_batch_size, []
         for first in range(0, self.samples, size):
             numbers = range(first, min(first + size, self.samples))
@@ -83,9 +83,9 @@ class Best:
         return frechet_distance(pixel_features(images), self.real)
 
     def offer(self, subject: Subject, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Measure the pipeline of the run's step and keep it if it is the nearest; its metrics with the distance.
+        """Measure the pipeline of the current step, keep it if it is the nearest, and return all its metrics.
 
-        A sampler that cannot take so few steps is a warning, and no measurement.
+        If the sampler cannot take so few steps, this warns and does not measure.
         """
         step = self.run.step
         try:

@@ -62,16 +62,16 @@ SIGNALLED = 128
 # After a signal the process has little time: a push that takes longer than so many seconds is given up.
 STOP_TIMEOUT = 10.0
 
-# What keeps its own copy of the optimiser, in parts that only it can put together.
+# These keep their own copy of the optimiser's state, in parts that only they can put together.
 _OPAQUE = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class TrainingLoop:
-    """See the module's docstring. Everything is made from the arguments.
+    """Runs the training that the arguments describe; see the module's docstring.
 
     Args:
         args: the run's arguments.
-        name: the tracker's project.
+        name: the name of the tracker's project.
         paper: title and arXiv id of the method, for the model card.
 
     The global random state is set at every micro-batch, for dropout, which has no generator of its own.
@@ -79,9 +79,9 @@ class TrainingLoop:
     Attributes:
         subject, pipeline: what is trained; its network is wrapped by accelerate as `model`.
         score_model, schedule: the network as a function of (x, sigma), and the noise levels that it is trained for.
-        step, total_steps: optimiser steps done, and in all.
-        grad_norm: of the last optimiser step, before it was clipped.
-        parts: what `keep` was given, by name.
+        step, total_steps: the number of optimiser steps so far, and of the whole run.
+        grad_norm: the norm of the gradient in the last optimiser step, before it was clipped.
+        parts: the parts that `keep` has added, by name.
         checkpoints, outcome: see the module's docstring.
 
     Raises:
@@ -145,8 +145,8 @@ class TrainingLoop:
         self.score_model = score_model_from(self.model, self.pipeline.scheduler)
 
     def keep(self, part: Part) -> None:
-        """Let a part train along, or watch, before the loop begins. Checkpoints hold it, and the part gets its state
-        back from the one that the run goes on from. `Best` decides which pipeline is the result."""
+        """Add a part to the run; call this before the loop begins. Checkpoints hold the part's state, which is restored
+        here if the run goes on from one. A `Best` decides which pipeline is the result."""
         part.join(self)
         self.parts[part.name] = part
         if isinstance(part, Best):
@@ -181,7 +181,7 @@ class TrainingLoop:
             self.log.close()
 
     def _micro_batches(self) -> Iterator[tuple[int, Images]]:
-        """The micro-batches of this device, with their numbers m, from the current step on."""
+        """Yield the micro-batches of this device, with their numbers m, from the current step on."""
         accumulate, world = self.args.gradient_accumulation_steps, self.accelerator.num_processes
         first = self.step * accumulate * world + self.accelerator.process_index
         count = (self.total_steps - self.step) * accumulate
@@ -208,18 +208,18 @@ class TrainingLoop:
         )
 
     def weight(self, sigma: Tensor) -> Tensor:
-        """The score-matching weight that the arguments ask for, (B,): by default the error of the network's output."""
+        """Return the score-matching weight, (B,): Min-SNR, or by default that of the network's own output."""
         if self.args.min_snr_gamma is not None:
             return min_snr_weight(sigma, self.args.min_snr_gamma)
         return self.score_model.output_weight(sigma)
 
     def update(self, loss: Tensor, *, sigma: Tensor, **terms: Tensor) -> None:
-        """Backward pass and, at the end of an accumulation, optimiser step.
+        """Make the backward pass and, at the end of an accumulation, the optimiser step.
 
         Args:
             loss: the scalar to minimise.
-            sigma: noise level of each sample, (B,), for the log.
-            terms: the loss terms by name, each (B,) or for the first samples of the batch; for the log only.
+            sigma: the noise level of each sample, (B,), for the log.
+            terms: the loss terms by name, for the log only; each is (B,), or shorter for the first samples alone.
         """
         terms = terms or {"loss": loss.expand(len(sigma))}
         self.log.record(sigma, terms)
@@ -232,7 +232,7 @@ class TrainingLoop:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _after_step(self, stop: StopSignals) -> bool:
-        """Everything that is due after an optimiser step; says whether training ends early."""
+        """Do everything that is due after an optimiser step; return whether training ends early."""
         if not self.accelerator.optimizer_step_was_skipped:
             self.lr_scheduler.step()
             if self.ema is not None:
@@ -260,10 +260,10 @@ class TrainingLoop:
         return self.checkpoints.write(self)
 
     def _stop(self, number: int) -> None:
-        """Leave a checkpoint after a signal.
+        """Write a checkpoint after a signal, and stop.
 
         Raises:
-            TrainingStopped: says how to go on.
+            TrainingStopped: always; the message says how to go on.
         """
         written = self._write_checkpoint()
         raise TrainingStopped(
@@ -273,8 +273,10 @@ class TrainingLoop:
         )
 
     def _catch_up(self) -> bool:
-        """A checkpoint is written before the validation of its step: make up for it, if the run goes on from there.
-        Says whether training ends; all processes call it together."""
+        """Make the validation that a killed run has not made: the checkpoint of a step is written before it.
+
+        Returns whether training ends; all processes call it together.
+        """
         best = self.outcome.best
         if best is None or self.step in (0, self.total_steps) or not self.outcome.is_due():
             return False
@@ -284,7 +286,7 @@ class TrainingLoop:
         return best.ends()
 
     def _clear_output_dir(self) -> None:
-        """Delete the run that the folder holds."""
+        """Delete what another run has left in the output folder."""
         names = ("logs", "samples", BEST, *self.parts)
         for old in (*list_checkpoints(self.output_dir), *(self.output_dir / name for name in names)):
             shutil.rmtree(old, ignore_errors=True)
@@ -292,7 +294,7 @@ class TrainingLoop:
     # --- results ------------------------------------------------------------------------------------------------------
 
     def stateful(self) -> dict[str, Any]:
-        """What trains beside the network, by its name in a checkpoint."""
+        """Return what has a state beside the network, by its name in a checkpoint."""
         parts: dict[str, Any] = {"optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler}
         parts |= {} if self.ema is None else {"ema": self.ema}
         parts |= {} if self.accelerator.scaler is None else {"scaler": self.accelerator.scaler}
@@ -302,18 +304,19 @@ class TrainingLoop:
         return list(self.subject.trainable(self.model).values())
 
     def trained(self) -> Subject | None:
-        """A copy with the weights of now, or their moving average, on the main process, and `None` on the others; all
-        must call it together."""
+        """Return a copy of the subject with the current weights, or their moving average, on the main process, and
+        `None` on the others; all must call this together."""
         keep = self.accelerator.is_main_process
         state = whole(self.subject.state(self.model), keep)
         average = None if self.ema is None else whole(self.ema.shadow_params, keep)
         return self.subject.with_weights(state, average) if keep else None
 
     def finish(self) -> None:
-        """The end of a run: the pipeline in the output folder, validation, and the Hub if that was asked for.
+        """End the run: put the pipeline into the output folder, validate, and push it if the arguments say so.
 
         Raises:
-            TrainingStopped: the pipeline is in the output folder, but could not be pushed; says how to push it.
+            TrainingStopped: the pipeline is in the output folder, but could not be pushed; the message says how to
+                push it.
         """
         self.outcome.finish(self.trained())
 

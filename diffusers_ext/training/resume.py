@@ -20,8 +20,8 @@ from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .parts import Run
 from .sharding import spread_like, whole
 
-# A run is continued with the values that it was started with; these may change. (Accumulation and devices only
-# together: the images of a step must stay.)
+# A run must be continued with the arguments that it was started with, except these. (Accumulation and the number of
+# devices may only change together: the number of images of a step must stay.)
 _MAY_CHANGE = (
     *("config", "revision", "variant", "cache_dir", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"),
     *("checkpointing_steps", "checkpoints_total_limit", "logging_steps", "report_to", "validation_split"),
@@ -34,15 +34,15 @@ _MAY_CHANGE = (
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run, and goes on from one.
+    """Writes the checkpoints of a run, and restores the run from one.
 
     Args:
-        args: of the run.
-        accelerator: the checkpoint to go on from is the one that its main process sees.
+        args: the run's arguments.
+        accelerator: the run's accelerator; its main process chooses the checkpoint.
 
     Raises:
-        InputError: there is no checkpoint where the arguments say, or the output folder holds a run that they do not
-            say to continue.
+        InputError: there is no checkpoint where the arguments say, or the output folder holds a run and the arguments
+            do not say to continue it.
     """
 
     def __init__(self, args: TrainingArguments, accelerator: Accelerator) -> None:
@@ -52,12 +52,14 @@ class Checkpoints:
             print(f"no checkpoint in {self.output_dir} yet: starting from the beginning")
 
     def are_due(self, step: int) -> bool:
-        """Whether one is written after a step."""
+        """Return whether a checkpoint is due after a step."""
         return self.args.checkpointing_steps is not None and step % self.args.checkpointing_steps == 0
 
     def write(self, run: Run) -> bool:
-        """Write a checkpoint; on a full disk say so and go on, with the last one as it was. Says whether it was
-        written, on the main process."""
+        """Write a checkpoint, and return, on the main process, whether that succeeded.
+
+        On a full disk this warns, and the last checkpoint stays.
+        """
         keep, positions = self.accelerator.is_main_process, gather_object([list(run.position)])
         before = len(run.log.warnings)
         state = {
@@ -77,8 +79,8 @@ class Checkpoints:
         return len(run.log.warnings) == before
 
     def resume(self, run: Run) -> dict[str, Any]:
-        """Bring a run to the state of its checkpoint, if it goes on from one. The states of parts that have not joined
-        yet are returned by their names.
+        """Restore the state of a run, if it goes on from a checkpoint; return what else this holds, by name: also the
+        states of the parts, which have not joined yet.
 
         Raises:
             InputError: the checkpoint cannot be read, or is of another run.
@@ -105,10 +107,10 @@ class Checkpoints:
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> Path | None:
-    """The checkpoint that the arguments name, `None` to start from the beginning.
+    """Return the checkpoint that the arguments name, or `None` to start from the beginning.
 
     Raises:
-        InputError: there is none where they say, or the output folder holds a run that they do not say to continue.
+        InputError: there is none where they say, or the output folder holds a run and they do not say to continue it.
     """
     asked, output_dir = args.resume_from_checkpoint, Path(args.output_dir)
     found = list_checkpoints(output_dir)
@@ -143,14 +145,16 @@ def checkpoint_to_resume(args: TrainingArguments) -> Path | None:
 def check_same_run(
     folder: Path, state: Mapping[str, Any], args: TrainingArguments, images_per_step: int, stream_shares: int | None
 ) -> None:
-    """A checkpoint is continued with the arguments that it was written with, but for `_MAY_CHANGE`.
+    """Check that a checkpoint was written with the same arguments, except those in `_MAY_CHANGE`.
 
     Args:
-        folder, state: the checkpoint.
-        stream_shares: over how many processes the data are streamed; `None` if they are not.
+        folder, state: the checkpoint's folder and content.
+        args: the arguments of this run.
+        images_per_step: images of an optimiser step in this run, over all devices.
+        stream_shares: the number of processes that share a stream of data; `None` if the data are not streamed.
 
     Raises:
-        InputError: names every argument that differs.
+        InputError: arguments differ; the message names them.
     """
     before, now = state["arguments"], asdict(args)
     changed = {k: (before.get(k), now[k]) for k in now if k not in _MAY_CHANGE and before.get(k) != now[k]}
@@ -167,8 +171,11 @@ def check_same_run(
 
 
 def load_weights(state: Mapping[str, Any], run: Run) -> None:
-    """Load the weights of a checkpoint into the model, and bring the moments of its optimiser and its moving average,
-    in the state itself, onto the devices and into the layout of its parameters."""
+    """Load the weights of a checkpoint into the model.
+
+    The optimiser's moments and the moving average in `state` are replaced by tensors on the devices, and with the
+    sharding and memory layout, of the parameters that they belong to.
+    """
     model = unwrap(run.model)
     own, parameters = model.state_dict(), list(run.subject.trainable(model).values())
     model.load_state_dict(own | {name: spread_like(value, own[name]) for name, value in state["model"].items()})
