@@ -66,8 +66,8 @@ def short_time_pipeline(
     """Make a pipeline that samples the same network on [0, T] alone.
 
     Args:
-        pipeline: any pipeline with a `UNet2DModel` of images and a scheduler that has a short-time class; the network is
-            shared.
+        pipeline: any pipeline with a `UNet2DModel` of images and a scheduler that has a short-time class; the network
+            is shared.
         max_diffusion_time: T in (0, 1].
         bridge: a bridge that was fitted at T; `None` starts from N(0, I).
 

@@ -6,6 +6,11 @@ import functools
 import sys
 from collections.abc import Callable
 
+NOT_PUSHED = 3
+"""The exit status of a script whose result is on the disk and not on the Hub."""
+SIGNALLED = 128
+"""Exit statuses from here on are those of signals: this plus the number of the signal."""
+
 
 class InputError(ValueError):
     """What the user asked for cannot be done; the message says what was wrong, where, and what to do."""

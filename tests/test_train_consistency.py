@@ -277,6 +277,6 @@ def test_unreadable_images_are_skipped_counted_and_named(script, small, tmp_path
     argv = [a for a in small if a not in ("--dataset_name", "digits")]
     script.run(*argv, "--train_data_dir", folder, "--train_batch_size", 4, "--output_dir", tmp_path / "out")
     printed = capsys.readouterr()
-    assert printed.out.count("bad.png: Unidentified") == 1
+    assert printed.out.count("bad.png): Unidentified") == 1
     assert "unreadable images skipped: 1;" in printed.out
     assert ["bad.png" in r["unreadable"] for r in log_of(tmp_path / "out") if "unreadable" in r] == [True]

@@ -279,6 +279,18 @@ def test_the_best_pipeline_is_the_result_and_patience_ends_the_run(observation, 
     assert (described["step"], described["frechet_distance"]) == (5, 2.9)
 
 
+def test_a_validation_is_made_up_for_by_all_processes(observation, small, tmp_path, monkeypatch):  # noqa: F811
+    """Those that draw nothing wait with the one that does: a call that they left out would leave it waiting."""
+    argv = [*map(str, [*small, *TINY]), "--validation_steps", "2", "--output_dir", str(tmp_path / "out")]
+    loop = TrainingLoop(parse_arguments(observation.ObservationArguments, argv), "test", observation.PAPER)
+    loop.keep(Best(steps=2, samples=8, patience=None))
+    loop.step, calls = 2, []
+    monkeypatch.setattr(loop, "trained", lambda: None)  # as on a process that is not the main one
+    monkeypatch.setattr(loop.outcome, "on_the_way", lambda trained, push: calls.append((trained, push)))
+    assert not loop._catch_up()
+    assert calls == [(None, False)]
+
+
 def test_the_last_pipeline_may_be_the_best(observation, small, tmp_path, monkeypatch):  # noqa: F811
     seen = script_distances(monkeypatch, 5.0, 6.0, 4.0)
     observation.run(*small, *TINY, "--validation_steps", 1, "--output_dir", tmp_path / "out")

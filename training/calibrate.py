@@ -29,7 +29,7 @@ from diffusers_ext.commands import parse_arguments
 from diffusers_ext.data.batches import Position, micro_batches
 from diffusers_ext.data.images import Transform
 from diffusers_ext.data.sources import DataArguments, HubStream, Numbered, load_images
-from diffusers_ext.errors import InputError, TrainingStopped, command
+from diffusers_ext.errors import NOT_PUSHED, InputError, TrainingStopped, command
 from diffusers_ext.fields import arg
 from diffusers_ext.files import shown, write_file
 from diffusers_ext.randomness import Seeds, Stream
@@ -165,7 +165,7 @@ def main() -> None:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if failure is not None:
-        raise TrainingStopped(failure, code=3)
+        raise TrainingStopped(failure, code=NOT_PUSHED)
 
 
 if __name__ == "__main__":

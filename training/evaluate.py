@@ -23,7 +23,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from diffusers_ext.commands import parse_arguments
 from diffusers_ext.data.sources import Numbered, load_images
-from diffusers_ext.errors import InputError, TrainingStopped, command
+from diffusers_ext.errors import NOT_PUSHED, InputError, TrainingStopped, command
 from diffusers_ext.evaluation import (
     Evaluation,
     EvaluationArguments,
@@ -123,7 +123,7 @@ def main() -> None:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if failures:
-        raise TrainingStopped("\n".join(failures), code=3)
+        raise TrainingStopped("\n".join(failures), code=NOT_PUSHED)
 
 
 if __name__ == "__main__":

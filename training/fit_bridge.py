@@ -29,7 +29,7 @@ from diffusers_ext.commands import parse_arguments
 from diffusers_ext.data.encoded import EncodedImages
 from diffusers_ext.data.images import Transform
 from diffusers_ext.data.sources import HeldOutArguments, load_images, load_validation_images
-from diffusers_ext.errors import InputError, TrainingStopped, command
+from diffusers_ext.errors import NOT_PUSHED, InputError, TrainingStopped, command
 from diffusers_ext.fields import arg
 from diffusers_ext.randomness import Seeds, Stream
 from diffusers_ext.reports.bridge_card import write_bridge_card
@@ -149,7 +149,7 @@ def main() -> None:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if failure is not None:
-        raise TrainingStopped(failure, code=3)
+        raise TrainingStopped(failure, code=NOT_PUSHED)
 
 
 if __name__ == "__main__":

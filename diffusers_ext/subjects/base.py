@@ -118,7 +118,7 @@ class Subject:
         Raises:
             InputError: the network does not take images of this size or number of channels.
         """
-        raise self._unknown()
+        raise self._unknown("trained or evaluated")
 
     def train_at(self, resolution: int) -> None:
         """Prepare for training at a resolution: a network that can sample at any resolution samples at this one."""
@@ -145,7 +145,7 @@ class Subject:
         Raises:
             InputError: this kind of pipeline is not known.
         """
-        raise self._unknown()
+        raise self._unknown("conditioned")
 
     def null_condition(self, resolution: int) -> Condition | None:
         """Return the null condition, with first dimension 1; `None` where there is none."""
@@ -176,7 +176,7 @@ class Subject:
         Raises:
             InputError: the message says which pipelines can.
         """
-        raise self._unknown()
+        raise self._unknown("trained")
 
     def before_training(self) -> None:
         """Switch off what the training loop does instead of the network, such as dropping labels."""
@@ -268,7 +268,7 @@ class Subject:
             guidance_scale: the scale of classifier-free guidance; 1 is the conditional model.
             resolution: height and width, for pipelines that take them.
         """
-        raise self._unknown()
+        raise self._unknown("sampled")
 
     def sample(
         self, n: int, num_inference_steps: int = 50, seed: int = 0, labels: Sequence[int] | None = None
@@ -291,9 +291,9 @@ class Subject:
         with replacing_entries(folder) as aside:
             self.pipeline.save_pretrained(aside)
 
-    def _unknown(self) -> InputError:
+    def _unknown(self, done: str) -> InputError:
         return InputError(
-            f"{type(self.pipeline).__name__} cannot be trained here: it needs a UNet2DModel (`unet`) or a "
+            f"{type(self.pipeline).__name__} cannot be {done} here: it needs a UNet2DModel (`unet`) or a "
             f"DiTTransformer2DModel (`transformer`), unconditional or conditioned on class labels"
         )
 

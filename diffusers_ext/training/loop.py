@@ -35,7 +35,7 @@ from torch import Tensor
 from ..data.batches import Images, Position, first_images, micro_batches
 from ..data.images import Transform
 from ..data.sources import HubStream, ImageSource, load_images, load_validation_images
-from ..errors import InputError, TrainingStopped
+from ..errors import SIGNALLED, InputError, TrainingStopped
 from ..files import remove_partial
 from ..interop import noise_schedule, score_model_from
 from ..noise_levels import min_snr_weight
@@ -55,9 +55,6 @@ from .parts import Part
 from .resume import Checkpoints
 from .sharding import whole, whole_tensor
 from .stops import FiniteGuard, StopSignals
-
-# Exit codes from here on are those of signals.
-SIGNALLED = 128
 
 # After a signal the process has little time: a push that takes longer than so many seconds is given up.
 STOP_TIMEOUT = 10.0
@@ -280,9 +277,8 @@ class TrainingLoop:
         best = self.outcome.best
         if best is None or self.step in (0, self.total_steps) or not self.outcome.is_due():
             return False
-        trained = self.trained()
-        if trained is not None and best.measured != self.step:
-            self.outcome.on_the_way(trained, push=False)
+        if best.measured != self.step:
+            self.outcome.on_the_way(self.trained(), push=False)
         return best.ends()
 
     def _clear_output_dir(self) -> None:

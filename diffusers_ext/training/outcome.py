@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..errors import TrainingStopped
+from ..errors import NOT_PUSHED, TrainingStopped
 from ..evaluation.measures import loss_by_sigma
 from ..files import shown
 from ..randomness import Stream
@@ -153,7 +153,7 @@ class Outcome:
         run.accelerator.wait_for_everyone()
         run.accelerator.end_training()
         if failure is not None:
-            raise TrainingStopped(failure, code=3)
+            raise TrainingStopped(failure, code=NOT_PUSHED)
 
     def leave(self, stopped: TrainingStopped, failed: bool, timeout: float) -> TrainingStopped:
         """Close what is open when a run ends early; return the reason with notes on what was kept and not pushed.

@@ -33,6 +33,10 @@ _MAY_CHANGE = (
 )
 
 
+# What a checkpoint says of the run; everything else is the state of what trains.
+_OF_THE_RUN = ("step", "images_per_step", "processes", "places", "random_rule", "arguments", "model")
+
+
 class Checkpoints:
     """Writes the checkpoints of a run, and restores the run from one.
 
@@ -61,7 +65,7 @@ class Checkpoints:
         On a full disk this warns, and the last checkpoint stays.
         """
         keep, positions = self.accelerator.is_main_process, gather_object([list(run.position)])
-        before = len(run.log.warnings)
+        written = False
         state = {
             "step": run.step,
             "images_per_step": run.images_per_step,
@@ -75,12 +79,13 @@ class Checkpoints:
         if keep:
             with run.log.goes_on_without("the checkpoint", run.step):
                 save_checkpoint(self.output_dir, run.step, state, self.args.checkpoints_total_limit)
+                written = True
         self.accelerator.wait_for_everyone()
-        return len(run.log.warnings) == before
+        return written
 
     def resume(self, run: Run) -> dict[str, Any]:
-        """Restore the state of a run, if it goes on from a checkpoint; return what else this holds, by name: also the
-        states of the parts, which have not joined yet.
+        """Restore the state of a run, if it goes on from a checkpoint; return the states of the parts by their
+        names: they have not joined yet.
 
         Raises:
             InputError: the checkpoint cannot be read, or is of another run.
@@ -103,7 +108,7 @@ class Checkpoints:
             part.load_state_dict(state[name])
         if self.accelerator.is_main_process:
             print(f"going on from {folder}, step {run.step} of {run.total_steps}")
-        return {name: value for name, value in state.items() if name != "model" and name not in own}
+        return {name: value for name, value in state.items() if name not in (*_OF_THE_RUN, *own)}
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> Path | None:

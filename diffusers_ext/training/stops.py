@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..errors import TrainingStopped
+from ..errors import SIGNALLED, TrainingStopped
 
 
 class StopSignals:
@@ -44,7 +44,7 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             os.write(2, b"\nstopped at once; resume from the last checkpoint with --resume_from_checkpoint latest\n")
-            os._exit(128 + number)
+            os._exit(SIGNALLED + number)
         self.received = number
         os.write(2, b"\nstopping after this step, with a checkpoint; once more to stop at once\n")
 
