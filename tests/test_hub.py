@@ -238,6 +238,11 @@ p.push(Path("out"), "more")
     assert set(hub.files("tester/model")) == MODEL | {"samples/step-00000002.png"}
 
 
+def test_it_needs_the_client_of_the_hub_alone(hub, tmp_path):
+    code = f"{PRELUDE}say(sorted({{'diffusers', 'diffusers_ext', 'torch', 'transformers'}} & set(sys.modules)))"
+    assert run(hub, tmp_path, code).strip() == "[]"
+
+
 # --- visibility -------------------------------------------------------------------------------------------------------
 
 
