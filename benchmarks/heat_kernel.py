@@ -11,15 +11,15 @@ profiler on a CPU).
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 from math import log, pi
 
 import torch
+from timing import DEVICE, in_turn, machine, peak_memory, ratio
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from diffusers_ext.hypercube import heat_kernel_score, reflect
+from diffusers_ext.reports.card import table
 
 
 def plain_images(x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
@@ -45,23 +45,6 @@ def plain(x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
     return score
 
 
-def peak(run: Callable[[], object], device: str) -> float:
-    """Bytes allocated at most at one time during a call, beyond what is there before."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    level = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        level += event.nbytes()
-        most = max(most, level)
-    return most
-
-
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,38 +53,24 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
 
     generator = torch.Generator().manual_seed(0)
     sigma = 0.01 * torch.exp(torch.rand(args.batch_size, generator=generator) * log(500))
     x0 = torch.rand(args.batch_size, args.channels, args.size, args.size, generator=generator)
     x = reflect(x0 + sigma.reshape(-1, 1, 1, 1) * torch.randn(x0.shape, generator=generator))
-    x, x0, sigma = (t.to(device) for t in (x, x0, sigma))
+    tensors = [t.to(DEVICE) for t in (x, x0, sigma)]
+    functions = {"plain formulas": plain, "heat_kernel_score": heat_kernel_score}
+    functions["the same, compiled"] = torch.compile(heat_kernel_score, fullgraph=True)
+    variants = {name: partial(function, *tensors) for name, function in functions.items()}
+    times = in_turn(variants, args.repeats, warm_up=2)
+    memory = {name: peak_memory(run) for name, run in variants.items()}
 
-    compiled = torch.compile(heat_kernel_score, fullgraph=True)
-    variants = {"plain formulas": plain, "heat_kernel_score": heat_kernel_score, "the same, compiled": compiled}
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for repeat in range(args.repeats + 2):
-        for name, function in variants.items():
-            start = time.perf_counter()
-            function(x, x0, sigma)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if repeat > 1:  # the first rounds compile and warm up
-                times[name].append(time.perf_counter() - start)
-    memory = {name: peak(lambda f=function: f(x, x0, sigma), device) for name, function in variants.items()}
-
-    base = "plain formulas"
-    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{tuple(x.shape)}, {where}, median of {args.repeats}; memory in units of x ({x.nbytes / 2**20:.1f} MiB)")
-    print("| variant | ms | speed-up (quartiles) | peak memory | share |\n|---|---|---|---|---|")
+    print(f"{tuple(x.shape)}, {machine()}, {args.repeats} rounds; memory in units of x ({x.nbytes / 2**20:.1f} MiB)")
+    rows, base = [], "plain formulas"
     for name, values in times.items():
-        ratios = [a / b for a, b in zip(times[base], values, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        speed = f"{middle:.1f} ({low:.1f} to {high:.1f})"
-        share = memory[name] / memory[base]
-        ms = 1000 * statistics.median(values)
-        print(f"| {name} | {ms:.1f} | {speed} | {memory[name] / x.nbytes:.1f} | {share:.3f} |")
+        cells = [f"{1000 * statistics.median(values):.1f}", ratio(times[base], values, ".1f")]
+        rows.append([name, *cells, f"{memory[name] / x.nbytes:.1f}", f"{memory[name] / memory[base]:.3f}"])
+    print(table(["variant", "ms", "speed-up (quartiles)", "peak memory", "share"], rows))
 
 
 if __name__ == "__main__":

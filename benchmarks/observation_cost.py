@@ -5,32 +5,23 @@
 "generator" is the update of the trained network alone: the time of the discriminator's loss and update and that of the
 forward and backward pass through it, measured in the same step, is taken out. "whole" is one full alternation. "reuse"
 makes the step of the prediction that the denoising loss has, "again" evaluates the network for it anew, in both losses.
-Every round runs all variants once, in random order; printed are the ratios of the medians to plain denoising (on a CPU
-of this process's own time, as others may share the machine), and the peak of the memory beyond the weights (on a CPU
-the activations that autograd saves, counted by its hooks).
+Every round runs all variants once, in random order; printed are the ratios to plain denoising, medians and quartiles
+(on a CPU of this process's own time, as others may share the machine), and the peak of the memory beyond the weights
+(on a CPU the activations that autograd saves, counted by its hooks).
 """
 
 import argparse
-import random
-import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from consistency_cost import peak
-from diffusers import DDIMScheduler, UNet2DModel
+from timing import DEVICE, Update, in_turn, machine, now, peak_memory, ratio
 from torch import Tensor
 
-from diffusers_ext import (
-    NoiseLevelDiscriminator,
-    denoiser_from,
-    discriminator_loss,
-    look_ahead_sigma,
-    noise_schedule,
-    observation_loss,
-    score_matching_loss,
-)
+from diffusers_ext import NoiseLevelDiscriminator, discriminator_loss, look_ahead_sigma, observation_loss
 from diffusers_ext.presets import PRESETS
+from diffusers_ext.reports.card import table
 
 PLAIN = "plain denoising"
 VARIANTS: dict[str, dict] = {
@@ -41,29 +32,11 @@ VARIANTS: dict[str, dict] = {
     "Heun, again": {"projection": "heun", "reuse": False},
 }
 LOOK_AHEAD, GAMMA = 0.1, 0.01  # the paper's, from scratch; they do not matter for the cost
+CLOCK = time.process_time if DEVICE == "cpu" else time.perf_counter
 
 
-class Clock:
-    """Seconds of a step, and how many of them went into marked parts; on a CPU those of this process alone."""
-
-    def __init__(self, device: str) -> None:
-        self.device, self.marked = device, 0.0
-
-    def now(self) -> float:
-        if self.device == "cpu":
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def mark(self, run: Callable[[], Tensor]) -> Tensor:
-        start = self.now()
-        result = run()
-        self.marked += self.now() - start
-        return result
-
-
-class Timed(torch.autograd.Function):
-    """The identity; marks the time that its backward pass is reached."""
+class Reached(torch.autograd.Function):
+    """The identity; calls a function when its backward pass is reached."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, reached: Callable[[], None]) -> Tensor:
@@ -76,6 +49,69 @@ class Timed(torch.autograd.Function):
         return gradient, None
 
 
+class Alternation(Update):
+    """One update of the network and one of the discriminator, with the seconds that the latter takes.
+
+    Attributes:
+        seconds: of the discriminator, in each of the steps so far, by variant.
+    """
+
+    def __init__(self, preset: str, batch_size: int, channels: str | None) -> None:
+        super().__init__(preset, batch_size)
+        channels = channels or PRESETS[preset].arguments.get("discriminator_channels")
+        widths = {} if channels is None else {"block_out_channels": tuple(map(int, channels.split(",")))}
+        self.disc = NoiseLevelDiscriminator(self.network.config.in_channels, **widths).to(DEVICE)
+        trained = [p for p in self.disc.parameters() if p.requires_grad]
+        self.disc_optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.0, 0.99), fused=True)
+        self.seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+        self.marked = 0.0
+
+    def mark(self, run: Callable[[], Tensor]) -> Tensor:
+        """Call a function, and count its seconds as the discriminator's."""
+        start = now(CLOCK)
+        result = run()
+        self.marked += now(CLOCK) - start
+        return result
+
+    def seen(self, x_next: Tensor, *levels: Tensor) -> Tensor:
+        """The discriminator, with its time marked, that of its backward pass, too."""
+        left = [0.0]
+
+        def begins() -> None:
+            left[0] = now(CLOCK)
+
+        def ends() -> None:
+            self.marked += now(CLOCK) - left[0]
+
+        return self.mark(lambda: Reached.apply(self.disc(Reached.apply(x_next, ends), *levels), begins))
+
+    def step(self, variant: str, projection: str | None = None, reuse: bool = True) -> None:
+        self.marked = 0.0
+        x, sigma, denoised, loss = self.denoise()
+        if projection is None:
+            self.descend(loss)
+        else:
+            sigma_next = look_ahead_sigma(sigma, LOOK_AHEAD, self.schedule.sigma_min, self.schedule.sigma_max)
+            game = {"denoised": denoised if reuse else None, "projection": projection}
+            levels, known = (sigma, sigma_next), {"sigma_data": self.disc.config.sigma_data}
+            judged = self.mark(
+                lambda: discriminator_loss(self.denoiser, self.disc, x, self.x0, *levels, **known, **game).loss.mean()
+            )
+            self.disc.requires_grad_(False)
+            loss = loss + GAMMA * observation_loss(self.denoiser, self.seen, x, *levels, **game).mean()
+            self.disc.requires_grad_(True)
+            self.descend(loss)
+            self.mark(lambda: self.learn(judged))
+        self.seconds[variant].append(self.marked)
+
+    def learn(self, judged: Tensor) -> Tensor:
+        """One step of the discriminator's optimiser."""
+        judged.backward()
+        self.disc_optimizer.step()
+        self.disc_optimizer.zero_grad()
+        return judged
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="digits")
@@ -83,90 +119,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--channels", help="of the discriminator; by default those of the preset, or else of the class")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    network = UNet2DModel(**PRESETS[args.preset].model).to(device)
-    config = network.config
-    scheduler = DDIMScheduler(**PRESETS[args.preset].scheduler[1])
-    denoiser, schedule = denoiser_from(network, scheduler), noise_schedule(scheduler)
-    channels = args.channels or PRESETS[args.preset].arguments.get("discriminator_channels")
-    widths = {} if channels is None else {"block_out_channels": tuple(map(int, channels.split(",")))}
-    disc = NoiseLevelDiscriminator(config.in_channels, **widths).to(device)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
-    trained = [p for p in disc.parameters() if p.requires_grad]
-    disc_optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.0, 0.99), fused=True)
-    x0 = torch.rand(args.batch_size, config.in_channels, config.sample_size, config.sample_size, device=device) * 2 - 1
-
-    def step(clock: Clock, projection: str | None = None, reuse: bool = True) -> None:
-        sigma = schedule.draw_sigmas(len(x0), device=device)
-        x = denoiser.process.perturb(x0, sigma)
-        denoised = denoiser(x, sigma)
-        weight = denoiser.output_weight(sigma)
-        loss = score_matching_loss(denoiser, x, x0, sigma, prediction=denoised, weight=weight).mean()
-        judged = None
-        if projection is not None:
-            sigma_next = look_ahead_sigma(sigma, LOOK_AHEAD, schedule.sigma_min, schedule.sigma_max)
-            game = {"denoised": denoised if reuse else None, "projection": projection}
-            judged = clock.mark(
-                lambda: discriminator_loss(
-                    denoiser, disc, x, x0, sigma, sigma_next, sigma_data=disc.config.sigma_data, **game
-                ).loss.mean()
-            )
-
-            def seen(x_next: Tensor, *levels: Tensor) -> Tensor:
-                """The discriminator, with its time taken out, backward, too."""
-                left = [0.0]
-
-                def begins() -> None:
-                    left[0] = clock.now()
-
-                def ends() -> None:
-                    clock.marked += clock.now() - left[0]
-
-                return clock.mark(lambda: Timed.apply(disc(Timed.apply(x_next, ends), *levels), begins))
-
-            disc.requires_grad_(False)
-            loss = loss + GAMMA * observation_loss(denoiser, seen, x, sigma, sigma_next, **game).mean()
-            disc.requires_grad_(True)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if judged is not None:
-
-            def update() -> Tensor:
-                judged.backward()
-                disc_optimizer.step()
-                disc_optimizer.zero_grad()
-                return judged
-
-            clock.mark(update)
-
-    whole: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    own: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    order = list(VARIANTS)
-    for repeat in range(args.repeats + 1):
-        random.Random(repeat).shuffle(order)
-        for name in order:
-            clock = Clock(device)
-            start = clock.now()
-            step(clock, **VARIANTS[name])
-            seconds = clock.now() - start
-            if repeat:  # the first round warms up
-                whole[name].append(seconds)
-                own[name].append(seconds - clock.marked)
-    memory = {
-        name: peak(lambda options=options: step(Clock(device), **options), device) for name, options in VARIANTS.items()
+    game = Alternation(args.preset, args.batch_size, args.channels)
+    variants = {name: partial(game.step, name, **options) for name, options in VARIANTS.items()}
+    whole = in_turn(variants, args.repeats, clock=CLOCK)
+    own = {
+        name: [a - b for a, b in zip(times, game.seconds[name][-args.repeats :], strict=True)]
+        for name, times in whole.items()
     }
+    memory = {name: peak_memory(run, saved_alone=True) for name, run in variants.items()}
 
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    sizes = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (network, disc)]
-    print(f"preset {args.preset}, batch {args.batch_size}, {name}, medians of {args.repeats} rounds")
+    sizes = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (game.network, game.disc)]
+    print(f"preset {args.preset}, batch {args.batch_size}, {machine()}, {args.repeats} rounds")
     print(f"network {sizes[0]:.2f}M parameters, discriminator {sizes[1]:.2f}M")
-    print("| variant | generator | whole | peak memory |\n|---|---|---|---|")
-    plain = statistics.median(whole[PLAIN])
-    for variant in VARIANTS:
-        ratios = [statistics.median(times[variant]) / plain for times in (own, whole)]
-        print(f"| {variant} | {ratios[0]:.2f} | {ratios[1]:.2f} | {memory[variant] / memory[PLAIN]:.2f} |")
+    rows = []
+    for name in variants:
+        ratios = [ratio(times[name], whole[PLAIN]) for times in (own, whole)]
+        rows.append([name, *ratios, f"{memory[name] / memory[PLAIN]:.2f}"])
+    print(table(["variant", "generator", "whole", "peak memory"], rows))
 
 
 if __name__ == "__main__":
