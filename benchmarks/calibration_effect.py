@@ -19,31 +19,30 @@ Writes results.jsonl and table.md.
 
 import argparse
 import copy
-import json
-from collections.abc import Iterator
+from itertools import product
 from math import log
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
-from trained import Judge, draw, train
+from trained import Study, batches, load, pivot, train
 
-from diffusers_ext import Calibration, ClassConditionalPipeline, estimate_calibration
-from diffusers_ext.commands import parse_arguments
+from diffusers_ext import Calibration, estimate_calibration
+from diffusers_ext.data.batches import Images
+from diffusers_ext.evaluation import swap_scheduler
+from diffusers_ext.evaluation.real_images import rows_of
 from diffusers_ext.schedulers import calibrated_class
-from diffusers_ext.training import TrainingArguments
+from diffusers_ext.subjects import subject_of
+
+PLAIN = {"control_variate": False, "antithetic": False, "shrink": False}
 
 
-def batches(x0: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    for part in x0.split(50):
-        yield part, {}
-
-
-def measure(pipeline: Any, x0: Tensor, **options: Any) -> Calibration:
-    return estimate_calibration(pipeline.unet, pipeline.scheduler, batches(x0), num_levels=16, **options)
+def measure(pipeline: DiffusionPipeline, images: Images, n: int, **options: Any) -> Calibration:
+    """The mean error on the first n images."""
+    subject = subject_of(pipeline)
+    data = batches(subject, rows_of(images, 0, n))
+    return estimate_calibration(subject.network, pipeline.scheduler, data, num_levels=16, **options)
 
 
 def random_pattern(calibration: Calibration) -> Calibration:
@@ -63,14 +62,12 @@ def bound_gain(calibration: Calibration, truth: Calibration) -> float:
     return torch.trapezoid(gain, sigmas.log()).item() / (used.shape[2] * log(2))
 
 
-def table(rows: list[dict], nfe: list[int]) -> str:
-    head = "| training steps | scheduler | passes | variant | bound, bits/dim | " + " | ".join(f"NFE {n}" for n in nfe)
-    lines = [head + " |", "|---" * (5 + len(nfe)) + "|"]
-    for row in rows:
-        cells = " | ".join(f"{row['distance'][str(n)]:.2f}" for n in nfe)
-        keys = ("training_steps", "scheduler", "passes", "variant")
-        lines.append("| " + " | ".join(str(row[k]) for k in keys) + f" | {row['bound']:+.5f} | {cells} |")
-    return "\n".join(lines) + "\n"
+def variants(pipeline: DiffusionPipeline, images: Images, passes: int) -> dict[str, Calibration | None]:
+    """What is subtracted, estimated in so many passes."""
+    if passes == 0:
+        return {"baseline": None}
+    ours = measure(pipeline, images, passes // 2)
+    return {"plain": measure(pipeline, images, passes, **PLAIN), "ours": ours, "random": random_pattern(ours)}
 
 
 def main() -> None:
@@ -84,46 +81,32 @@ def main() -> None:
     parser.add_argument("--num_samples", type=int, default=500)
     args, for_training = parser.parse_known_args()
     for_training = ["--preset", args.preset, *for_training]
-    data = parse_arguments(TrainingArguments, for_training)
-    file = args.output_dir / "results.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    device = "cuda" if torch.cuda.is_available() else "cpu"
 
+    pipelines = {}
     for steps in args.training_steps:
-        folder = args.output_dir / f"steps-{steps}"
         options = ["--consistency_weight", "0", "--max_train_steps", str(steps)]
-        train("train_consistency.py", folder, [*for_training, *options])
-        loaded = DiffusionPipeline.from_pretrained(folder)
-        pipeline = ClassConditionalPipeline(loaded.unet.eval(), loaded.scheduler).to(device)
-        pipeline.set_progress_bar_config(disable=True)
-        judge = Judge(data, pipeline.unet.config.sample_size, pipeline.unet.config.in_channels, device)
-        x0, truth = judge.seen, measure(pipeline, judge.held_out[:1000], seed=1)
+        folder = train("train_consistency.py", args.output_dir / f"steps-{steps}", [*for_training, *options])
+        pipelines[steps] = load(folder)
+    study = Study(args.output_dir, pipelines[args.training_steps[0]], for_training, args.num_samples)
+    for training_steps, pipeline in pipelines.items():
+        truth = measure(pipeline, study.real.reference, 1000, seed=1)
         for passes in (0, *args.passes):
-            variants: dict[str, Calibration | None] = {"baseline": None}
-            if passes:
-                plain = {"control_variate": False, "antithetic": False, "shrink": False}
-                ours = measure(pipeline, x0[: passes // 2])
-                variants = {
-                    "plain": measure(pipeline, x0[:passes], **plain),
-                    "ours": ours,
-                    "random": random_pattern(ours),
-                }
-            for scheduler in args.schedulers:
-                for variant, calibration in variants.items():
-                    key = {"training_steps": steps, "scheduler": scheduler, "passes": passes, "variant": variant}
-                    if any(key.items() <= row.items() for row in rows):
-                        continue
-                    stock = getattr(diffusers, scheduler).from_config(loaded.scheduler.config)
-                    pipeline.scheduler = calibrated_class(scheduler).from_scheduler(stock, calibration)
-                    bound = 0.0 if calibration is None else bound_gain(calibration, truth)
-                    distance = {str(n): judge.distance(draw(pipeline, args.num_samples, n)) for n in args.nfe}
-                    rows.append(key | {"bound": bound, "distance": distance})
-                    with file.open("a") as out:
-                        out.write(json.dumps(rows[-1]) + "\n")
-                    print(json.dumps(rows[-1]), flush=True)
-                pipeline.scheduler = loaded.scheduler
-    (args.output_dir / "table.md").write_text(table(rows, args.nfe))
-    print(table(rows, args.nfe))
+            found = variants(pipeline, study.real.training, passes)
+            for scheduler, (variant, calibration) in product(args.schedulers, found.items()):
+                key = {"training_steps": training_steps, "scheduler": scheduler, "passes": passes, "variant": variant}
+                stock = swap_scheduler(pipeline, scheduler)
+                calibrated = calibrated_class(type(stock).__name__).from_scheduler(stock, calibration)
+                bound = 0.0 if calibration is None else bound_gain(calibration, truth)
+                distance = {str(n): study.distance(study.draw(pipeline, calibrated, n)) for n in args.nfe}
+                study.add(key, bound=bound, distance=distance)
+    cells = [
+        row | {"bits": f"{row['bound']:+.5f}", "nfe": int(n), "shown": f"{distance:.2f}"}
+        for row in study.rows
+        for n, distance in row["distance"].items()
+        if int(n) in args.nfe
+    ]
+    names = {"training steps": "training_steps", **{name: name for name in ("scheduler", "passes", "variant")}}
+    study.report(pivot(cells, names | {"bound, bits/dim": "bits"}, "nfe", "NFE", lambda cell: cell["shown"]))
 
 
 if __name__ == "__main__":

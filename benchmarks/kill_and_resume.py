@@ -18,28 +18,27 @@ import tempfile
 import time
 from pathlib import Path
 
+from trained import command
+
 from diffusers_ext.training.checkpoint import list_checkpoints, load_checkpoint, same_state
 
-SCRIPT = Path(__file__).resolve().parents[1] / "training" / "train_consistency.py"
+OPTIONS = {
+    "preset": "digits",
+    "train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "dataloader_num_workers": 1,
+    "checkpointing_steps": 2,
+    "logging_steps": 1,
+    "max_validation_samples": 8,
+    "num_validation_images": 0,
+    "report_to": "none",
+}
 
 
-def command(out: Path, steps: int) -> list[str]:
-    """A run of the digits preset, with data workers and accumulation."""
-    options = {
-        "preset": "digits",
-        "output_dir": out,
-        "max_train_steps": steps,
-        "train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "dataloader_num_workers": 1,
-        "checkpointing_steps": 2,
-        "logging_steps": 1,
-        "max_validation_samples": 8,
-        "num_validation_images": 0,
-        "report_to": "none",
-        "resume_from_checkpoint": "latest",
-    }
-    return [sys.executable, str(SCRIPT), *(f"--{name}={value}" for name, value in options.items())]
+def digits_run(out: Path, steps: int) -> list[str]:
+    """The command of a run of the digits preset, with data workers and accumulation."""
+    options = OPTIONS | {"max_train_steps": steps}
+    return command("train_consistency.py", out, [f"--{name}={value}" for name, value in options.items()])
 
 
 def losses(out: Path) -> list[tuple]:
@@ -59,7 +58,7 @@ def kill_at_random(out: Path, steps: int, draw: random.Random, log: Path) -> str
     """Start or resume the run and kill it some time after its first step; `None` if it came to its end."""
     begun = len(losses(out)) if (out / "logs" / "log.jsonl").exists() else 0
     with log.open("a") as output:
-        run = subprocess.Popen(command(out, steps), stdout=output, stderr=output, start_new_session=True)
+        run = subprocess.Popen(digits_run(out, steps), stdout=output, stderr=output, start_new_session=True)
         while run.poll() is None and (not (out / "logs" / "log.jsonl").exists() or _lines(out) <= begun):
             time.sleep(0.02)
         time.sleep(draw.uniform(0, 1.5))
@@ -88,7 +87,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         whole, killed, log = Path(folder) / "whole", Path(folder) / "killed", Path(folder) / "output"
-        subprocess.run(command(whole, args.steps), check=True, capture_output=True)
+        subprocess.run(digits_run(whole, args.steps), check=True, capture_output=True)
         done = 0
         while done < args.kills:
             where = kill_at_random(killed, args.steps, draw, log)
@@ -97,7 +96,7 @@ def main() -> None:
             done += 1
             newest = [c.name for c in list_checkpoints(killed)[-1:]]
             print(f"kill {done}: {where}; newest checkpoint: {newest[0] if newest else 'none'}", flush=True)
-        subprocess.run(command(killed, args.steps), check=True, capture_output=True)
+        subprocess.run(digits_run(killed, args.steps), check=True, capture_output=True)
         same = {
             "losses of every step": losses(whole) == losses(killed),
             "weights, average, optimiser, learning rate": same_state(state_of(whole), state_of(killed)),

@@ -11,15 +11,23 @@
                          `--weights` (gamma); the last pipeline (`--frechet_samples 0`), or with `--choose_best` the
                          best on the run's own held-out images
 
-The learning rate of fine-tuning goes from `--tuning_learning_rate` to 0. training/evaluate.py compares them, with
-"trained-on" as the baseline: open evaluation/index.html in the output_dir. What is there is neither trained nor drawn
-again.
+The learning rate of fine-tuning goes from `--tuning_learning_rate` to 0. `diffusers_ext.evaluation.evaluate` compares
+them, with "trained-on" as the baseline: open evaluation/index.html in the output_dir. What is there is neither trained
+nor drawn again.
 """
 
 import argparse
+import shlex
+import sys
+from functools import partial
+from itertools import product
 from pathlib import Path
 
-from trained import evaluate, of_the_data, train
+from trained import load, of_the_data, train
+
+from diffusers_ext.commands import parse_arguments
+from diffusers_ext.evaluation import EvaluationArguments, evaluate, load_real_images, markdown_table, write_report
+from diffusers_ext.reports.card import shown_command
 
 
 def main() -> None:
@@ -39,9 +47,11 @@ def main() -> None:
     parser.add_argument("--reference", choices=["held_out", "train"], default="train")
     parser.add_argument("--discriminator_learning_rate", type=float, default=1e-3)
     args, for_training = parser.parse_known_args()
-    out = args.output_dir
+    out, plain = args.output_dir, ["--consistency_weight", "0"]
+    asked = ["--schedulers", args.schedulers, "--nfe", args.nfe, "--num_samples", str(args.num_samples)]
+    asked += ["--reference", args.reference, "--ode_images", "0", "--train_batch_size", "250"]
+    measured = parse_arguments(EvaluationArguments, [*of_the_data(for_training), *asked])
 
-    plain = ["--consistency_weight", "0"]
     given = None if args.baseline is None else Path(args.baseline).resolve()
     baseline = given or train("train_consistency.py", out / "baseline", [*for_training, *plain])
     tuning = [*for_training, "--pretrained_model_name_or_path", str(baseline)]
@@ -52,15 +62,15 @@ def main() -> None:
     tuning += ["--max_train_steps", str(args.tuning_steps)]
     tuning += ["--discriminator_learning_rate", str(args.discriminator_learning_rate)]
     tuning += [] if args.choose_best else ["--frechet_samples", "0"]
-    for projection in args.projections:
-        for weight in args.weights:
-            name = f"{projection}-{weight}"
-            own = ["--projection", projection, "--observation_weight", weight]
-            models[name] = train("train_observation.py", out / name, [*tuning, *own])
+    for projection, weight in product(args.projections, args.weights):
+        name, own = f"{projection}-{weight}", ["--projection", projection, "--observation_weight", weight]
+        models[name] = train("train_observation.py", out / name, [*tuning, *own])
 
-    asked = ["--schedulers", args.schedulers, "--nfe", args.nfe, "--num_samples", str(args.num_samples)]
-    asked += ["--reference", args.reference, "--ode_images", "0", "--train_batch_size", "250"]
-    evaluate(models, out / "evaluation", [*of_the_data(for_training), *asked])
+    pipelines = {name: load(folder) for name, folder in models.items()}
+    options = measured.options() | {"command": shown_command(shlex.join(["python", *sys.argv]))}
+    evaluation = evaluate(pipelines, partial(load_real_images, measured), out / "evaluation", **options)
+    write_report(evaluation, out / "evaluation")
+    print(f"{markdown_table(evaluation)}\nall of it, with pictures: {out / 'evaluation' / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -12,80 +12,74 @@ table.md, diffusion_time.json and two pictures.
 """
 
 import argparse
-import json
-import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import DiffusionPipeline
-from matplotlib import pyplot as plt
-from trained import Judge, draw, train
+from trained import Line, Row, Study, batches, bridge, load, pivot, plot, train
 
 from diffusers_ext import (
+    DiffusionTimeReport,
     FlowBridge,
     GaussianBridge,
     MixtureBridge,
-    ShortTimeDDIMScheduler,
-    ShortTimeDPMSolverMultistepScheduler,
     ShortTimePipeline,
     diffusion_time_report,
 )
-from diffusers_ext.commands import parse_arguments
-from diffusers_ext.training import TrainingArguments
+from diffusers_ext.evaluation import swap_scheduler
+from diffusers_ext.evaluation.real_images import rows_of
+from diffusers_ext.subjects import subject_of
 
 NORMAL = "N(0, I)"
 BRIDGES: dict[str, Any] = {"Gaussian": GaussianBridge, "mixture": MixtureBridge, "flow": FlowBridge}
-SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "DDIM": (ShortTimeDDIMScheduler, {"timestep_spacing": "trailing"}),
-    "DPMSolverMultistep": (ShortTimeDPMSolverMultistepScheduler, {"timestep_spacing": "trailing"}),
-    "SDE": (
-        ShortTimeDPMSolverMultistepScheduler,
-        {"timestep_spacing": "trailing", "algorithm_type": "sde-dpmsolver++", "solver_order": 1},
-    ),
+STYLES = {NORMAL: ":", "Gaussian": "--", "mixture": "-.", "flow": "-"}
+SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DDIM": ("ShortTimeDDIM", {}),
+    "DPMSolverMultistep": ("ShortTimeDPMSolverMultistep", {}),
+    "SDE": ("ShortTimeDPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}),
 }
 
 
-def measure(pipeline: Any, judge: Judge, n: int, steps: int) -> dict[str, float]:
-    start = time.perf_counter()
-    images = draw(pipeline, n, steps)
-    return {"seconds": (time.perf_counter() - start) / n, "distance": judge.distance(images)}
+def table(rows: list[Row], nfe: list[int]) -> str:
+    shown = [
+        row | {"label": f"{row['start']}, trained on [0, T]" if row["model"] == "short" else row["start"]}
+        | {"bound": "" if row["bits"] is None else f"{row['bits']:.3f}"}
+        for row in rows
+        if row["nfe"] in nfe
+    ]  # fmt: skip
+    names = {"T": "T", "start": "label", "solver": "solver", "bound, bits/dim": "bound"}
+    return pivot(shown, names, "nfe", "NFE", lambda row: f"{row['distance']:.2f}")
 
 
-def table(rows: list[dict[str, Any]], nfe: list[int]) -> str:
-    head = "| T | start | solver | bound, bits/dim | " + " | ".join(f"NFE {n}" for n in nfe) + " |"
-    lines = [head, "|---" * (4 + len(nfe)) + "|"]
-    cells = {(r["model"], r["T"], r["start"], r["solver"], r["nfe"]): r for r in rows}
-    for model, T, start, solver in dict.fromkeys(key[:4] for key in cells):
-        row = [cells.get((model, T, start, solver, n), {}) for n in nfe]
-        bound = next((f"{r['bits']:.3f}" for r in row if r.get("bits") is not None), "")
-        label = f"{start}, trained on [0, T]" if model == "short" else start
-        distances = " | ".join(f"{r['distance']:.2f}" if r else "" for r in row)
-        lines.append(f"| {T} | {label} | {solver} | {bound} | {distances} |")
-    return "\n".join(lines) + "\n"
+def picture(rows: list[Row], file: Path) -> None:
+    """A panel for each solver, a line for each T and start."""
+    panels = []
+    levels, times = sorted({r["nfe"] for r in rows}), sorted({r["T"] for r in rows}, reverse=True)
+    for solver in dict.fromkeys(r["solver"] for r in rows):
+        lines: dict[str, Line] = {}
+        for i, T in enumerate(times):
+            chosen = [r for r in rows if (r["solver"], r["model"], r["T"]) == (solver, "full", T)]
+            for start in dict.fromkeys(r["start"] for r in chosen):
+                x, y = zip(*sorted((r["nfe"], r["distance"]) for r in chosen if r["start"] == start), strict=True)
+                style = {"linestyle": STYLES[start], "color": f"C{i}", "lw": 2.5 if T == 1 else 1.2}
+                lines[f"{T}, {start}"] = (x, y, style | {"marker": "o", "ms": 3})
+        settings = {"title": solver, "xlabel": "evaluations of the network", "yscale": "log"}
+        ticks = {"xticks": levels, "xticklabels": [str(n) for n in levels]}
+        panels.append((settings | {"ylabel": "Frechet distance of a classifier's features"} | ticks, lines))
+    plot(panels, len(panels), file)
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    solvers = list(dict.fromkeys(r["solver"] for r in rows))
-    figure, axes = plt.subplots(1, len(solvers), figsize=(5.5 * len(solvers), 4.5), sharey=True, layout="constrained")
-    for axis, solver in zip(axes, solvers, strict=True):
-        chosen = [r for r in rows if r["solver"] == solver and r["model"] == "full"]
-        for i, T in enumerate(sorted({r["T"] for r in rows}, reverse=True)):
-            for start in dict.fromkeys(r["start"] for r in chosen if r["T"] == T):
-                line = sorted((r["nfe"], r["distance"]) for r in chosen if (r["T"], r["start"]) == (T, start))
-                style = {NORMAL: ":", "Gaussian": "--", "mixture": "-.", "flow": "-"}[start]
-                width = 2.5 if T == 1 else 1.2
-                axis.plot(
-                    *zip(*line, strict=True), style, color=f"C{i}", lw=width, marker="o", ms=3, label=f"{T}, {start}"
-                )
-        axis.set(title=solver, xlabel="evaluations of the network", xscale="log", yscale="log")
-        axis.set_xticks(levels := sorted({r["nfe"] for r in chosen}), [str(n) for n in levels])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("Frechet distance of a classifier's features")
-    figure.legend(*axes[0].get_legend_handles_labels(), title="T, start", fontsize=7, loc="outside right upper")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+def bounds(study: Study, pipeline: Any, bridges: dict[str, dict[float, Any]], times: list[float], n: int) -> Any:
+    """The report of the likelihood bound of n held-out images, which is saved, drawn and printed."""
+    subject, starts = subject_of(pipeline), {name: list(by_time.values()) for name, by_time in bridges.items()}
+    held_out = list(batches(subject, rows_of(study.real.reference, 0, n)))
+    report: DiffusionTimeReport = diffusion_time_report(
+        subject.network, pipeline.scheduler, held_out, starts, times, levels=256
+    )
+    report.save(study.folder / "diffusion_time.json")
+    report.plot(study.folder / "diffusion_time.png")
+    print(report.table())
+    return report
 
 
 def main() -> None:
@@ -99,58 +93,35 @@ def main() -> None:
     parser.add_argument("--num_samples", type=int, default=500)
     parser.add_argument("--report_samples", type=int, default=200)
     args, for_training = parser.parse_known_args()
-    for_training = ["--preset", args.preset, *for_training]
-    out, device = args.output_dir, "cuda" if torch.cuda.is_available() else "cpu"
-    train("train_consistency.py", out / "full", [*for_training, "--consistency_weight", "0"])
+    for_training, out = ["--preset", args.preset, *for_training], args.output_dir
+    full = load(train("train_consistency.py", out / "full", [*for_training, "--consistency_weight", "0"]))
     short_options = ["--max_diffusion_time", str(args.trained_time), "--bridge", "gaussian"]
-    train("train_short_time.py", out / "short", [*for_training, *short_options])
+    short = load(train("train_short_time.py", out / "short", [*for_training, *short_options]))
+    study = Study(out, full, for_training, args.num_samples)
+    print(f"real: {study.distance(study.real.floor):.2f}")
 
-    full = DiffusionPipeline.from_pretrained(out / "full").to(device)
-    unet, config = full.unet.eval(), full.scheduler.config
-    judge = Judge(
-        parse_arguments(TrainingArguments, for_training), unet.config.sample_size, unet.config.in_channels, device
-    )
-    n = args.num_samples
-    print(f"real: {judge.distance(judge.seen[:n]):.2f}")
-
-    bridges: dict[str, dict[float, Any]] = {name: {} for name in BRIDGES}
-    for T in (T for T in args.times if T < 1):
-        for name, kind in BRIDGES.items():
-            folder = out / f"bridge-{name}-{T}"
-            if not (folder / "config.json").exists():
-                fitted = kind.fit(judge.seen.split(500), full.scheduler, T, progress=False)
-                fitted.save_pretrained(folder)
-            bridges[name][T] = kind.from_pretrained(folder).to(device)
-    held_out = [(x, {}) for x in judge.held_out[: args.report_samples].split(50)]
-    starts = {name: list(by_time.values()) for name, by_time in bridges.items()}
-    report = diffusion_time_report(unet, full.scheduler, held_out, starts, args.times, levels=256)
-    report.save(out / "diffusion_time.json")
-    report.plot(out / "diffusion_time.png")
-    print(report.table())
-
-    file = out / "results.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    models = [("full", unet, T) for T in args.times]
-    trained = DiffusionPipeline.from_pretrained(out / "short").unet.to(device).eval()
-    models.append(("short", trained, args.trained_time))
-    for model, network, T in models:
-        for start in (NORMAL, *(BRIDGES if T < 1 else ())):
+    images = study.real.training.images
+    bridges = {
+        name: {T: bridge(kind, out / f"bridge-{name}-{T}", images, full.scheduler, T) for T in args.times if T < 1}
+        for name, kind in BRIDGES.items()
+    }
+    report = bounds(study, full, bridges, args.times, args.report_samples)
+    for model, T in [*(("full", T) for T in args.times), ("short", args.trained_time)]:
+        network = subject_of(full if model == "full" else short).network
+        for start, solver in product((NORMAL, *(BRIDGES if T < 1 else ())), args.solvers):
             bits = report.terms(T, start).bits_per_dim.mean if model == "full" else None
-            for solver in args.solvers:
-                kind, settings = SOLVERS[solver]
-                scheduler = kind.from_config(config, max_diffusion_time=T, **settings)
-                pipeline = ShortTimePipeline(network, scheduler, None if start == NORMAL else bridges[start][T])
-                pipeline.set_progress_bar_config(disable=True)
-                for steps in args.nfe:
-                    key = {"model": model, "T": T, "start": start, "solver": solver, "nfe": steps}
-                    if not any(key.items() <= row.items() for row in rows):
-                        rows.append(key | {"bits": bits} | measure(pipeline, judge, n, steps))
-                        with file.open("a") as written:
-                            written.write(json.dumps(rows[-1]) + "\n")
-                        print(json.dumps(rows[-1]), flush=True)
-    (out / "table.md").write_text(table(rows, args.nfe))
-    plot(rows, out / "quality.png")
-    print(table(rows, args.nfe))
+            name, settings = SOLVERS[solver]
+            settings = {"max_diffusion_time": T, "timestep_spacing": "trailing", **settings}
+            scheduler = swap_scheduler(full, name, **settings)
+            pipeline = ShortTimePipeline(network, scheduler, None if start == NORMAL else bridges[start][T])
+            pipeline.set_progress_bar_config(disable=True)
+            for steps in args.nfe:
+                drawing = study.draw(pipeline, scheduler, steps)
+                key = {"model": model, "T": T, "start": start, "solver": solver, "nfe": steps}
+                measured = {"seconds": drawing.counted(study.drawn).seconds, "distance": study.distance(drawing)}
+                study.add(key, bits=bits, **measured)
+    study.report(table(study.rows, args.nfe))
+    picture(study.rows, out / "quality.png")
 
 
 if __name__ == "__main__":

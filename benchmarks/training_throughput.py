@@ -3,20 +3,21 @@
     python benchmarks/training_throughput.py [--preset mnist] [--steps 40] [--rounds 5]
 
 Both train the same network with the same batch size, AdamW, gradient clipping and moving average, in one process and in
-turn. The hand-written loop has its images in memory; ours reads, converts and stacks them.
+turn; printed are the medians and quartiles of the ratios. The hand-written loop has its images in memory; ours reads,
+converts and stacks them.
 
 On a GPU: bfloat16, channels_last and torch.compile; the bare forward and backward pass is timed, too, and the steps run
 under `torch.cuda.set_sync_debug_mode("error")`, so that any wait of the host for the device ends the benchmark.
 """
 
 import argparse
-import statistics
+import itertools
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 
 import torch
 from diffusers.training_utils import EMAModel
+from timing import DEVICE, in_turn, machine, ratio
 
 from diffusers_ext import score_matching_loss
 from diffusers_ext.commands import parse_arguments
@@ -28,7 +29,7 @@ def ours(args: argparse.Namespace, folder: str) -> tuple[TrainingLoop, Iterator[
     """The loop, and one optimiser step for each item of the iterator."""
     options = ["--preset", args.preset, "--dataset_name", "digits", "--report_to", "none", "--logging_steps", "1000000"]
     options += ["--checkpointing_steps", "0", "--max_train_steps", "1000000", "--output_dir", folder]
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         options += ["--mixed_precision", "bf16", "--channels_last", "--torch_compile", "--dataloader_num_workers", "8"]
     loop = TrainingLoop(parse_arguments(TrainingArguments, options), "throughput", ("A paper", "2302.09057"))
 
@@ -45,9 +46,9 @@ def ours(args: argparse.Namespace, folder: str) -> tuple[TrainingLoop, Iterator[
 
 def by_hand(loop: TrainingLoop) -> Callable[[], None]:
     """One step of the loop that one would write in ten lines, with a network and optimiser of its own."""
-    network = type(loop.pipeline.unet).from_config(loop.pipeline.unet.config).to(loop.accelerator.device)
+    network = type(loop.subject.network).from_config(loop.subject.network.config).to(loop.accelerator.device)
     model: Callable = network
-    cuda = loop.accelerator.device.type == "cuda"
+    cuda = DEVICE == "cuda"
     if cuda:
         network.to(memory_format=torch.channels_last)
         model = torch.compile(network)
@@ -87,38 +88,48 @@ def bare(loop: TrainingLoop) -> Callable[[], None]:
     return step
 
 
+def repeated(step: Callable[[], None], times: int) -> Callable[[], None]:
+    """So many steps."""
+
+    def run() -> None:
+        for _ in range(times):
+            step()
+
+    return run
+
+
+def without_waiting(run: Callable[[], None]) -> Callable[[], None]:
+    """The same, in which from the second call on any wait of the host for the GPU is an error."""
+    modes = itertools.chain(["default"], itertools.repeat("error"))
+
+    def checked() -> None:
+        torch.cuda.set_sync_debug_mode(next(modes))
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return checked
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="mnist")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    cuda = torch.cuda.is_available()
 
     with tempfile.TemporaryDirectory() as folder:
         loop, steps = ours(args, folder)
-        variants: dict[str, Callable[[], None]] = {"ours": lambda: next(steps), "by hand": by_hand(loop)}
-        variants |= {"bare forward and backward": bare(loop)} if cuda else {}
-        times: dict[str, list[float]] = {name: [] for name in variants}
-        for round_ in range(args.rounds + 1):
-            for name, step in variants.items():
-                if cuda and round_:
-                    torch.cuda.synchronize()
-                    torch.cuda.set_sync_debug_mode("error" if name == "ours" else "default")
-                start = time.perf_counter()
-                for _ in range(args.steps):
-                    step()
-                if cuda:
-                    torch.cuda.set_sync_debug_mode("default")
-                    torch.cuda.synchronize()
-                if round_:  # the first round warms up, and compiles
-                    times[name].append(time.perf_counter() - start)
+        variants = {"ours": repeated(lambda: next(steps), args.steps), "by hand": repeated(by_hand(loop), args.steps)}
+        if DEVICE == "cuda":
+            variants["ours"] = without_waiting(variants["ours"])
+            variants["bare forward and backward"] = repeated(bare(loop), args.steps)
+        times = in_turn(variants, args.rounds)
 
-    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"\npreset {args.preset}, batch {loop.args.train_batch_size}, {name}, median of {args.rounds}")
+    print(f"\npreset {args.preset}, batch {loop.args.train_batch_size}, {machine()}, {args.rounds} rounds")
     for other in list(variants)[1:]:
-        ratio = statistics.median(b / a for a, b in zip(times["ours"], times[other], strict=True))
-        print(f"images per second of ours / {other}: {ratio:.3f}")
+        print(f"images per second of ours / {other}: {ratio(times[other], times['ours'], '.3f')}")
 
 
 if __name__ == "__main__":
