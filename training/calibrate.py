@@ -23,8 +23,9 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 
-from diffusers_ext import estimate_calibration
+from diffusers_ext import Calibration, estimate_calibration
 from diffusers_ext.commands import parse_arguments
 from diffusers_ext.data.batches import Position, micro_batches
 from diffusers_ext.data.images import Transform
@@ -104,6 +105,19 @@ def _prompt(cell: Any) -> str:
     return cell or ""
 
 
+def save(args: CalibrationArguments, pipeline: DiffusionPipeline, calibration: Calibration, name: str) -> None:
+    """Write the tables, also beside the scheduler, the numbers, the picture and the card into the output folder."""
+    out = Path(args.output_dir)
+    if args.save_pipeline:
+        pipeline.save_pretrained(out)
+    calibration.save_pretrained(out)
+    pipeline.scheduler.save_pretrained(out / "scheduler")
+    save_tables(calibration, out / "scheduler")
+    write_file(out / "metrics.json", json.dumps(summary(calibration), indent=2) + "\n")
+    plot(calibration, out / "offsets.png")
+    write_calibration_card(out, calibration, name, asdict(args), f"accelerate launch {shlex.join(sys.argv)}")
+
+
 @command
 def main() -> None:
     args = parse_arguments(CalibrationArguments)
@@ -124,7 +138,6 @@ def main() -> None:
         (out / "state").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output_dir {out} cannot be made: {error}") from error
-    data = f"{shown(args.dataset_name or args.train_data_dir or '')}, split {args.train_split}"
     try:
         calibration = estimate_calibration(
             subject.network.eval(),
@@ -142,20 +155,12 @@ def main() -> None:
             seed=args.seed,
             accelerator=accelerator,
             state_path=out / "state" / "sums.safetensors",
-            measured_on={"model": shown(args.pretrained_model_name_or_path), "data": data},
+            measured_on={"model": shown(args.pretrained_model_name_or_path), "data": args.described},
         )
     except ValueError as error:
         raise InputError(str(error)) from error
     if accelerator.is_main_process:
-        if args.save_pipeline:
-            pipeline.save_pretrained(out)
-        calibration.save_pretrained(out)
-        pipeline.scheduler.save_pretrained(out / "scheduler")
-        save_tables(calibration, out / "scheduler")
-        write_file(out / "metrics.json", json.dumps(summary(calibration), indent=2) + "\n")
-        plot(calibration, out / "offsets.png")
-        name = out.name if pusher is None else pusher.repo_id
-        write_calibration_card(out, calibration, name, asdict(args), f"accelerate launch {shlex.join(sys.argv)}")
+        save(args, pipeline, calibration, out.name if pusher is None else pusher.repo_id)
         print(verdict(calibration))
         print(f"the calibration is in {out}")
     failure = None

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import shown
 from ..randomness import Seeds, Stream
 from ..subjects import Subject
 from .batches import Position, micro_batches
@@ -51,7 +50,7 @@ class EncodedImages:
         self.count = n // args.train_batch_size
         if self.count == 0:
             raise InputError(f"{n} images are fewer than a batch of {args.train_batch_size}")
-        self.described = f"{shown(args.dataset_name or args.train_data_dir or '')}, split {args.train_split}"
+        self.described = args.described
         self.num_classes = subject.num_classes
 
     def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..errors import InputError
 from ..fields import arg, at_least
+from ..files import shown
 from ..presets import PRESETS
 
 
@@ -51,6 +52,11 @@ class DataArguments:
             at_least(self, name, 1, optional=True)
         for name in ("dataloader_num_workers", "seed"):
             at_least(self, name, 0)
+
+    @property
+    def described(self) -> str:
+        """The data set and the split, for people."""
+        return f"{shown(self.dataset_name or self.train_data_dir or '')}, split {self.train_split}"
 
 
 @dataclass
