@@ -10,7 +10,7 @@ from .interop import noise_schedule
 from .pipelines.pipeline_short_time import ShortTimePipeline
 from .schedulers.scheduling_calibrated import CALIBRATED_SCHEDULERS, CalibratedScheduler, calibrated_class
 from .schedulers.scheduling_short_time import short_time_class
-from .subjects import Pixels, subject_of
+from .subjects import subject_of
 from .subjects.base import NotKept
 
 
@@ -75,7 +75,7 @@ def short_time_pipeline(
         ValueError: the pipeline has no such network or scheduler, T is out of range, or the bridge belongs to another.
     """
     subject = subject_of(pipeline)
-    if not isinstance(subject, Pixels) or subject.autoencoder is not None:
+    if not subject.of_pixels:
         raise ValueError(
             f"{type(pipeline).__name__} has no UNet2DModel of images: give it a short-time scheduler, and call it with "
             f"latents=bridge.sample(n, generator)"

@@ -19,7 +19,7 @@ from torch import nn
 from diffusers_ext import ClassConditionalPipeline
 from diffusers_ext.data.batches import Images
 from diffusers_ext.errors import InputError
-from diffusers_ext.subjects import ClassTransformer, Pixels, Subject, TextToImage, subject_of
+from diffusers_ext.subjects import LatentTransformer, LatentUNet, Pixels, Subject, TextToImage, subject_of
 from diffusers_ext.subjects.base import NotKept
 
 
@@ -162,7 +162,7 @@ def test_a_pipeline_without_a_network_is_refused_and_one_of_an_unknown_kind_is_n
         subject_of(Other(scheduler=DDIMScheduler()))
     unknown = subject_of(Other(transformer=nn.Linear(2, 2), scheduler=DDIMScheduler()))
     assert type(unknown) is Subject
-    assert isinstance(subject_of(tiny_dit()), ClassTransformer)
+    assert isinstance(subject_of(tiny_dit()), LatentTransformer)
     with pytest.raises(InputError, match="Other cannot be trained here"):
         unknown.require_trainable()
 
@@ -248,7 +248,8 @@ def test_latents_are_scaled_to_what_the_decoder_undoes():
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, scaling_factor=0.25, **blocks)
 
-    subject = Pixels(SimpleNamespace(vae=vae), "unet")
+    subject = subject_of(SimpleNamespace(unet=tiny_unet(), vae=vae))
+    assert type(subject) is LatentUNet
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     latents = subject.encode(images, torch.Generator().manual_seed(0))
     mode = vae.encode(images).latent_dist

@@ -44,7 +44,7 @@ from ..files import shown
 from ..interop import stored_scheduler
 from ..randomness import RULE
 from ..reports.measured import Cell, Evaluation, Likelihood
-from ..subjects import ImageFormat, Pixels, Subject, subject_of
+from ..subjects import ImageFormat, Subject, subject_of
 from .measures import Judge, LikelihoodSettings
 from .measures import likelihood as measure_likelihood
 from .real_images import MIN_IMAGES, MeasureArguments, RealImages
@@ -318,7 +318,7 @@ def _with_likelihood(
     found, labels = [], real.unseen.labels
     for drawing in first.values():
         subject = subject_of(drawing.pipeline)
-        if not isinstance(subject, Pixels) or subject.autoencoder is not None:
+        if not subject.of_pixels:
             continue
         classes, null = subject.num_classes, subject.null_class
         if classes is None or -(null is not None) <= int(labels.min()) <= int(labels.max()) < classes:

@@ -6,15 +6,16 @@ from diffusers import DiffusionPipeline, DiTTransformer2DModel, UNet2DModel
 
 from ..errors import InputError
 from .base import Condition, ImageFormat, Rows, Subject
-from .labelled import ClassTransformer, Labelled, Pixels
+from .labelled import Labelled, LatentTransformer, LatentUNet, Pixels
 from .loading import load_pipeline
 from .text import FAMILIES, StableDiffusion, StableDiffusion3, StableDiffusionXL, TextToImage
 
 __all__ = [
-    "ClassTransformer",
     "Condition",
     "ImageFormat",
     "Labelled",
+    "LatentTransformer",
+    "LatentUNet",
     "Pixels",
     "Rows",
     "StableDiffusion",
@@ -42,7 +43,8 @@ def subject_of(pipeline: DiffusionPipeline) -> Subject:
             pipeline, name
         )
     if isinstance(network, UNet2DModel):
-        return Pixels(pipeline, name)
+        pixels = Subject(pipeline, name).autoencoder is None
+        return Pixels(pipeline, name) if pixels else LatentUNet(pipeline, name)
     if isinstance(network, DiTTransformer2DModel):
-        return ClassTransformer(pipeline, name)
+        return LatentTransformer(pipeline, name)
     return Subject(pipeline, name)

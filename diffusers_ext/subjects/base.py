@@ -77,6 +77,8 @@ class Subject:
     """The number of classes, the null class not counted; `None` where the network takes no labels."""
     null_class: int | None = None
     """The label that means "no class", where there is one."""
+    of_pixels = False
+    """Whether the network is a `UNet2DModel` that sees the images themselves."""
     takes_captions = False
     """Whether images come from prompts."""
 

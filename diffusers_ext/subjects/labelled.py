@@ -70,8 +70,8 @@ class Labelled(Subject):
         return {"class_labels": labels, "guidance_scale": guidance_scale}
 
 
-class Pixels(Labelled):
-    """A pipeline with a `UNet2DModel` of images, or of latents."""
+class LabelledUNet(Labelled):
+    """A `UNet2DModel`."""
 
     @property
     def null_class(self) -> int | None:  # type: ignore[override]
@@ -92,21 +92,29 @@ class Pixels(Labelled):
     def train_at(self, resolution: int) -> None:
         self.network.register_to_config(sample_size=resolution // self.factor)
 
+    def _settings(self) -> dict[str, Any]:
+        return {"null_class": self.null_class} if isinstance(self.pipeline, ClassConditionalPipeline) else {}
+
+
+class Pixels(LabelledUNet):
+    """A `UNet2DModel` of images."""
+
+    of_pixels = True
+
     def sampler(self) -> DiffusionPipeline:
         if type(self.pipeline) in (DDPMPipeline, DDIMPipeline):
             return ClassConditionalPipeline(self.network, self.pipeline.scheduler)
         return self.pipeline
 
     def _keeping(self, scheduler: Any) -> DiffusionPipeline:
-        if self.autoencoder is not None:
-            return super()._keeping(scheduler)
         return ClassConditionalPipeline(self.network, scheduler, self.null_class)
 
-    def _settings(self) -> dict[str, Any]:
-        return {"null_class": self.null_class} if isinstance(self.pipeline, ClassConditionalPipeline) else {}
+
+class LatentUNet(LabelledUNet):
+    """A `UNet2DModel` of an autoencoder's latents (LDM)."""
 
 
-class ClassTransformer(Labelled):
+class LatentTransformer(Labelled):
     """A pipeline with a `DiTTransformer2DModel` of latents."""
 
     @property

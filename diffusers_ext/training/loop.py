@@ -270,10 +270,7 @@ class TrainingLoop:
         )
 
     def _catch_up(self) -> bool:
-        """Make the validation that a killed run has not made: the checkpoint of a step is written before it.
-
-        Returns whether training ends; all processes call it together.
-        """
+        """Make the validation that a killed run has not made; return whether training ends. For all processes."""
         best = self.outcome.best
         if best is None or self.step in (0, self.total_steps) or not self.outcome.is_due():
             return False
