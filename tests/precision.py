@@ -21,14 +21,16 @@ def assert_same_images(ours, theirs) -> None:
 
 
 def assert_resumed(start: dict, ours: dict, theirs: dict) -> None:
-    """Of the weights of a run and of one that went on from `start`: the same bits where that is promised.
-
-    Elsewhere the difference is small against the way from `start`: AdamW divides by the size of a gradient, and so
-    magnifies the rounding of small ones.
-    """
-    assert ours.keys() == theirs.keys() == start.keys()
+    """Of the weights of a run and of one that went on from `start`: the same bits where that is promised."""
+    assert_same_training(start, ours, theirs)
     if REPRODUCIBLE:
         assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def assert_same_training(start: dict, ours: dict, theirs: dict) -> None:
+    """Of weights trained from `start` in two ways, that the difference is small against how far they have come: AdamW
+    divides by the size of a gradient, and so magnifies the rounding of small ones."""
+    assert ours.keys() == theirs.keys() == start.keys()
     moved, apart = (sum((x[k] - ours[k]).square().sum() for k in ours) for x in (start, theirs))
     assert moved > 0
     assert apart < 0.02**2 * moved

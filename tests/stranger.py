@@ -1,12 +1,14 @@
-"""Processes of their own, without the time that importing torch and diffusers takes: `run` and `ranks`.
+"""Processes of their own, without the time that importing torch and diffusers takes: `run`, `start` and `ranks`.
 
 A server that has imported them, and not this package, forks for each piece of code. A child is what a new interpreter
-with this code, environment, folder and arguments would be, but for two things: PYTHONHASHSEED and the like cannot be
-set, and MKL is reproducible (see `precision.py`). The Hub's address is read again from the environment. There is one
-server for each process of pytest, started when it is first needed. Where processes cannot be forked safely, outside
-Linux, each child is a new interpreter.
+with this code, environment, folder and arguments would be, but for two things: PYTHONHASHSEED is 1, whatever the
+environment says, and MKL is reproducible (see `precision.py`). The Hub's address is read again from the environment.
+There is one server for each process of pytest, started when it is first needed. Where processes cannot be forked
+safely, outside Linux, each child is a new interpreter.
 """
 
+import atexit
+import gc
 import importlib
 import os
 import random
@@ -14,16 +16,18 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 import types
 from pathlib import Path
 
-REPRODUCIBLE = {"MKL_CBWR": "COMPATIBLE"}
+FIXED = {"MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "1"}
 _SERVER = []
 
 
 def run(code, *argv, env=None, cwd=None) -> subprocess.CompletedProcess:
     """Run `code`, or the script that a `Path` names, and wait for it; texts of stdout and stderr are in the result."""
-    return _wait(_start(code, argv, env, cwd))
+    return wait(start(code, *argv, env=env, cwd=cwd))
 
 
 def ranks(number, script, *argv, env=None, cwd=None) -> subprocess.CompletedProcess:
@@ -35,9 +39,10 @@ def ranks(number, script, *argv, env=None, cwd=None) -> subprocess.CompletedProc
     env = dict(os.environ if env is None else env) | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     env |= {name: str(value) for name, value in world.items()}
     started = [
-        _start(Path(script), argv, env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd) for rank in range(number)
+        start(Path(script), *argv, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=cwd)
+        for rank in range(number)
     ]
-    done = [_wait(one) for one in started]
+    done = [wait(one) for one in started]
     code = next((one.returncode for one in done if one.returncode), 0)
     return subprocess.CompletedProcess(
         argv, code, "".join(one.stdout for one in done), "".join(one.stderr for one in done)
@@ -52,8 +57,9 @@ def stop() -> None:
         server.wait()
 
 
-def _start(code, argv, env, cwd):
-    env = dict(os.environ if env is None else env) | REPRODUCIBLE | {"OMP_NUM_THREADS": "1"}
+def start(code, *argv, env=None, cwd=None):
+    """Begin what `run` does; `wait` gives its result."""
+    env = dict(os.environ if env is None else env) | FIXED
     argv = list(map(str, argv))
     if sys.platform != "linux":
         command = [sys.executable, str(code)] if isinstance(code, Path) else [sys.executable, "-c", code]
@@ -61,9 +67,8 @@ def _start(code, argv, env, cwd):
         return subprocess.Popen([*command, *argv], env=env, cwd=cwd, text=True, **pipes)
     if not _SERVER:
         ours, theirs = socket.socketpair()
-        environment = os.environ | REPRODUCIBLE | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, str(theirs.fileno())]
-        server = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        server = subprocess.Popen(command, env=os.environ | FIXED, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
         _SERVER[:] = ours, server
     request, out, error = (tempfile.TemporaryFile("w+", errors="replace") for _ in range(3))  # noqa: SIM115
@@ -76,7 +81,7 @@ def _start(code, argv, env, cwd):
     return receive, out, error, argv
 
 
-def _wait(started):
+def wait(started):
     if isinstance(started, subprocess.Popen):
         out, error = started.communicate()
         return subprocess.CompletedProcess(started.args, started.returncode, out, error)
@@ -104,6 +109,7 @@ def _serve(connection):
     torch.set_num_threads(1)
     for name in ("DiffusionPipeline", "DDIMPipeline", "DDPMPipeline", "DiTPipeline", "StableDiffusionPipeline"):
         getattr(diffusers, name)
+    gc.freeze()  # what a child's collector visits would be copied
     running = set()
     while True:
         message, files, *_ = socket.recv_fds(connection, 1, 4)
@@ -162,6 +168,25 @@ def _read_the_environment_again():
     huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
 
 
+def _run(code, scope):
+    """As the interpreter does, but that at the end modules are not taken down: they, too, would be copied first."""
+    status = 0
+    try:
+        exec(code, scope)
+    except SystemExit as stopped:
+        status = 0 if stopped.code is None else stopped.code
+        if not isinstance(status, int):
+            print(status, file=sys.stderr)
+            status = 1
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    code, scope = _become(*_serve(socket.socket(fileno=int(sys.argv[1]))))
-    exec(code, scope)
+    _run(*_become(*_serve(socket.socket(fileno=int(sys.argv[1])))))

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-import subprocess
+import shlex
 import sys
 from html.parser import HTMLParser
 
@@ -671,9 +671,9 @@ def test_a_failed_push_tells_how_to_push_later(hub, tmp_path):
     assert "'a' were not pushed to tester/model" in last
     assert "safe in ." in last
     assert "README.md" not in hub.files("tester/model")
-    command = last.splitlines()[-1].strip().replace("python", sys.executable, 1)
-    environment = hub.environment(tmp_path / "hf-home")
-    subprocess.run(command, shell=True, check=True, cwd=tmp_path, env=environment)
+    python, option, *command = shlex.split(last.splitlines()[-1].strip())
+    assert (python, option) == ("python", "-c")
+    assert stranger.run(*command, cwd=tmp_path, env=hub.environment(tmp_path / "hf-home")).returncode == 0
     assert hub.files("tester/model")["README.md"].decode() == merged_card("", evaluation(), "a")
 
 

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from hub_server import HubServer
 from PIL import Image
-from precision import assert_resumed, assert_same_numbers
+from precision import assert_resumed, assert_same_numbers, assert_same_training
 from safetensors.torch import load_file
 from test_models import tiny_unet
 from test_train_consistency import SCRIPT, assert_same_weights, log_of, script, small, weights_of  # noqa: F401
@@ -222,16 +222,23 @@ def test_a_signal_to_the_whole_process_group_leaves_a_checkpoint(small, tmp_path
     """As launchers send it: the data workers get it, too."""
     out = tmp_path / "out"
     options = ["--dataloader_num_workers", 2, "--max_train_steps", 100_000, "--output_dir", out]
-    command = list(map(str, [sys.executable, SCRIPT, *small, *options]))
-    run = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while run.poll() is None and not (out / "logs" / "log.jsonl").exists():
+    code = (
+        "import os, pathlib, runpy, sys\n"
+        "os.setsid()\n"
+        "group, *sys.argv = sys.argv[1:]\n"
+        "pathlib.Path(group).write_text(str(os.getpid()))\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    run = stranger.start(code, tmp_path / "group", SCRIPT, *small, *options)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not (out / "logs" / "log.jsonl").exists():
         time.sleep(0.1)
     time.sleep(1)
-    os.killpg(run.pid, signal.SIGTERM)
-    output, _ = run.communicate(timeout=300)
-    assert run.returncode == 128 + signal.SIGTERM, output
+    os.killpg(int((tmp_path / "group").read_text()), signal.SIGTERM)
+    done = stranger.wait(run)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
     assert len(list_checkpoints(out)) == 1
-    assert "--resume_from_checkpoint latest" in output
+    assert "--resume_from_checkpoint latest" in done.stderr
 
 
 def poison(script, monkeypatch, step, value=float("nan")):  # noqa: F811
@@ -311,6 +318,7 @@ out = Path(sys.argv[1])
 loop = TrainingLoop(parse_arguments(TrainingArguments, sys.argv[2:]), "test", ("A paper", "2302.09057"))
 rank = loop.accelerator.process_index
 gradients, images, draws = [], [], []
+start = torch.cat([p.flatten().clone() for p in loop.ema.shadow_params])
 clip = loop.accelerator.clip_grad_norm_
 
 def spy(parameters, norm):
@@ -333,7 +341,7 @@ for batch in loop:
     loop.update(loss.mean(), sigma=sigma, denoising=loss)
 state = {"gradients": torch.stack(gradients), "images": torch.cat(images), "sigma": torch.cat(draws),
          "processes": torch.tensor(loop.accelerator.num_processes),
-         "ema": torch.cat([p.flatten() for p in loop.ema.shadow_params])}
+         "start": start, "ema": torch.cat([p.flatten() for p in loop.ema.shadow_params])}
 save_file(state, out / f"rank{rank}.safetensors")
 loop.finish()
 """
@@ -371,7 +379,7 @@ def test_two_processes_do_what_one_does(small, tmp_path):  # noqa: F811
     assert torch.equal(two[0]["gradients"], two[1]["gradients"])
     first, expected = two[0]["gradients"][0], one["gradients"][0]
     torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
-    assert (two[0]["ema"] - one["ema"]).abs().max() < 1e-6
+    assert_same_training(*({"ema": state} for state in (one["start"], two[0]["ema"], one["ema"])))
     assert torch.equal(two[0]["ema"], two[1]["ema"])
     losses = [[r["denoising"] for r in log_of(tmp_path / f"world{w}" / "model") if "denoising" in r] for w in (1, 2)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -181,7 +181,7 @@ def test_of_a_perfect_model_something_is_subtracted_as_often_as_stated(law, name
     if law is NARROW and name == "plain":
         floors = repeated(40, 64, law, None, shrink=False, num_levels=2, **PLAIN).offsets.square().mean(1).flatten(1)
         assert (floors[:, 0] > 0.99 * floors.sum(1)).all()  # it is dominated
-    rate, n = 0.05, 400
+    rate, n = 0.05, 200
     measured = false_subtractions(law, rate, n, **ESTIMATORS[name])
     assert (measured - rate).max() < 3.5 * sqrt(rate * (1 - rate) / n)
     assert measured.min() > rate / 3

@@ -24,6 +24,7 @@ from diffusers_ext.schedulers.scheduling_calibrated import CALIBRATED_SCHEDULERS
 
 SHAPE = (2, 3, 4)
 BOTH = ("conditional", "unconditional")
+FEW = {"num_train_timesteps": 100, "beta_end": 0.2}
 SETTINGS = {
     "DDIMScheduler": [{}, {"timestep_spacing": "trailing", "prediction_type": "v_prediction"}],
     "DDPMScheduler": [{}, {"prediction_type": "sample", "variance_type": "fixed_large"}],
@@ -44,8 +45,9 @@ SETTINGS = {
     ],
     "EulerAncestralDiscreteScheduler": [{}, {"timestep_spacing": "trailing", "prediction_type": "v_prediction"}],
     "HeunDiscreteScheduler": [{}, {"use_karras_sigmas": True, "prediction_type": "sample"}],
-    "KDPM2DiscreteScheduler": [{}, {"use_karras_sigmas": True}],
-    "KDPM2AncestralDiscreteScheduler": [{}],
+    # these two take long to make for many timesteps
+    "KDPM2DiscreteScheduler": [{**FEW}, {**FEW, "use_karras_sigmas": True}],
+    "KDPM2AncestralDiscreteScheduler": [{**FEW}],
     "LMSDiscreteScheduler": [{}, {"use_karras_sigmas": True, "prediction_type": "v_prediction"}],
     "EDMEulerScheduler": [{}, {"prediction_type": "v_prediction", "sigma_data": 0.8}],
     "EDMDPMSolverMultistepScheduler": [{}],
