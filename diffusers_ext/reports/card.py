@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..files import is_local, replacing, shown
+from ..files import is_local, replacing, shown, write_file
 
 _NOT_SHOWN = ("hub_token", "cache_dir")  # arguments that no model card shows
 
@@ -181,4 +181,4 @@ def complete_card(card: Path, name: str, repo_id: str) -> None:
     """Let the model card's example load the repository by its full name, which only the Hub knew."""
     if name != repo_id and card.is_file():
         text = card.read_text(encoding="utf-8")
-        card.write_text(text.replace(f'from_pretrained("{name}")', f'from_pretrained("{repo_id}")'), encoding="utf-8")
+        write_file(card, text.replace(f'from_pretrained("{name}")', f'from_pretrained("{repo_id}")'))

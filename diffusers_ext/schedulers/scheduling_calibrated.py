@@ -35,6 +35,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 
 from ..calibration import Calibration, subtract
+from ..files import write_file
 from ..interop import noise_schedule
 from .derived import by_name, derive
 from .scheduling_short_time import SHORT_TIME_SCHEDULERS, ShortTimeScheduler
@@ -186,7 +187,7 @@ def save_tables(calibration: Calibration, scheduler_folder: str | os.PathLike, g
     folder = Path(scheduler_folder) / TABLES
     calibration.save_pretrained(folder)
     file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"guidance_scale": guidance_scale}, indent=2) + "\n")
+    write_file(file, json.dumps(json.loads(file.read_text()) | {"guidance_scale": guidance_scale}, indent=2) + "\n")
 
 
 _STOCK = (
