@@ -64,7 +64,7 @@ def planar():
     for r in (1, 2):
         fitted["gaussian", r] = GaussianBridge.fit(data, SCHEDULER, 0.2, rank=r, progress=False)
         fitted["mixture", r] = MixtureBridge.fit(data, SCHEDULER, 0.2, rank=r, **SMALL_MIXTURE)
-        fitted["flow", r] = FlowBridge.fit(data, SCHEDULER, 0.2, rank=r, **SMALL_FLOW | {"max_steps": 600})
+        fitted["flow", r] = FlowBridge.fit(data, SCHEDULER, 0.2, rank=r, **SMALL_FLOW | {"max_steps": 300, "learning_rate": 5e-3})
     return fitted
 
 
@@ -382,7 +382,7 @@ def of_classes():
     x0, labels = three_classes()
     data, longer = (
         in_batches(x0, 1000, labels),
-        {"gaussian": {}, "mixture": {}, "flow": {"max_steps": 600, "batch_size": 256, "learning_rate": 5e-3}},
+        {"gaussian": {}, "mixture": {}, "flow": {"max_steps": 400, "batch_size": 256, "learning_rate": 5e-3}},
     )
     return {k: cls.fit(data, SCHEDULER, 0.2, num_classes=3, **o | longer[k]) for k, (cls, o) in FITS.items()}
 
