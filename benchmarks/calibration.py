@@ -12,23 +12,21 @@ with one bare subtraction of a tensor from each output; in random order, medians
 steps, whose page faults cost more than what is to be measured.)
 """
 
-import argparse
+from argparse import Namespace
 from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
+from bench import DEVICE, flags, in_turn, ratio
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from timing import DEVICE, in_turn, ratio
 from torch import Tensor
-from trained import batches, load, real_images
+from trained import batches, held_out_images, load
 
 from diffusers_ext import Calibration, estimate_calibration, noise_schedule
-from diffusers_ext.evaluation.real_images import rows_of
 from diffusers_ext.interop import stored_scheduler
 from diffusers_ext.reports.card import table
 from diffusers_ext.schedulers import calibrated_class
-from diffusers_ext.subjects import subject_of
 
 PLAIN = "plain average"
 ESTIMATORS = {
@@ -38,30 +36,27 @@ ESTIMATORS = {
 }
 
 
-def estimator_cost(args: argparse.Namespace, for_data: list[str]) -> None:
-    subject = subject_of(load(args.model).to(args.device))
-    images = rows_of(real_images(for_data, subject.pipeline).training, 0, args.num_samples)
+def estimator_cost(args: Namespace, for_data: list[str]) -> None:
+    subject = load(args.model, args.device)
+    images = held_out_images(for_data, subject, 0).training
     scheduler, errors = subject.pipeline.scheduler, {}
     for name, options in ESTIMATORS.items():
-        data = batches(subject, images, 64)
+        data = batches(subject, images, args.num_samples, 64)
         calibration = estimate_calibration(subject.network, scheduler, data, num_levels=args.num_levels, **options)
-        passes = 2 if options["antithetic"] else 1
-        errors[name] = calibration.noise_floor[:, 0].double() * calibration.num_samples[:, 0] * passes
+        passes = calibration.num_samples[:, 0] * (2 if options["antithetic"] else 1)
+        errors[name] = calibration.noise_floor[:, 0].double() * passes
     sigmas = torch.tensor(calibration.config.sigmas, dtype=torch.float64)
     times = noise_schedule(scheduler).time(sigmas)
-    ratios = [errors[PLAIN] / error for error in errors.values()]
-    rows = [
-        [f"{t:.0f}", f"{sigma:.3g}", *(f"{values[i]:.3g}" for values in ratios)]
-        for i, (t, sigma) in enumerate(zip(times.tolist(), sigmas.tolist(), strict=True))
-    ]
-    above = times > 300
+    ratios = torch.stack([errors[PLAIN] / error for error in errors.values()], 1)  # (levels, estimators)
+    rows = [(f"{t:.0f}", f"{sigma:.3g}", found) for t, sigma, found in zip(times, sigmas, ratios, strict=True)]
+    above = ratios[times > 300]
     # The timesteps of a sampler are spread evenly in t, and not in ln sigma: average the passes saved over those.
     even = torch.linspace(301, 999, 200, dtype=torch.float64)
-    rows.append(["above 300, median", "", *(f"{values[above].median():.3g}" for values in ratios)])
-    rows.append(["above 300, least", "", *(f"{values[above].min():.3g}" for values in ratios)])
-    rows.append(["above 300, even in t, mean", "", *(f"{_at(even, times, values):.3g}" for values in ratios)])
+    rows += [("above 300, median", "", above.median(0).values), ("above 300, least", "", above.amin(0))]
+    rows += [("above 300, even in t, mean", "", [_at(even, times, values) for values in ratios.T])]
     print(f"{args.num_samples} samples; passes of the plain average for one pass at equal error\n")
-    print(table(["timestep", "sigma", *ESTIMATORS], rows))
+    body = [[t, sigma, *(f"{value:.3g}" for value in found)] for t, sigma, found in rows]
+    print(table(["timestep", "sigma", *ESTIMATORS], body))
 
 
 def _at(t: Tensor, times: Tensor, values: Tensor) -> float:
@@ -71,26 +66,25 @@ def _at(t: Tensor, times: Tensor, values: Tensor) -> float:
     return (1 / torch.lerp(values[i - 1].log(), values[i].log(), share).exp()).mean().reciprocal().item()
 
 
-def loop(scheduler: Any, output: Tensor, offset: Tensor | None = None) -> None:
-    """50 steps with this output of the network, perhaps less an offset."""
-    scheduler.set_timesteps(50, device=output.device)
-    x = output
+def loop(scheduler: Any, x: Tensor, output: Tensor, offset: Tensor | None = None) -> None:
+    """50 steps from x with this output of the network, perhaps less an offset."""
+    scheduler.set_timesteps(50, device=x.device)
     for t in scheduler.timesteps:
         x = scheduler.step(output if offset is None else output - offset, t, x).prev_sample
 
 
-def scheduler_cost(args: argparse.Namespace) -> None:
+def scheduler_cost(args: Namespace) -> None:
     rows = []
     for stock, shape in product((DDIMScheduler(), DPMSolverMultistepScheduler()), ((16, 4, 64, 64), (64, 3, 32, 32))):
-        sigmas = torch.logspace(-2, 2, 24).tolist()
-        calibration = Calibration(shape=list(shape[1:]), sigmas=sigmas, scheduler=stored_scheduler(stock))
+        settings = {"sigmas": torch.logspace(-2, 2, 24).tolist(), "scheduler": stored_scheduler(stock)}
+        calibration = Calibration(shape=list(shape[1:]), **settings)
         calibration.offsets.normal_(0, 0.1)
         calibration.shrinkage.fill_(1)
         name = type(stock).__name__
         calibrated = calibrated_class(name).from_scheduler(stock, calibration.to(args.device))
         output, offset = torch.randn(shape, device=args.device), torch.randn(1, *shape[1:], device=args.device)
-        bare = partial(loop, stock, output, offset)
-        variants = {"calibrated": partial(loop, calibrated, output), "stock": bare, "again": bare}
+        bare = partial(loop, stock, output, output, offset)
+        variants = {"calibrated": partial(loop, calibrated, output, output), "stock": bare, "again": bare}
         times = in_turn(variants, args.repeats, warm_up=0)
         ratios = [ratio(times[one], times["stock"], ".3f") for one in ("calibrated", "again")]
         rows.append([name, "x".join(map(str, shape)), *ratios])
@@ -98,14 +92,9 @@ def scheduler_cost(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or Hub name of a pipeline of pixels")
-    parser.add_argument("--schedulers", action="store_true")
-    parser.add_argument("--num_samples", type=int, default=512)
-    parser.add_argument("--num_levels", type=int, default=24)
-    parser.add_argument("--repeats", type=int, default=201)
-    parser.add_argument("--device", default=DEVICE)
-    args, for_data = parser.parse_known_args()
+    args, for_data = flags(
+        __doc__, rest=True, model=None, schedulers=False, num_samples=512, num_levels=24, repeats=201, device=DEVICE
+    )
     if args.schedulers:
         scheduler_cost(args)
     if args.model is not None:

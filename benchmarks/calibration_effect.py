@@ -12,37 +12,33 @@ many forward passes per noise level spent on the estimate:
     ours      antithetic noise and shrinkage, with as many passes
     random    a random pattern with the norm of `ours` at every level
 
-Frechet distance of a small classifier's features to held-out images, the same noise for all variants, and the change
-of the likelihood bound on held-out images, int (2 o^ . o - |o^|^2) dln(sigma) in bits per dimension, o measured there.
-Writes results.jsonl and table.md.
+Frechet distance of a small classifier's features to held-out images, the same noise for all variants, with its change
+from the baseline; and "bound", the gain of the likelihood bound on held-out images, int (2 o^ . o - |o^|^2) dln(sigma)
+in bits per dimension, o measured there. Writes an evaluation (index.html, table.md ...) for each model and scheduler.
 """
 
-import argparse
 import copy
-from itertools import product
 from math import log
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from trained import Study, batches, load, pivot, train
+from bench import flags
+from trained import batches, held_out_images, load, train
 
-from diffusers_ext import Calibration, estimate_calibration
+from diffusers_ext import Calibration, ClassConditionalPipeline, estimate_calibration
 from diffusers_ext.data.batches import Images
-from diffusers_ext.evaluation import swap_scheduler
-from diffusers_ext.evaluation.real_images import rows_of
+from diffusers_ext.evaluation import evaluate, markdown_table, swap_scheduler, write_report
 from diffusers_ext.schedulers import calibrated_class
-from diffusers_ext.subjects import subject_of
+from diffusers_ext.subjects import Subject
 
 PLAIN = {"control_variate": False, "antithetic": False, "shrink": False}
 
 
-def measure(pipeline: DiffusionPipeline, images: Images, n: int, **options: Any) -> Calibration:
+def measure(subject: Subject, images: Images, n: int, **options: Any) -> Calibration:
     """The mean error on the first n images."""
-    subject = subject_of(pipeline)
-    data = batches(subject, rows_of(images, 0, n))
-    return estimate_calibration(subject.network, pipeline.scheduler, data, num_levels=16, **options)
+    data, scheduler = batches(subject, images, n), subject.pipeline.scheduler
+    return estimate_calibration(subject.network, scheduler, data, num_levels=16, **options)
 
 
 def random_pattern(calibration: Calibration) -> Calibration:
@@ -62,51 +58,31 @@ def bound_gain(calibration: Calibration, truth: Calibration) -> float:
     return torch.trapezoid(gain, sigmas.log()).item() / (used.shape[2] * log(2))
 
 
-def variants(pipeline: DiffusionPipeline, images: Images, passes: int) -> dict[str, Calibration | None]:
-    """What is subtracted, estimated in so many passes."""
-    if passes == 0:
-        return {"baseline": None}
-    ours = measure(pipeline, images, passes // 2)
-    return {"plain": measure(pipeline, images, passes, **PLAIN), "ours": ours, "random": random_pattern(ours)}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--preset", default="digits")
-    parser.add_argument("--training_steps", type=int, nargs="+", default=[200, 800])
-    parser.add_argument("--passes", type=int, nargs="+", default=[100, 1000, 4000])
-    parser.add_argument("--nfe", type=int, nargs="+", default=[5, 10, 20, 50])
-    parser.add_argument("--schedulers", nargs="+", default=["DDIMScheduler"])
-    parser.add_argument("--num_samples", type=int, default=500)
-    args, for_training = parser.parse_known_args()
+    args, for_training = flags(
+        __doc__, rest=True, output_dir=Path, preset="digits", training_steps=[200, 800], passes=[100, 1000, 4000],
+        nfe=[5, 10, 20, 50], schedulers=["DDIMScheduler"], num_samples=500,
+    )  # fmt: skip
     for_training = ["--preset", args.preset, *for_training]
-
-    pipelines = {}
+    options = {"nfe": args.nfe, "num_samples": args.num_samples, "batch_size": 100, "extractor": "classifier"}
     for steps in args.training_steps:
-        options = ["--consistency_weight", "0", "--max_train_steps", str(steps)]
-        folder = train("train_consistency.py", args.output_dir / f"steps-{steps}", [*for_training, *options])
-        pipelines[steps] = load(folder)
-    study = Study(args.output_dir, pipelines[args.training_steps[0]], for_training, args.num_samples)
-    for training_steps, pipeline in pipelines.items():
-        truth = measure(pipeline, study.real.reference, 1000, seed=1)
-        for passes in (0, *args.passes):
-            found = variants(pipeline, study.real.training, passes)
-            for scheduler, (variant, calibration) in product(args.schedulers, found.items()):
-                key = {"training_steps": training_steps, "scheduler": scheduler, "passes": passes, "variant": variant}
-                stock = swap_scheduler(pipeline, scheduler)
-                calibrated = calibrated_class(type(stock).__name__).from_scheduler(stock, calibration)
-                bound = 0.0 if calibration is None else bound_gain(calibration, truth)
-                distance = {str(n): study.distance(study.draw(pipeline, calibrated, n)) for n in args.nfe}
-                study.add(key, bound=bound, distance=distance)
-    cells = [
-        row | {"bits": f"{row['bound']:+.5f}", "nfe": int(n), "shown": f"{distance:.2f}"}
-        for row in study.rows
-        for n, distance in row["distance"].items()
-        if int(n) in args.nfe
-    ]
-    names = {"training steps": "training_steps", **{name: name for name in ("scheduler", "passes", "variant")}}
-    study.report(pivot(cells, names | {"bound, bits/dim": "bits"}, "nfe", "NFE", lambda cell: cell["shown"]))
+        arguments = [*for_training, "--consistency_weight", "0", "--max_train_steps", str(steps)]
+        subject = load(train("train_consistency.py", args.output_dir / f"steps-{steps}", arguments))
+        real = held_out_images(for_training, subject, args.num_samples)
+        truth = measure(subject, real.reference, 1000, seed=1)
+        found: dict[str, Calibration | None] = {"baseline": None}
+        for passes in args.passes:
+            plain, ours = measure(subject, real.training, passes, **PLAIN), measure(subject, real.training, passes // 2)
+            for name, tables in (("plain", plain), ("ours", ours), ("random", random_pattern(ours))):
+                found[f"{passes} passes, {name}, bound {bound_gain(tables, truth):+.5f}"] = tables
+        for scheduler in args.schedulers:
+            stock, network = swap_scheduler(subject.pipeline, scheduler), subject.network
+            subtract = calibrated_class(type(stock).__name__).from_scheduler
+            models = {name: ClassConditionalPipeline(network, subtract(stock, table)) for name, table in found.items()}
+            folder = args.output_dir / f"steps-{steps}-{scheduler}"
+            evaluation = evaluate(models, real, folder, likelihood=None, **options)
+            write_report(evaluation, folder)
+            print(f"{steps} steps, {scheduler}\n\n{markdown_table(evaluation)}\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ to sigma_1 averages the slopes (x - D_0) / sigma_0 and (x' - D_1) / sigma_1, so 
 (sigma_0 - sigma_1) / (2 sigma_1), which is thousands on the cosine schedule, and below 3 with linear betas.
 """
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -26,17 +27,13 @@ def sample(scheduler: Any, steps: int) -> torch.Tensor:
 
 
 def main() -> None:
-    for betas in ("squaredcos_cap_v2", "linear"):
+    kinds = HeunDiscreteScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler
+    for betas, kind, steps in product(("squaredcos_cap_v2", "linear"), kinds, (5, 10, 25, 50)):
         trained = dict(DDIMScheduler(beta_schedule=betas, timestep_spacing="trailing").config)
         trained.pop("_use_default_values")  # or another class replaces the betas by its own
-        for kind in (HeunDiscreteScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler):
-            for steps in (5, 10, 25, 50):
-                scheduler = kind.from_config(trained)
-                std = sample(scheduler, steps).std().item()
-                levels = scheduler.sigmas.unique().flip(0)[:2].tolist()
-                print(
-                    f"{betas}, {kind.__name__}, {steps} steps: std {std:.3f}, levels {levels[0]:.1f}, {levels[1]:.2f}"
-                )
+        scheduler = kind.from_config(trained)
+        std, (first, second) = sample(scheduler, steps).std(), scheduler.sigmas.unique().flip(0)[:2]
+        print(f"{betas}, {kind.__name__}, {steps} steps: std {std:.3f}, levels {first:.1f}, {second:.2f}")
 
 
 if __name__ == "__main__":

@@ -9,51 +9,39 @@ of the ratios to the plain formulas, and the peak of what one call allocates (re
 profiler on a CPU).
 """
 
-import argparse
 import statistics
 from functools import partial
 from math import log, pi
 
 import torch
-from timing import DEVICE, in_turn, machine, peak_memory, ratio
+from bench import DEVICE, flags, in_turn, machine, peak_memory, ratio
 from torch import Tensor
 
 from diffusers_ext.hypercube import heat_kernel_score, reflect
 from diffusers_ext.reports.card import table
 
 
-def plain_images(x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
-    k = 2 * torch.arange(-10, 11, device=x.device)
-    distance = x.unsqueeze(-1) - torch.cat([x0.unsqueeze(-1) + k, -x0.unsqueeze(-1) + k], -1)
-    sigma = sigma.unsqueeze(-1)
-    weight = torch.exp(-(distance**2) / (2 * sigma**2))
-    return (-distance / sigma**2 * weight).sum(-1) / (weight.sum(-1) + 1e-12)
-
-
-def plain_cosines(x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
-    w = pi * torch.arange(1, 21, device=x.device)
-    decay = torch.exp(-(w**2) * sigma.unsqueeze(-1) ** 2 / 2) * torch.cos(w * x0.unsqueeze(-1))
-    angle = w * x.unsqueeze(-1)
-    return -2 * (decay * w * torch.sin(angle)).sum(-1) / (1 + 2 * (decay * torch.cos(angle)).sum(-1) + 1e-12)
-
-
 def plain(x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
-    sigma, small = sigma.reshape(-1, *[1] * (x.ndim - 1)), sigma < 0.141
-    score = torch.empty_like(x)
-    score[small] = plain_images(x[small], x0[small], sigma[small])
-    score[~small] = plain_cosines(x[~small], x0[~small], sigma[~small])
+    def by_images(x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
+        k = 2 * torch.arange(-10, 11, device=x.device)
+        distance = x - torch.cat([x0 + k, -x0 + k], -1)
+        weight = torch.exp(-(distance**2) / (2 * sigma**2))
+        return (-distance / sigma**2 * weight).sum(-1) / (weight.sum(-1) + 1e-12)
+
+    def by_cosines(x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
+        w = pi * torch.arange(1, 21, device=x.device)
+        decay = torch.exp(-(w**2) * sigma**2 / 2) * torch.cos(w * x0)
+        return -2 * (decay * w * torch.sin(w * x)).sum(-1) / (1 + 2 * (decay * torch.cos(w * x)).sum(-1) + 1e-12)
+
+    small, sigma, score = sigma < 0.141, sigma.reshape(-1, *[1] * (x.ndim - 1)), torch.empty_like(x)
+    for chosen, formula in ((small, by_images), (~small, by_cosines)):
+        score[chosen] = formula(*(tensor[chosen].unsqueeze(-1) for tensor in (x, x0, sigma)))
     return score
 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--channels", type=int, default=3)
-    parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=9)
-    args = parser.parse_args()
-
+    args, _ = flags(__doc__, batch_size=128, channels=3, size=32, repeats=9)
     generator = torch.Generator().manual_seed(0)
     sigma = 0.01 * torch.exp(torch.rand(args.batch_size, generator=generator) * log(500))
     x0 = torch.rand(args.batch_size, args.channels, args.size, args.size, generator=generator)
@@ -68,8 +56,8 @@ def main() -> None:
     print(f"{tuple(x.shape)}, {machine()}, {args.repeats} rounds; memory in units of x ({x.nbytes / 2**20:.1f} MiB)")
     rows, base = [], "plain formulas"
     for name, values in times.items():
-        cells = [f"{1000 * statistics.median(values):.1f}", ratio(times[base], values, ".1f")]
-        rows.append([name, *cells, f"{memory[name] / x.nbytes:.1f}", f"{memory[name] / memory[base]:.3f}"])
+        ms, sizes = 1000 * statistics.median(values), (memory[name] / x.nbytes, memory[name] / memory[base])
+        rows.append([name, f"{ms:.1f}", ratio(times[base], values, ".1f"), f"{sizes[0]:.1f}", f"{sizes[1]:.3f}"])
     print(table(["variant", "ms", "speed-up (quartiles)", "peak memory", "share"], rows))
 
 

@@ -7,7 +7,6 @@ third wait for the next write of a checkpoint and fall into it. At the end weigh
 the losses of every step must be equal bit for bit; the script ends with status 1 if they are not.
 """
 
-import argparse
 import json
 import os
 import random
@@ -18,48 +17,42 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench import flags
 from trained import command
 
 from diffusers_ext.training.checkpoint import list_checkpoints, load_checkpoint, same_state
 
-OPTIONS = {
-    "preset": "digits",
-    "train_batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "dataloader_num_workers": 1,
-    "checkpointing_steps": 2,
-    "logging_steps": 1,
-    "max_validation_samples": 8,
-    "num_validation_images": 0,
-    "report_to": "none",
-}
+# With data workers and accumulation.
+OPTIONS = (
+    "--preset digits --train_batch_size 4 --gradient_accumulation_steps 2 --dataloader_num_workers 1 --logging_steps 1 "
+    "--checkpointing_steps 2 --max_validation_samples 8 --num_validation_images 0 --report_to none --max_train_steps"
+)
 
 
 def digits_run(out: Path, steps: int) -> list[str]:
-    """The command of a run of the digits preset, with data workers and accumulation."""
-    options = OPTIONS | {"max_train_steps": steps}
-    return command("train_consistency.py", out, [f"--{name}={value}" for name, value in options.items()])
+    return command("train_consistency.py", out, [*OPTIONS.split(), str(steps)])
 
 
 def losses(out: Path) -> list[tuple]:
     """(step, both losses) of every step in the log."""
-    records = [json.loads(line) for line in (out / "logs" / "log.jsonl").read_text().splitlines()]
+    log = out / "logs" / "log.jsonl"
+    complete = log.read_text().rpartition("\n")[0] if log.exists() else ""  # a line may be written right now
+    records = [json.loads(line) for line in complete.splitlines()]
     return [(r["step"], r["denoising"], r["consistency"]) for r in records if "denoising" in r]
 
 
 def state_of(out: Path) -> tuple[str, dict]:
+    """The newest checkpoint, and what it holds but for the arguments."""
     newest = list_checkpoints(out)[-1]
-    state = load_checkpoint(newest)
-    del state["arguments"]
-    return newest.name, state
+    return newest.name, {name: value for name, value in load_checkpoint(newest).items() if name != "arguments"}
 
 
 def kill_at_random(out: Path, steps: int, draw: random.Random, log: Path) -> str | None:
     """Start or resume the run and kill it some time after its first step; `None` if it came to its end."""
-    begun = len(losses(out)) if (out / "logs" / "log.jsonl").exists() else 0
+    begun = len(losses(out))
     with log.open("a") as output:
         run = subprocess.Popen(digits_run(out, steps), stdout=output, stderr=output, start_new_session=True)
-        while run.poll() is None and (not (out / "logs" / "log.jsonl").exists() or _lines(out) <= begun):
+        while run.poll() is None and len(losses(out)) <= begun:
             time.sleep(0.02)
         time.sleep(draw.uniform(0, 1.5))
         if draw.random() < 0.3:  # the write of a checkpoint is short: wait for the next one
@@ -73,29 +66,18 @@ def kill_at_random(out: Path, steps: int, draw: random.Random, log: Path) -> str
     return "while writing a checkpoint" if writing else "between checkpoints"
 
 
-def _lines(out: Path) -> int:
-    return sum("denoising" in line for line in (out / "logs" / "log.jsonl").read_text().splitlines())
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args, _ = flags(__doc__, kills=20, steps=120, seed=0)
     draw = random.Random(args.seed)
-
     with tempfile.TemporaryDirectory() as folder:
-        whole, killed, log = Path(folder) / "whole", Path(folder) / "killed", Path(folder) / "output"
+        whole, killed, log = (Path(folder) / name for name in ("whole", "killed", "output"))
         subprocess.run(digits_run(whole, args.steps), check=True, capture_output=True)
-        done = 0
-        while done < args.kills:
+        for number in range(1, args.kills + 1):
             where = kill_at_random(killed, args.steps, draw, log)
             if where is None:
-                sys.exit(f"the run ended after {done} kills: give it more --steps\n{log.read_text()[-2000:]}")
-            done += 1
-            newest = [c.name for c in list_checkpoints(killed)[-1:]]
-            print(f"kill {done}: {where}; newest checkpoint: {newest[0] if newest else 'none'}", flush=True)
+                sys.exit(f"the run ended after {number - 1} kills: give it more --steps\n{log.read_text()[-2000:]}")
+            newest = "".join(checkpoint.name for checkpoint in list_checkpoints(killed)[-1:]) or "none"
+            print(f"kill {number}: {where}; newest checkpoint: {newest}", flush=True)
         subprocess.run(digits_run(killed, args.steps), check=True, capture_output=True)
         same = {
             "losses of every step": losses(whole) == losses(killed),

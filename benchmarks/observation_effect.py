@@ -7,6 +7,7 @@
 
     baseline             train_consistency.py --consistency_weight 0, or the pipeline that `--baseline` names
     trained-on           the same, from the baseline, for the time of the tuned ones: `--tuning_steps` x `--time_ratio`
+                         (of one step; observation_cost.py measures it)
     PROJECTION-WEIGHT    train_observation.py from the baseline for as many steps, with each of `--projections` and of
                          `--weights` (gamma); the last pipeline (`--frechet_samples 0`), or with `--choose_best` the
                          best on the run's own held-out images
@@ -16,37 +17,25 @@ them, with "trained-on" as the baseline: open evaluation/index.html in the outpu
 nor drawn again.
 """
 
-import argparse
-import shlex
-import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
 
+from bench import flags
 from trained import load, of_the_data, train
 
 from diffusers_ext.commands import parse_arguments
 from diffusers_ext.evaluation import EvaluationArguments, evaluate, load_real_images, markdown_table, write_report
-from diffusers_ext.reports.card import shown_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--baseline", help="folder of a pipeline to fine-tune; by default one is trained")
-    parser.add_argument("--tuning_steps", type=int, default=400)
-    parser.add_argument("--tuning_learning_rate", type=float, default=2e-4)
-    parser.add_argument("--tuning_lr_scheduler", default="cosine", help="constant_with_warmup: the end is noisy")
-    parser.add_argument("--time_ratio", type=float, default=1.6, help="of a step; observation_cost.py measures it")
-    parser.add_argument("--projections", nargs="+", default=["euler", "random"], choices=["euler", "heun", "random"])
-    parser.add_argument("--weights", nargs="+", default=["0.005", "0.025"], help="gamma")
-    parser.add_argument("--choose_best", action="store_true")
-    parser.add_argument("--nfe", default="5,10,20,50")
-    parser.add_argument("--schedulers", default="DDIM,DPMSolverMultistep,PNDM:skip_prk_steps=true,HeunDiscrete")
-    parser.add_argument("--num_samples", type=int, default=1000)
-    parser.add_argument("--reference", choices=["held_out", "train"], default="train")
-    parser.add_argument("--discriminator_learning_rate", type=float, default=1e-3)
-    args, for_training = parser.parse_known_args()
+    args, for_training = flags(
+        __doc__, rest=True, choices={"projections": ("euler", "heun", "random"), "reference": ("held_out", "train")},
+        output_dir=Path, baseline=None, tuning_steps=400, tuning_learning_rate=2e-4, tuning_lr_scheduler="cosine",
+        time_ratio=1.6, projections=["euler", "random"], weights=["0.005", "0.025"], choose_best=False,
+        nfe="5,10,20,50", schedulers="DDIM,DPMSolverMultistep,PNDM:skip_prk_steps=true,HeunDiscrete",
+        num_samples=1000, reference="train", discriminator_learning_rate=1e-3,
+    )  # fmt: skip
     out, plain = args.output_dir, ["--consistency_weight", "0"]
     asked = ["--schedulers", args.schedulers, "--nfe", args.nfe, "--num_samples", str(args.num_samples)]
     asked += ["--reference", args.reference, "--ode_images", "0", "--train_batch_size", "250"]
@@ -56,9 +45,8 @@ def main() -> None:
     baseline = given or train("train_consistency.py", out / "baseline", [*for_training, *plain])
     tuning = [*for_training, "--pretrained_model_name_or_path", str(baseline)]
     tuning += ["--lr_scheduler", args.tuning_lr_scheduler, "--learning_rate", str(args.tuning_learning_rate)]
-    as_long = ["--max_train_steps", str(round(args.tuning_steps * args.time_ratio))]
-    trained_on = train("train_consistency.py", out / "trained-on", [*tuning, *as_long, *plain])
-    models = {"trained-on": trained_on, "baseline": baseline}
+    as_long = [*tuning, "--max_train_steps", str(round(args.tuning_steps * args.time_ratio)), *plain]
+    models = {"trained-on": train("train_consistency.py", out / "trained-on", as_long), "baseline": baseline}
     tuning += ["--max_train_steps", str(args.tuning_steps)]
     tuning += ["--discriminator_learning_rate", str(args.discriminator_learning_rate)]
     tuning += [] if args.choose_best else ["--frechet_samples", "0"]
@@ -66,9 +54,8 @@ def main() -> None:
         name, own = f"{projection}-{weight}", ["--projection", projection, "--observation_weight", weight]
         models[name] = train("train_observation.py", out / name, [*tuning, *own])
 
-    pipelines = {name: load(folder) for name, folder in models.items()}
-    options = measured.options() | {"command": shown_command(shlex.join(["python", *sys.argv]))}
-    evaluation = evaluate(pipelines, partial(load_real_images, measured), out / "evaluation", **options)
+    pipelines = {name: load(folder).pipeline for name, folder in models.items()}
+    evaluation = evaluate(pipelines, partial(load_real_images, measured), out / "evaluation", **measured.options())
     write_report(evaluation, out / "evaluation")
     print(f"{markdown_table(evaluation)}\nall of it, with pictures: {out / 'evaluation' / 'index.html'}")
 

@@ -6,122 +6,62 @@
 
 One model of all times, sampled on [0, T] from N(0, I) and from each bridge, fitted to the training images; and a model
 trained on [0, T] alone for as many steps (T = `--trained_time`). Frechet distance of a small classifier's features to
-held-out images, the same noise for all; "real" is that of as many training images. Seconds for an image, drawing the
-start included, are those of the machine at that moment: compare within a column of one run only. Writes results.jsonl,
-table.md, diffusion_time.json and two pictures.
+held-out images, the same noise for all; "real images" are as many training images. Seconds for an image, drawing the
+start included, are those of the machine at that moment: compare within a column of one run only. Writes the evaluation
+(index.html, table.md, results.json ...), diffusion_time.json and its picture; what is there is not drawn again.
 """
 
-import argparse
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from trained import Line, Row, Study, batches, bridge, load, pivot, plot, train
+from bench import flags
+from trained import batches, held_out_images, kept, load, train
 
-from diffusers_ext import (
-    DiffusionTimeReport,
-    FlowBridge,
-    GaussianBridge,
-    MixtureBridge,
-    ShortTimePipeline,
-    diffusion_time_report,
-)
-from diffusers_ext.evaluation import swap_scheduler
-from diffusers_ext.evaluation.real_images import rows_of
-from diffusers_ext.subjects import subject_of
+from diffusers_ext import FlowBridge, GaussianBridge, MixtureBridge, ShortTimePipeline, diffusion_time_report
+from diffusers_ext.evaluation import evaluate, markdown_table, swap_scheduler, write_report
 
-NORMAL = "N(0, I)"
 BRIDGES: dict[str, Any] = {"Gaussian": GaussianBridge, "mixture": MixtureBridge, "flow": FlowBridge}
-STYLES = {NORMAL: ":", "Gaussian": "--", "mixture": "-.", "flow": "-"}
-SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "DDIM": ("ShortTimeDDIM", {}),
-    "DPMSolverMultistep": ("ShortTimeDPMSolverMultistep", {}),
-    "SDE": ("ShortTimeDPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}),
+MULTISTEP = "DPMSolverMultistep:timestep_spacing=trailing"
+SOLVERS = {
+    "DDIM": "DDIM:timestep_spacing=trailing",
+    "DPMSolverMultistep": MULTISTEP,
+    "SDE": f"{MULTISTEP}:algorithm_type=sde-dpmsolver++:solver_order=1",
 }
 
 
-def table(rows: list[Row], nfe: list[int]) -> str:
-    shown = [
-        row | {"label": f"{row['start']}, trained on [0, T]" if row["model"] == "short" else row["start"]}
-        | {"bound": "" if row["bits"] is None else f"{row['bits']:.3f}"}
-        for row in rows
-        if row["nfe"] in nfe
-    ]  # fmt: skip
-    names = {"T": "T", "start": "label", "solver": "solver", "bound, bits/dim": "bound"}
-    return pivot(shown, names, "nfe", "NFE", lambda row: f"{row['distance']:.2f}")
-
-
-def picture(rows: list[Row], file: Path) -> None:
-    """A panel for each solver, a line for each T and start."""
-    panels = []
-    levels, times = sorted({r["nfe"] for r in rows}), sorted({r["T"] for r in rows}, reverse=True)
-    for solver in dict.fromkeys(r["solver"] for r in rows):
-        lines: dict[str, Line] = {}
-        for i, T in enumerate(times):
-            chosen = [r for r in rows if (r["solver"], r["model"], r["T"]) == (solver, "full", T)]
-            for start in dict.fromkeys(r["start"] for r in chosen):
-                x, y = zip(*sorted((r["nfe"], r["distance"]) for r in chosen if r["start"] == start), strict=True)
-                style = {"linestyle": STYLES[start], "color": f"C{i}", "lw": 2.5 if T == 1 else 1.2}
-                lines[f"{T}, {start}"] = (x, y, style | {"marker": "o", "ms": 3})
-        settings = {"title": solver, "xlabel": "evaluations of the network", "yscale": "log"}
-        ticks = {"xticks": levels, "xticklabels": [str(n) for n in levels]}
-        panels.append((settings | {"ylabel": "Frechet distance of a classifier's features"} | ticks, lines))
-    plot(panels, len(panels), file)
-
-
-def bounds(study: Study, pipeline: Any, bridges: dict[str, dict[float, Any]], times: list[float], n: int) -> Any:
-    """The report of the likelihood bound of n held-out images, which is saved, drawn and printed."""
-    subject, starts = subject_of(pipeline), {name: list(by_time.values()) for name, by_time in bridges.items()}
-    held_out = list(batches(subject, rows_of(study.real.reference, 0, n)))
-    report: DiffusionTimeReport = diffusion_time_report(
-        subject.network, pipeline.scheduler, held_out, starts, times, levels=256
-    )
-    report.save(study.folder / "diffusion_time.json")
-    report.plot(study.folder / "diffusion_time.png")
-    print(report.table())
-    return report
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--preset", default="digits")
-    parser.add_argument("--times", type=float, nargs="+", default=[1.0, 0.8, 0.6, 0.4, 0.2])
-    parser.add_argument("--nfe", type=int, nargs="+", default=[5, 10, 20, 50])
-    parser.add_argument("--solvers", nargs="+", default=list(SOLVERS), choices=list(SOLVERS))
-    parser.add_argument("--trained_time", type=float, default=0.6)
-    parser.add_argument("--num_samples", type=int, default=500)
-    parser.add_argument("--report_samples", type=int, default=200)
-    args, for_training = parser.parse_known_args()
+    args, for_training = flags(
+        __doc__, rest=True, choices={"solvers": SOLVERS}, output_dir=Path, preset="digits",
+        times=[1.0, 0.8, 0.6, 0.4, 0.2], nfe=[5, 10, 20, 50], solvers=list(SOLVERS), trained_time=0.6, num_samples=500,
+        report_samples=200,
+    )  # fmt: skip
     for_training, out = ["--preset", args.preset, *for_training], args.output_dir
     full = load(train("train_consistency.py", out / "full", [*for_training, "--consistency_weight", "0"]))
     short_options = ["--max_diffusion_time", str(args.trained_time), "--bridge", "gaussian"]
     short = load(train("train_short_time.py", out / "short", [*for_training, *short_options]))
-    study = Study(out, full, for_training, args.num_samples)
-    print(f"real: {study.distance(study.real.floor):.2f}")
+    real, scheduler = held_out_images(for_training, full, args.num_samples), full.pipeline.scheduler
+    images, bridges = real.training.images.split(500), {}
+    for (name, kind), T in product(BRIDGES.items(), {*args.times, args.trained_time} - {1.0}):
+        bridges[name, T] = kept(kind, out / f"bridge-{name}-{T}", partial(kind.fit, images, scheduler, T))
+    starts = {name: [bridges[name, T] for T in args.times if T < 1] for name in BRIDGES}
+    held_out = batches(full, real.reference, args.report_samples)
+    report = diffusion_time_report(full.network, scheduler, held_out, starts, args.times, levels=256)
+    report.save(out / "diffusion_time.json")
+    report.plot(out / "diffusion_time.png")
+    print(report.table())
 
-    images = study.real.training.images
-    bridges = {
-        name: {T: bridge(kind, out / f"bridge-{name}-{T}", images, full.scheduler, T) for T in args.times if T < 1}
-        for name, kind in BRIDGES.items()
-    }
-    report = bounds(study, full, bridges, args.times, args.report_samples)
-    for model, T in [*(("full", T) for T in args.times), ("short", args.trained_time)]:
-        network = subject_of(full if model == "full" else short).network
-        for start, solver in product((NORMAL, *(BRIDGES if T < 1 else ())), args.solvers):
-            bits = report.terms(T, start).bits_per_dim.mean if model == "full" else None
-            name, settings = SOLVERS[solver]
-            settings = {"max_diffusion_time": T, "timestep_spacing": "trailing", **settings}
-            scheduler = swap_scheduler(full, name, **settings)
-            pipeline = ShortTimePipeline(network, scheduler, None if start == NORMAL else bridges[start][T])
-            pipeline.set_progress_bar_config(disable=True)
-            for steps in args.nfe:
-                drawing = study.draw(pipeline, scheduler, steps)
-                key = {"model": model, "T": T, "start": start, "solver": solver, "nfe": steps}
-                measured = {"seconds": drawing.counted(study.drawn).seconds, "distance": study.distance(drawing)}
-                study.add(key, bits=bits, **measured)
-    study.report(table(study.rows, args.nfe))
-    picture(study.rows, out / "quality.png")
+    models, last = {}, (short.network, args.trained_time, ", trained on [0, T]")
+    for network, T, how in [*((full.network, T, "") for T in args.times), last]:
+        own = swap_scheduler(full.pipeline, "ShortTimeDDIM", max_diffusion_time=T)
+        for start in ("N(0, I)", *(BRIDGES if T < 1 else ())):
+            models[f"T = {T:g}, {start}{how}"] = ShortTimePipeline(network, own, bridges.get((start, T)))
+    options = {"nfe": args.nfe, "num_samples": args.num_samples, "batch_size": 100, "extractor": "classifier"}
+    schedulers = [SOLVERS[name] for name in args.solvers]
+    evaluation = evaluate(models, real, out, schedulers=schedulers, likelihood=None, **options)
+    write_report(evaluation, out)
+    print(markdown_table(evaluation))
 
 
 if __name__ == "__main__":
