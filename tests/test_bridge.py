@@ -64,7 +64,8 @@ def planar():
     for r in (1, 2):
         fitted["gaussian", r] = GaussianBridge.fit(data, SCHEDULER, 0.2, rank=r, progress=False)
         fitted["mixture", r] = MixtureBridge.fit(data, SCHEDULER, 0.2, rank=r, **SMALL_MIXTURE)
-        fitted["flow", r] = FlowBridge.fit(data, SCHEDULER, 0.2, rank=r, **SMALL_FLOW | {"max_steps": 300, "learning_rate": 5e-3})
+        small = SMALL_FLOW | {"max_steps": 300, "learning_rate": 5e-3}
+        fitted["flow", r] = FlowBridge.fit(data, SCHEDULER, 0.2, rank=r, **small)
     return fitted
 
 
