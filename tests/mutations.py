@@ -45,8 +45,8 @@ MUTATIONS = [
     ),
     Mutation(
         "noise levels",
-        "ahead = root.clamp(min=sigma_min ** (1 / rho)) ** rho",
-        "ahead = root.clamp(min=sigma_min) ** rho",
+        "** (1 / rho) - k * u * width",
+        "** (1 / rho) - u * width",
         "tests/test_noise_levels.py -k ahead",
     ),
     Mutation("solvers", "* (slope + slope_next) / 2", "* slope_next", "tests/test_solvers.py -k 'order or heun'"),
@@ -68,13 +68,13 @@ MUTATIONS = [
         "likelihood",
         "(tau_max / sigma_max) ** 2 / 2 *",
         "(tau_max / sigma_max) ** 2 *",
-        "tests/test_likelihood.py -k bound",
+        "tests/test_likelihood.py -k prior_of_the_bound",
     ),
     Mutation("metrics", "(len(x) * (len(x) - 1))", "len(x) ** 2", "tests/test_metrics.py -k kernel"),
     Mutation(
         "extractors",
         "adaptive_avg_pool2d(images.double(), side)",
-        "adaptive_avg_pool2d(images.double(), side) + 1",
+        "adaptive_avg_pool2d(images.double() + 1, side)",
         "tests/test_extractors.py -k pixel",
     ),
     Mutation(
@@ -97,8 +97,8 @@ MUTATIONS = [
     ),
     Mutation(
         "calibrated schedulers",
-        "known, self._times = self._times, self.timesteps[:MAX_REMEMBERED]",
-        "known, self._times = self._times, self.timesteps[1:MAX_REMEMBERED]",
+        "return position if 0 <= position < len(times)",
+        "return position - 1 if 0 <= position < len(times)",
         "tests/test_scheduling_calibrated.py -k 'each_step and DDIM'",
     ),
     Mutation(
@@ -127,8 +127,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resuming",
-        "moments[name] = place_like(value, parameters[i])",
-        "moments[name] = place_like(0 * value, parameters[i])",
+        "moments[name] = spread_like(value, parameters[i])",
+        "moments[name] = spread_like(0 * value, parameters[i])",
         "tests/test_loop.py -k 'stopped_run_goes_on and plain'",
     ),
     Mutation(
@@ -139,8 +139,8 @@ MUTATIONS = [
     ),
     Mutation(
         "evaluation",
-        "reference, floor = _halves(held_out)",
-        "reference, floor = held_out, held_out",
+        "chosen, floor = _halves(held_out)",
+        "chosen, floor = held_out, held_out",
         "tests/test_evaluate_script.py -k halves",
     ),
     Mutation(

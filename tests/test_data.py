@@ -60,6 +60,20 @@ def test_every_image_comes_once_an_epoch_and_epochs_differ():
     assert seen[:10] != [v for batch in read(Numbered(10), 4, count=3, seed=8) for v in values(batch.images)][:10]
 
 
+def test_each_sample_is_mirrored_by_a_draw_of_its_own():
+    class Slope(Numbered):
+        """Image i is grey value i on the left and 255 on the right."""
+
+        def open(self, index):
+            return Image.fromarray(np.repeat([[index, index, 255, 255]], 4, 0).astype(np.uint8))
+
+    data = StreamDataset(Slope(100), Transform(4, 1, random_flip=True), Seeds(7))
+    mirrored = torch.tensor([data[s].image[0, 0, 0].item() == 1.0 for s in range(200)])
+    assert 70 < mirrored.sum() < 130
+    assert 20 < (mirrored[:100] != mirrored[100:]).sum() < 80  # nor do they come again in the next epoch
+    assert [data[s].image[0, 0, 0].item() == 1.0 for s in range(200)] == mirrored.tolist()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_devices_and_workers_share_the_stream_of_one(workers):
     one = [values(batch.images) for batch in read(Numbered(10), batch_size=3, count=6)]

@@ -389,6 +389,14 @@ def test_the_bound_is_unbiased_for_any_number_of_levels(n: int) -> None:
     assert (error < 0.1).all()
 
 
+def test_the_prior_of_the_bound_has_no_noise_at_the_origin() -> None:
+    """There E[log N(x_max; 0, high^2)], x_max = tau n, is known, and the control variate leaves no noise."""
+    low, high, x = 0.1, 1.5, torch.zeros(50, 4, dtype=torch.float64)
+    found = elbo(linear_denoiser(0.5), x, low, high, n=2, generator=seeded()).prior
+    exact = -2 * (1 - low**2 / high**2) - 2 * log(2 * pi * high**2)
+    torch.testing.assert_close(found, torch.full_like(found, exact), rtol=1e-12, atol=0)
+
+
 def analytic_bound(x: float, w: float, prior: float, low: float, high: float) -> float:
     """The bound at the score -x / (w + sigma^2) in one dimension, with the prior N(0, prior)."""
 
