@@ -10,17 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_ext.data.batches import first_images
 from diffusers_ext.data.images import Transform
 from diffusers_ext.data.sources import Digits
+from diffusers_ext.figures import agg_figure
 from diffusers_ext.metrics import frechet_distance
 from diffusers_ext.reports.pictures import image_grid
 
@@ -41,7 +37,8 @@ def plot_losses(log: list[dict], path: Path) -> None:
     """Held-out denoising loss and training consistency loss by noise level."""
     validation = [r["validation"] for r in log if "validation" in r][-1]
     consistency = [r["by_sigma"]["consistency"] for r in log if "consistency" in r.get("by_sigma", {})]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = agg_figure(10, 4)
+    left, right = figure.subplots(1, 2)
     left.loglog(validation["sigmas"], validation["eps_mse"], "o-")
     left.set(xlabel="noise level sigma", ylabel="mean square error of eps")
     left.set_title(f"Denoising, {validation['measured_on']}")
