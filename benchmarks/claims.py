@@ -45,7 +45,7 @@ from diffusers_ext.evaluation import (
 from diffusers_ext.evaluation.real_images import rows_of
 from diffusers_ext.extractors import default_extractor, make_extractor
 from diffusers_ext.files import write_file
-from diffusers_ext.metrics import Interval, student_interval
+from diffusers_ext.metrics import Interval, frechet_distance, pseudo_values, student_interval
 from diffusers_ext.reports.card import table
 from diffusers_ext.schedulers import calibrated_class
 from diffusers_ext.subjects import Subject
@@ -161,10 +161,10 @@ class Lab:
 
     def versus(self, method: Drawing, baseline: Drawing) -> Found:
         """The two distances in words, and the interval of their difference, paired."""
-        drawings, extractor = (method, baseline), self.judge.extractor
-        ours, theirs = (self.judge.quality(one.features(self.drawn, extractor)) for one in drawings)
-        words = f"Frechet distance {theirs.frechet.estimate:.2f} → {ours.frechet.estimate:.2f}"
-        return words, ours.change(theirs)
+        reference, extractor = self.judge.manifold.reference, self.judge.extractor
+        features = [one.features(self.drawn, extractor).to(reference.device) for one in (method, baseline)]
+        ours, theirs = (pseudo_values(frechet_distance, one, reference) for one in features)
+        return f"Frechet distance {theirs.mean():.2f} → {ours.mean():.2f}", student_interval(ours - theirs)
 
     def bits(self, name: str, n: int = 256) -> Tensor:
         """The bound of n held-out images, given their labels."""

@@ -7,7 +7,7 @@
 
     baseline             train_consistency.py --consistency_weight 0, or the pipeline that `--baseline` names
     trained-on           the same, from the baseline, for the time of the tuned ones: `--tuning_steps` x `--time_ratio`
-                         (of one step; observation_cost.py measures it)
+                         (of one step; training_cost.py measures it)
     PROJECTION-WEIGHT    train_observation.py from the baseline for as many steps, with each of `--projections` and of
                          `--weights` (gamma); the last pipeline (`--frechet_samples 0`), or with `--choose_best` the
                          best on the run's own held-out images

@@ -66,6 +66,7 @@ ROOT = PACKAGE.parent
 ASKING = [
     *(p for p in MODULES if layer_of(p) in ("conversion", "data", "reports", "evaluation", "training", "commands")),
     *sorted((ROOT / "training").glob("*.py")),
+    *sorted((ROOT / "benchmarks").glob("*.py")),
 ]
 
 

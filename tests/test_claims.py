@@ -19,7 +19,8 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 @pytest.fixture
 def claims(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.delitem(sys.modules, "trained", raising=False)
+    for name in ("bench", "trained"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     spec = importlib.util.spec_from_file_location("claims", BENCHMARKS / "claims.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "claims", module)
@@ -42,14 +43,20 @@ def test_a_difference_is_paired(claims):
     """x and x + c against N(0, I): the distances are 0 and |c|^2, and what x has by chance is in both."""
     generator = torch.Generator().manual_seed(1)
     x, reference = (torch.randn(2000, 8, generator=generator) for _ in range(2))
-    lab = SimpleNamespace(reference=reference)
-    words, difference = claims.Lab.compare(lab, x + 0.3, x)
+    judge = SimpleNamespace(extractor=None, manifold=SimpleNamespace(reference=reference))
+    lab = SimpleNamespace(judge=judge, drawn=None)
+
+    def drawing(features):
+        return SimpleNamespace(features=lambda folder, extractor: features)
+
+    words, difference = claims.Lab.versus(lab, drawing(x + 0.3), drawing(x))
     assert difference.low < 8 * 0.3**2 < difference.high
     assert words.startswith("Frechet distance ")
     before, after = (float(word) for word in words.removeprefix("Frechet distance ").split(" → "))
     assert after - before == pytest.approx(0.72, abs=0.2)  # from the baseline to the method
-    _, paired = claims.Lab.compare(lab, 1.01 * x, x)
-    _, unpaired = claims.Lab.compare(lab, 1.01 * x, torch.randn(2000, 8, generator=generator))
+    _, paired = claims.Lab.versus(lab, drawing(1.01 * x), drawing(x))
+    other = torch.randn(2000, 8, generator=generator)
+    _, unpaired = claims.Lab.versus(lab, drawing(1.01 * x), drawing(other))
     assert paired.high - paired.low < 0.5 * (unpaired.high - unpaired.low)
 
 
