@@ -99,7 +99,7 @@ def report(rows: list[Row], reference: Row, views: dict[str, Row], out: Path) ->
                 style = "-" if "real" in m else "o-" if "reflected" in m else "s--" if "DDPM" in m else "^:"
                 ax.plot([r[axis] for r in line], [r[name] for r in line], style, color=f"C{i % 10}", label=m)
             ax.set(xscale="log", xlabel=axis, ylabel=name, title=title)
-        axes[0].set_yscale("log")
+        axes[0].set_yscale("symlog", linthresh=1)  # without its bias a distance may be below 0
     figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(out / "guidance.png", dpi=100)
     (out / "table.md").write_text("\n\n".join(parts) + "\n")
