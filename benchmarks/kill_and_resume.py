@@ -22,6 +22,7 @@ from trained import command
 
 from diffusers_ext.training.checkpoint import list_checkpoints, load_checkpoint, same_state
 
+os.environ["MKL_CBWR"] = "COMPATIBLE"  # the mode of MKL in which runs have the same bits
 # With data workers and accumulation.
 OPTIONS = (
     "--preset digits --train_batch_size 4 --gradient_accumulation_steps 2 --dataloader_num_workers 1 --logging_steps 1 "
