@@ -467,3 +467,11 @@ def test_the_verdict_says_what_is_not_worth_using_and_what_was_not_tested():
         assert "nothing was tested" not in calibration_report.verdict(calibration)
     calibration.register_to_config(measured_on={"shrink": False})
     assert "nothing was tested" in calibration_report.verdict(calibration)
+
+
+def test_a_pipeline_is_measured_and_saved_at_the_resolution_that_is_asked_for(calibrate, tmp_path):
+    out = tmp_path / "out"
+    calibrate.run(*arguments(save_model(tmp_path / "model"), out, "--resolution", 12, "--save_pipeline"))
+    pipe = DiffusionPipeline.from_pretrained(out)
+    calibration = Calibration.from_pretrained(out)
+    assert (pipe.unet.config.sample_size, list(calibration.config.shape)) == (12, [1, 12, 12])

@@ -199,6 +199,23 @@ def test_the_splits_of_a_folder_are_never_mixed(tmp_path):
         assert (source.class_names, list(source.labels)) == (["cat", "dog"], [0, 1])
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (("bus/a.png", "car/b.png", "train/c.png"), "has 3 images, and its splits .train. hold 1 of them"),
+        (("x/1/a.png", "y/1/b.png"), "has images in 2 folders, which are no classes"),
+        (("a.png", "sub/b.png"), "has images in 2 folders, which are no classes"),
+    ],
+)
+def test_a_folder_that_would_lose_images_or_classes_is_refused(tmp_path, files, message):
+    for name in files:
+        path = tmp_path / "vehicles" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(path)
+    with pytest.raises(InputError, match=message):
+        load_images(arguments(tmp_path, train_data_dir=str(tmp_path / "vehicles")), "train")
+
+
 def test_an_empty_or_missing_folder_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"the images below --train_data_dir .*empty .* It must be a folder of images"):

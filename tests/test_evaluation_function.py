@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, EDMEulerScheduler
 from PIL import Image
+from safetensors.torch import load_file
 from test_models import tiny_unet
 
 from diffusers_ext import ClassConditionalPipeline
@@ -303,3 +304,18 @@ def test_features_are_extracted_once(tmp_path):
 def test_an_edm_model_keeps_its_own_scheduler(tmp_path):
     edm = pipeline(0, ClassConditionalPipeline, EDMEulerScheduler())
     assert [c.scheduler for c in cheap({"a": edm}, tmp_path).cells] == ["EDMEuler"]
+
+
+def test_another_resolution_is_drawn_and_the_model_is_as_before(tmp_path):
+    one = pipeline()
+    data = RealImages.of(images(90, 1, side=12), images(200, 2, side=12), name="noise")
+    options = {"nfe": [2], "num_samples": 20, "batch_size": 20, "likelihood": None, "resolution": 12}
+    evaluate({"A": one}, data, tmp_path, extractor=make_extractor("pixels", device="cpu"), **options)
+    (folder,) = (tmp_path / "drawn").glob("A-*")
+    assert load_file(folder / "000000.safetensors")["images"].shape == (20, 1, 12, 12)
+    assert one.unet.config.sample_size == 8
+
+
+def test_asking_for_no_scheduler_is_refused(tmp_path):
+    with pytest.raises(InputError, match="--schedulers names none"):
+        cheap({"A": pipeline()}, tmp_path, schedulers=[])

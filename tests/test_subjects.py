@@ -256,3 +256,13 @@ def test_latents_are_scaled_to_what_the_decoder_undoes():
     noise = torch.randn(mode.mean.shape, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(latents, 0.25 * (mode.mean + mode.std * noise))
     assert subject_of(DDIMPipeline(tiny_unet(), DDIMScheduler())).encode(images) is images
+
+
+def test_sampling_at_another_resolution_ends(tmp_path):
+    subject = subject_of(DDIMPipeline(tiny_unet(dropout=0.5).train(), DDIMScheduler()))
+    before = torch.get_rng_state()
+    assert subject.image_format(12) == (1, 12)
+    assert torch.equal(torch.get_rng_state(), before)  # the probe's dropout draws elsewhere
+    with subject.sampling_at(12):
+        assert subject.sample(1, num_inference_steps=1).shape == (1, 12, 12, 1)
+    assert subject.sample(1, num_inference_steps=1).shape == (1, 8, 8, 1)

@@ -129,6 +129,7 @@ def main() -> None:
     pipeline = load_pipeline(name, args.revision, args.variant, args.cache_dir, dtype).to(accelerator.device)
     subject = subject_of(pipeline)
     channels, resolution = subject.image_format(args.resolution)
+    subject.train_at(resolution)
     unconditional = subject.null_condition(resolution) if args.caption_column is not None else None
     if args.per_class and subject.num_classes is None:
         raise InputError("--per_class: the model takes no class labels")

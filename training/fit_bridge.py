@@ -112,7 +112,12 @@ def main() -> None:
         subject = subject_of(pipeline)
         if subject.takes_captions and args.report:
             raise InputError("--report needs an unconditional or class-conditional pipeline")
+        if not (subject.takes_captions or subject.of_pixels):
+            raise InputError(
+                f"a {type(pipeline).__name__} cannot start from a bridge: its latents would not be decoded"
+            )
         channels, resolution = subject.image_format(args.resolution)
+        subject.train_at(resolution)
         transform = Transform(resolution, channels, args.center_crop, args.random_flip)
         source = load_images(args, args.train_split)
         data = EncodedImages(args, subject, source, transform, args.max_bridge_samples, accelerator.device)

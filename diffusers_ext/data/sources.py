@@ -286,9 +286,24 @@ def load_images(args: DataArguments, split: str) -> ImageSource | HubStream:
     if args.streaming:
         return HubStream(dataset, split, args)
     images = HubImages(dataset, split, args.image_column, args.label_column)
-    if args.train_data_dir is not None and images.labels is None:  # one folder of images is one class
-        images.labels, images.class_names = [0] * len(images), [Path(args.train_data_dir).name]
+    if args.train_data_dir is not None and images.labels is None:
+        folders = {file.parent for file in _image_files(Path(args.train_data_dir))}
+        if len(folders) > 1 and "metadata" not in {f.stem for f in Path(args.train_data_dir).rglob("metadata.*")}:
+            raise InputError(
+                f"--train_data_dir {args.train_data_dir} has images in {len(folders)} folders, which are no "
+                f"classes. Put the images of each class into one folder of its own name, and none beside these folders"
+            )
+        images.labels, images.class_names = [0] * len(images), [Path(args.train_data_dir).name]  # one class
     return images
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """The images below a folder that an imagefolder knows by their names; hidden ones are left out."""
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    known = {extension.lower() for extension in ImageFolder.EXTENSIONS}
+    files = (f for f in folder.rglob("*") if f.suffix.lower() in known and f.is_file())
+    return [f for f in files if not any(part.startswith((".", "__")) for part in f.relative_to(folder).parts)]
 
 
 def _load(args: DataArguments, split: str) -> Any:
@@ -309,12 +324,32 @@ def _load(args: DataArguments, split: str) -> Any:
         if name.endswith(".parquet"):
             name, options["data_files"] = "parquet", {args.train_split: name}
     try:
-        dataset = load_dataset(name, **options)
+        splits: Any = {}
+        if args.train_data_dir is not None and not args.streaming:
+            splits = load_dataset(name, **options | {"split": None})
+            _require_all_images(args.train_data_dir, splits)
+        dataset = splits[split] if split in splits else load_dataset(name, **options)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{what} could not be loaded: {type(error).__name__}: {error}. {advice}") from error
     if not args.streaming and len(dataset) == 0:
         raise InputError(f"{what} is empty")
     return dataset
+
+
+def _require_all_images(folder: str, splits: Any) -> None:
+    """Refuse a folder of which an imagefolder would leave images out without a word.
+
+    Raises:
+        InputError: says how many it would read, and how many there are.
+    """
+    read, there = sum(map(len, splits.values())), len(_image_files(Path(folder)))
+    if read != there:
+        raise InputError(
+            f"--train_data_dir {folder} has {there} images, and its splits ({', '.join(splits)}) hold {read} of them. "
+            f"A folder named like a split (train, validation, test) is one, and then all images must be in such folders"
+        )
 
 
 def load_validation_images(args: HeldOutArguments) -> ImageSource | HubStream | None:

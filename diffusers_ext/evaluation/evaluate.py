@@ -22,7 +22,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -171,7 +171,7 @@ def evaluate(
     options: dict[str, Any] = {"num_samples": num_samples, "batch_size": min(batch_size, num_samples), "seed": seed}
     options |= {"guidance_scale": guidance_scale, "prompts": prompts}
 
-    with _at_rest(subjects.values()):
+    with _at_rest(subjects.values(), resolution):
         sources = {name: model.name_or_path for name, model in models.items()}
         drawings = _plan(subjects, sources, asked, levels, resolution, options, say)
         real = data if isinstance(data, RealImages) else data(*image_format)
@@ -233,8 +233,10 @@ def _check_shape(real: RealImages, image_format: ImageFormat) -> None:
 
 
 @contextmanager
-def _at_rest(subjects: Iterable[Subject]) -> Iterator[None]:
-    """Put networks into evaluation mode, without gradients of the weights, and hide progress bars; then restore all."""
+def _at_rest(subjects: Iterable[Subject], resolution: int | None) -> Iterator[None]:
+    """Put networks into evaluation mode, without gradients of the weights, let them sample at the resolution, and hide
+    progress bars; then restore all."""
+    subjects = list(subjects)
     pipelines = [subject.pipeline for subject in subjects]
     networks = [part for pipeline in pipelines for part in pipeline.components.values() if isinstance(part, nn.Module)]
     before: list[tuple[Any, str, Any]] = []
@@ -248,7 +250,10 @@ def _at_rest(subjects: Iterable[Subject]) -> Iterator[None]:
             network.eval().requires_grad_(False)
         for pipeline in pipelines:
             pipeline.set_progress_bar_config(disable=True)
-        yield
+        with ExitStack() as stack:
+            for subject in subjects:
+                stack.enter_context(subject.sampling_at(resolution))
+            yield
     finally:
         for owner, name, value in before:
             setattr(owner, name, value)

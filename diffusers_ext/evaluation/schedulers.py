@@ -46,6 +46,8 @@ def read_schedulers(asked: Iterable[str]) -> dict[str, tuple[str, dict[str, Any]
         if not name or not all(re.fullmatch(r"\w+=.+", pair) for pair in pairs):
             raise InputError(f"--schedulers {words!r} must be NAME, or NAME:setting=value:setting=value")
         found[words] = name, {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
+    if not found:
+        raise InputError("--schedulers names none")
     return found
 
 

@@ -21,7 +21,8 @@ and a line in `subject_of`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -124,6 +125,11 @@ class Subject:
 
     def train_at(self, resolution: int) -> None:
         """Prepare for training at a resolution: a network that can sample at any resolution samples at this one."""
+
+    @contextmanager
+    def sampling_at(self, resolution: int | None) -> Iterator[None]:
+        """Let the pipeline sample at a resolution for a while, where its network can."""
+        yield
 
     @property
     def factor(self) -> int:

@@ -6,7 +6,8 @@ latents of an autoencoder by the same network (LDM), and DiT.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ class Labelled(Subject):
         side = resolution // factor
         probe = torch.zeros(1, network.config.in_channels, side, side, device=network.device)
         labels = {} if self.num_classes is None else {"class_labels": torch.zeros(1, dtype=torch.long).to(probe.device)}
-        with torch.no_grad():
+        devices = [probe.device] if probe.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):  # dropout draws
             output = Network(network)(probe, torch.ones(1, device=probe.device), **labels)
         if output.shape != probe.shape:
             raise InputError(f"the network maps {tuple(probe.shape)} to {tuple(output.shape)}: it predicts no noise")
@@ -50,7 +52,11 @@ class Labelled(Subject):
         return {} if self.num_classes is None else {"class_labels": rows.labels.to(self.network.device)}
 
     def null_condition(self, resolution: int) -> Condition | None:
-        return None if self.null_class is None else {"class_labels": torch.tensor([self.null_class])}
+        return (
+            None
+            if self.null_class is None
+            else {"class_labels": torch.full((1,), self.null_class, device=self.network.device)}
+        )
 
     def require_trainable(self) -> None:
         pass
@@ -91,6 +97,16 @@ class LabelledUNet(Labelled):
 
     def train_at(self, resolution: int) -> None:
         self.network.register_to_config(sample_size=resolution // self.factor)
+
+    @contextmanager
+    def sampling_at(self, resolution: int | None) -> Iterator[None]:
+        own = self.network.config.sample_size
+        try:
+            if resolution is not None:
+                self.train_at(resolution)
+            yield
+        finally:
+            self.network.register_to_config(sample_size=own)
 
     def _settings(self) -> dict[str, Any]:
         return {"null_class": self.null_class} if isinstance(self.pipeline, ClassConditionalPipeline) else {}

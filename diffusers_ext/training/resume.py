@@ -65,7 +65,7 @@ class Checkpoints:
         On a full disk this warns, and the last checkpoint stays.
         """
         keep, positions = self.accelerator.is_main_process, gather_object([list(run.position)])
-        written = False
+        written = not keep
         state = {
             "step": run.step,
             "images_per_step": run.images_per_step,
