@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 NOT_PUSHED = 3
 """The exit status of a script whose result is on the disk and not on the Hub."""
@@ -17,14 +19,16 @@ class InputError(ValueError):
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorate a script's `main` to end with the message of an `InputError` or `TrainingStopped`, and at Ctrl-C without
-    a traceback."""
+    """Decorate a script's `main` to end with the message of an `InputError` or `TrainingStopped`, or of a `ValueError`
+    that this package raises, and at Ctrl-C without a traceback."""
 
     @functools.wraps(main)
     def run() -> None:
         try:
             main()
-        except InputError as error:
+        except ValueError as error:
+            if not (isinstance(error, InputError) or _is_ours(error)):
+                raise
             sys.exit(f"error: {error}")
         except TrainingStopped as stopped:
             print(stopped, file=sys.stderr)
@@ -33,6 +37,18 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit("interrupted")
 
     return run
+
+
+def _is_ours(error: ValueError) -> bool:
+    """Return whether a `raise` of this package made the error; others are of no use to the user without a traceback."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or type(error) is not ValueError:
+        return False
+    code = trace.tb_frame.f_code
+    raised = code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]  # and not an `int("x")` or `zip` in this line
+    return raised and Path(__file__).parent in Path(code.co_filename).parents
 
 
 class TrainingStopped(Exception):

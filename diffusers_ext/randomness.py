@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MAX_SEED = 2**63 - 1
+"""The largest seed of a run, which every generator takes."""
 RULE = 2
 """The rule by which seeds are made now. A checkpoint stores the rule of its run, which goes on under it."""
 

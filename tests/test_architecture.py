@@ -11,7 +11,7 @@ import diffusers_ext
 
 PACKAGE = Path(diffusers_ext.__file__).parent
 ORDER = [
-    {"errors", "figures", "files", "presets", "randomness", "shapes"},
+    {"errors", "figures", "files", "presets", "randomness", "ranges", "shapes"},
     {"fields", "hypercube"},
     {"process"},
     {"score"},

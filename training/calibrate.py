@@ -33,6 +33,7 @@ from diffusers_ext.data.sources import DataArguments, HubStream, Numbered, load_
 from diffusers_ext.errors import NOT_PUSHED, InputError, TrainingStopped, command
 from diffusers_ext.fields import arg
 from diffusers_ext.files import shown, write_file
+from diffusers_ext.mean_error import MIN_P
 from diffusers_ext.randomness import Seeds, Stream
 from diffusers_ext.reports.calibration_card import plot, summary, verdict, write_calibration_card
 from diffusers_ext.reports.hub import HubArguments, make_pusher
@@ -50,12 +51,16 @@ class CalibrationArguments(HubArguments, DataArguments):
     torch_dtype: Literal["float32", "float16", "bfloat16"] = arg("float32", "Precision of the networks.")
     caption_column: str | None = arg(None, "Text-to-image: column of the prompts; by default the empty prompt.")
     per_class: bool = arg(False, "One offset for each class, and not their average.")
-    num_levels: int = arg(24, "Noise levels, log-spaced; between them offsets are interpolated.")
+    num_levels: int = arg(24, "Noise levels, log-spaced; between them offsets are interpolated.", at_least=2)
     tolerance: float | None = arg(
-        None, "A level is done when the standard error of its offset (eps has 1) is below this; by default all data."
+        None,
+        "A level is done when the standard error of its offset (eps has 1) is below this; by default all data.",
+        above=0,
     )
     plain: bool = arg(False, "The plain average of the paper: no control variate, antithetic noise or shrinkage.")
-    significance: float = arg(1e-3, "Chance, per level, to subtract something from a model without a mean error.")
+    significance: float = arg(
+        1e-3, "Chance, per level, to subtract something from a model without a mean error.", at_least=MIN_P, at_most=1
+    )
     output_dir: str = arg("calibration", "Folder of the tables, the picture and the report.")
     save_pipeline: bool = arg(False, "Save, and push, the whole pipeline with the tables beside its scheduler.")
 

@@ -29,6 +29,7 @@ from diffusers_ext.commands import parse_arguments
 from diffusers_ext.data.encoded import EncodedImages
 from diffusers_ext.data.images import Transform
 from diffusers_ext.data.sources import HeldOutArguments, load_images, load_validation_images
+from diffusers_ext.diffusion_time import MIN_SAMPLES
 from diffusers_ext.errors import NOT_PUSHED, InputError, TrainingStopped, command
 from diffusers_ext.fields import arg
 from diffusers_ext.randomness import Seeds, Stream
@@ -49,9 +50,9 @@ class FitArguments(BridgeArguments, HubArguments, HeldOutArguments):
     output_dir: str = arg("bridge", "Folder of the result.")
     report: bool = arg(False, "Measure the likelihood bound by T, with such a bridge at each, on held-out images.")
     report_times: str = arg("0.2,0.4,0.6,0.8,1.0", "The times of the report.")
-    max_validation_samples: int = arg(256, "Held-out images of the report.")
-    num_validation_images: int = arg(16, "Images of the sample grid; 0 makes none.")
-    num_inference_steps: int = arg(20, "Sampler steps of the sample grid.")
+    max_validation_samples: int = arg(256, "Held-out images of the report.", at_least=MIN_SAMPLES)
+    num_validation_images: int = arg(16, "Images of the sample grid; 0 makes none.", at_least=0)
+    num_inference_steps: int = arg(20, "Sampler steps of the sample grid.", at_least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

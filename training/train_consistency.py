@@ -8,12 +8,13 @@
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from diffusers_ext import consistency_loss, lower_sigma, score_matching_loss
 from diffusers_ext.commands import parse_arguments
 from diffusers_ext.errors import InputError, command
+from diffusers_ext.fields import arg
 from diffusers_ext.training import TrainingArguments, TrainingLoop
 
 PAPER = ("Consistent Diffusion Models: Mitigating Sampling Drift by Learning to be Consistent", "2302.09057")
@@ -23,24 +24,20 @@ PAPER = ("Consistent Diffusion Models: Mitigating Sampling Drift by Learning to 
 class ConsistencyArguments(TrainingArguments):
     """Adds the regulariser's arguments; the paper has weight 10, fraction 1, 5 steps euler_maruyama, absolute 0.05."""
 
-    consistency_weight: float = field(default=10.0, metadata={"help": "Weight of the regulariser; 0 switches it off."})
-    consistency_fraction: float = field(default=0.25, metadata={"help": "Share of the batch that it is applied to."})
-    consistency_start: float = field(default=0.0, metadata={"help": "Share of the training after which it begins."})
-    rollout: Literal["posterior", "euler_maruyama"] = field(
-        default="posterior", metadata={"help": "Rule of one step; euler_maruyama, the paper's, needs 5 of them."}
+    consistency_weight: float = arg(10.0, "Weight of the regulariser; 0 switches it off.", at_least=0)
+    consistency_fraction: float = arg(0.25, "Share of the batch that it is applied to.", above=0, at_most=1)
+    consistency_start: float = arg(0.0, "Share of the training after which it begins.", at_least=0, below=1)
+    rollout: Literal["posterior", "euler_maruyama"] = arg(
+        "posterior", "Rule of one step; euler_maruyama, the paper's, needs 5 of them."
     )
-    rollout_steps: int = field(default=1, metadata={"help": "Steps from sigma to the lower noise level."})
-    sigma_width: float = field(default=0.05, metadata={"help": "The lower level is at most this far below sigma."})
-    sigma_width_relative: bool = field(default=False, metadata={"help": "sigma_width is a fraction of sigma."})
+    rollout_steps: int = arg(1, "Steps from sigma to the lower noise level.", at_least=1)
+    sigma_width: float = arg(0.05, "The lower level is at most this far below sigma.", above=0)
+    sigma_width_relative: bool = arg(False, "sigma_width is a fraction of sigma, below 1.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.consistency_fraction <= 1:
-            raise InputError(f"--consistency_fraction must be above 0 and at most 1, got {self.consistency_fraction}")
-        if self.rollout_steps < 1:
-            raise InputError(f"--rollout_steps must be at least 1, got {self.rollout_steps}")
-        if self.sigma_width < 0 or (self.sigma_width_relative and self.sigma_width >= 1):
-            raise InputError(f"--sigma_width must not be negative, and a relative one below 1, got {self.sigma_width}")
+        if self.sigma_width_relative and self.sigma_width >= 1:
+            raise InputError(f"--sigma_width must be below 1 where it is relative, got {self.sigma_width}")
 
 
 @command

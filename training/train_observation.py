@@ -46,25 +46,44 @@ class ObservationArguments(TrainingArguments):
     """
 
     observation_weight: float | None = arg(
-        None, "gamma; 0: plain denoising. By default 0.01 from scratch, 0.025 for fine-tuning with euler, else 0.005."
+        None,
+        "gamma; 0: plain denoising. By default 0.01 from scratch, 0.025 for fine-tuning with euler, else 0.005.",
+        at_least=0,
     )
     projection: Literal["euler", "heun", "random"] = arg("euler", "The step that is judged; random: one per step.")
-    look_ahead: float | None = arg(None, "Longest step, in the rho = 7 time from 0 to 1: 0.1 from scratch, else 0.2.")
-    r1_weight: float = arg(1.0, "Weight of the discriminator's gradient penalty.")
-    discriminator_learning_rate: float = arg(2e-4, "Peak learning rate of the discriminator, on the same schedule.")
-    discriminator_beta1: float = arg(0.0, "AdamW beta1 of the discriminator.")
-    discriminator_beta2: float = arg(0.99, "AdamW beta2 of the discriminator.")
+    look_ahead: float | None = arg(
+        None, "Longest step, in the rho = 7 time from 0 to 1: 0.1 from scratch, else 0.2.", above=0, at_most=1
+    )
+    r1_weight: float = arg(1.0, "Weight of the discriminator's gradient penalty.", at_least=0)
+    discriminator_learning_rate: float = arg(
+        2e-4, "Peak learning rate of the discriminator, on the same schedule.", above=0
+    )
+    discriminator_beta1: float = arg(0.0, "AdamW beta1 of the discriminator.", at_least=0, below=1)
+    discriminator_beta2: float = arg(0.99, "AdamW beta2 of the discriminator.", at_least=0, below=1)
     discriminator_channels: str = arg("64,128,256,256", "Its features; the resolution halves between two of them.")
-    max_logit: float = arg(100.0, "Stop when mean logits are beyond this, or R1 beyond its square, for three records.")
+    max_logit: float = arg(
+        100.0,
+        "Stop when mean logits are beyond this, or R1 beyond its square, for three records.",
+        above=0,
+        at_most=math.inf,
+    )
     push_discriminator: bool = arg(False, "Save it in the folder discriminator/, and push it with the pipeline.")
-    validation_steps: int | None = arg(500, "Optimiser steps between two sample grids and Frechet distances.")
-    frechet_steps: int = arg(10, "Sampler steps of the images whose Frechet distance chooses the best pipeline.")
-    frechet_samples: int = arg(500, "Images for it; 0 measures none, and the last pipeline is the result.")
-    patience: int | None = arg(None, "Stop after so many validations without a better pipeline; by default never.")
-    consistency_weight: float = arg(0.0, "Weight of the consistency loss (train_consistency.py) in the same run.")
-    consistency_fraction: float = arg(0.25, "Share of the batch that it is applied to.")
-    sigma_width: float = arg(0.05, "Its lower noise level is at most this far below sigma.")
-    sigma_width_relative: bool = arg(False, "sigma_width is a fraction of sigma.")
+    validation_steps: int | None = arg(
+        500, "Optimiser steps between two sample grids and Frechet distances.", at_least=1
+    )
+    frechet_steps: int = arg(
+        10, "Sampler steps of the images whose Frechet distance chooses the best pipeline.", at_least=1
+    )
+    frechet_samples: int = arg(500, "Images for it; 0 measures none, and the last pipeline is the result.", at_least=0)
+    patience: int | None = arg(
+        None, "Stop after so many validations without a better pipeline; by default never.", at_least=1
+    )
+    consistency_weight: float = arg(
+        0.0, "Weight of the consistency loss (train_consistency.py) in the same run.", at_least=0
+    )
+    consistency_fraction: float = arg(0.25, "Share of the batch that it is applied to.", above=0, at_most=1)
+    sigma_width: float = arg(0.05, "Its lower noise level is at most this far below sigma.", above=0)
+    sigma_width_relative: bool = arg(False, "sigma_width is a fraction of sigma, below 1.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,15 +92,6 @@ class ObservationArguments(TrainingArguments):
             self.observation_weight = SCRATCH_WEIGHT if scratch else TUNING_WEIGHTS[self.projection]
         if self.look_ahead is None:
             self.look_ahead = SCRATCH_LOOK_AHEAD if scratch else TUNING_LOOK_AHEAD
-        for name in ("observation_weight", "r1_weight", "discriminator_learning_rate", "consistency_weight"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"--{name} must be at least 0, got {getattr(self, name)}")
-        for name, most in (("look_ahead", 1.0), ("consistency_fraction", 1.0), ("max_logit", math.inf)):
-            if not 0 < getattr(self, name) <= most:
-                raise InputError(f"--{name} must be above 0 and at most {most}, got {getattr(self, name)}")
-        for name, least in (("frechet_steps", 1), ("frechet_samples", 0), ("patience", 1), ("sigma_width", 0)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise InputError(f"--{name} must be at least {least}, got {getattr(self, name)}")
         if self.sigma_width_relative and self.sigma_width >= 1:
             raise InputError(f"--sigma_width must be below 1 where it is relative, got {self.sigma_width}")
         if self.frechet_samples == 1:

@@ -7,12 +7,13 @@ The result opens as `ReflectedPipeline`, after `import diffusers_ext`. `--help` 
 `--config run.yaml` reads them from a file.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from diffusers_ext import log_normal_sigmas, score_matching_loss
 from diffusers_ext.commands import parse_arguments
 from diffusers_ext.errors import InputError, command
+from diffusers_ext.fields import arg
 from diffusers_ext.training import TrainingArguments, TrainingLoop
 
 PAPER = ("Reflected Diffusion Models", "2304.04740")
@@ -24,22 +25,20 @@ class ReflectedArguments(TrainingArguments):
 
     needs_scheduler: ClassVar[str | None] = "ReflectedScheduler"
 
-    label_drop: float = field(default=0.2, metadata={"help": "Share of labels replaced by the null class."})
-    sigma_min: float | None = field(
-        default=None, metadata={"help": "Lowest noise level: 0.02 by default, 0.0002 for likelihood."}
+    label_drop: float = arg(0.2, "Share of labels replaced by the null class.", at_least=0, at_most=1)
+    sigma_min: float | None = arg(None, "Lowest noise level: 0.02 by default, 0.0002 for likelihood.", above=0)
+    sigma_max: float | None = arg(None, "Highest noise level, 10 by default.", above=0)
+    sigma_log_mean: float | None = arg(
+        None, "Draw ln(sigma) from a normal law of this mean, within bounds; by default it is uniform."
     )
-    sigma_max: float | None = field(default=None, metadata={"help": "Highest noise level, 10 by default."})
-    sigma_log_mean: float | None = field(
-        default=None,
-        metadata={"help": "Draw ln(sigma) from a normal law of this mean, within bounds; by default it is uniform."},
-    )
-    sigma_log_std: float = field(default=1.2, metadata={"help": "Standard deviation of that law."})
-    algorithm_type: str | None = field(default=None, metadata={"help": "Sampler: sde (the default), ode or heun."})
+    sigma_log_std: float = arg(1.2, "Standard deviation of that law.", above=0)
+    algorithm_type: str | None = arg(None, "Sampler: sde (the default), ode or heun.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sigma_log_std <= 0:
-            raise InputError(f"--sigma_log_std must be above 0, got {self.sigma_log_std}")
+        low, high = self.sigma_min, self.sigma_max
+        if low is not None and high is not None and low >= high:
+            raise InputError(f"--sigma_min must be below --sigma_max, got {low} and {high}")
 
     def scheduler_settings(self) -> dict[str, Any]:
         own = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "algorithm_type": self.algorithm_type}

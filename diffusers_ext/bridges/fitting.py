@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import InputError
-from ..fields import arg
+from ..fields import Ranged, arg
 from .base import Bridge
 from .flow import FlowBridge
 from .gaussian import GaussianBridge
@@ -15,25 +15,20 @@ from .mixture import MixtureBridge
 
 
 @dataclass
-class BridgeArguments:
+class BridgeArguments(Ranged):
     """Arguments of a script that name the bridge and its diffusion time T."""
 
-    max_diffusion_time: float = arg(0.6, "T: the model is used on the diffusion times [0, T] alone.")
+    max_diffusion_time: float = arg(
+        0.6, "T: the model is used on the diffusion times [0, T] alone.", above=0, at_most=1
+    )
     bridge: Literal["gaussian", "mixture", "flow", "none"] = arg(
         "gaussian", "Auxiliary model of the data at T that sampling starts from; none: N(0, I)."
     )
-    bridge_rank: int | None = arg(None, "Principal directions that are modelled; by default what suits the bridge.")
-    bridge_components: int = arg(16, "Components of a mixture, at most.")
-    max_bridge_samples: int = arg(10_000, "Fit the bridge to so many images, drawn at random.")
-
-    def __post_init__(self) -> None:
-        getattr(super(), "__post_init__", lambda: None)()
-        if not 0 < self.max_diffusion_time <= 1:
-            raise InputError(f"--max_diffusion_time must be above 0 and at most 1, got {self.max_diffusion_time}")
-        if self.max_bridge_samples < 2:
-            raise InputError(f"--max_bridge_samples must be at least 2, got {self.max_bridge_samples}")
-        if self.bridge == "mixture" and self.bridge_components < 2:
-            raise InputError(f"--bridge_components must be at least 2, got {self.bridge_components}")
+    bridge_rank: int | None = arg(
+        None, "Principal directions that are modelled; by default what suits the bridge.", at_least=1
+    )
+    bridge_components: int = arg(16, "Components of a mixture, at most.", at_least=2)
+    max_bridge_samples: int = arg(10_000, "Fit the bridge to so many images, drawn at random.", at_least=2)
 
 
 def fit_bridge(

@@ -15,13 +15,14 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError
-from ..fields import arg, at_least
+from ..fields import Ranged, arg
 from ..files import shown
 from ..presets import PRESETS
+from ..randomness import MAX_SEED
 
 
 @dataclass
-class DataArguments:
+class DataArguments(Ranged):
     """Arguments that say which images are read, and in which form and order."""
 
     config: str | None = arg(None, "YAML file with any of these arguments; the command line overrides it.")
@@ -34,24 +35,20 @@ class DataArguments:
     train_split: str = arg("train", "Split to train on.")
     image_column: str | None = arg(None, "Column of the images; found if there is one.")
     label_column: str | None = arg(None, "Column of the labels; found if there is one.")
-    max_train_samples: int | None = arg(None, "Use only the first so many images.")
+    max_train_samples: int | None = arg(None, "Use only the first so many images.", at_least=1)
     cache_dir: str | None = arg(None, "Where downloads are kept.")
-    resolution: int | None = arg(None, "Images are resized to this size; by default what the model was made for.")
+    resolution: int | None = arg(
+        None, "Images are resized to this size; by default what the model was made for.", at_least=1
+    )
     center_crop: bool = arg(False, "Crop the centre and not a random part of images that are not square.")
     random_flip: bool = arg(False, "Mirror images at random.")
     streaming: bool = arg(False, "Read the data set as a stream, without downloading it first.")
-    shuffle_buffer: int = arg(10_000, "A stream is shuffled within a buffer of so many images.")
-    dataloader_num_workers: int = arg(0, "Processes that read images; 0 reads in the training process.")
-    seed: int = arg(0, "Seed of everything random: weights, order of the data, augmentation, noise.")
-    train_batch_size: int = arg(64, "Images per device and per forward pass.")
-
-    def __post_init__(self) -> None:
-        for name in ("train_batch_size", "shuffle_buffer"):
-            at_least(self, name, 1)
-        for name in ("resolution", "max_train_samples"):
-            at_least(self, name, 1, optional=True)
-        for name in ("dataloader_num_workers", "seed"):
-            at_least(self, name, 0)
+    shuffle_buffer: int = arg(10_000, "A stream is shuffled within a buffer of so many images.", at_least=1)
+    dataloader_num_workers: int = arg(0, "Processes that read images; 0 reads in the training process.", at_least=0)
+    seed: int = arg(
+        0, "Seed of everything random: weights, order of the data, augmentation, noise.", at_least=0, at_most=MAX_SEED
+    )
+    train_batch_size: int = arg(64, "Images per device and per forward pass.", at_least=1)
 
     @property
     def described(self) -> str:

@@ -71,17 +71,21 @@ class EvaluationArguments(MeasureArguments):
     nfe: str = arg(
         ",".join(map(str, NFE)), "Evaluations of the network for an image, with commas; guidance takes twice as many."
     )
-    num_samples: int = arg(2000, "Images of each model, scheduler and number of evaluations.")
+    num_samples: int = arg(2000, "Images of each model, scheduler and number of evaluations.", at_least=MIN_IMAGES)
     guidance_scale: float = arg(1.0, "Classifier-free guidance; 1 is the conditional model.")
     extractor: str | None = arg(
         None,
         "efficientnet, inception (the only one called FID), classifier (trained on the labels), pixels, or "
         "package.module:Class; by default a classifier for small grey images with labels, else efficientnet.",
     )
-    likelihood_images: int = arg(LIKELIHOOD.images, "Held-out images of the likelihood's bound; 0 leaves it out.")
-    likelihood_evaluations: int = arg(LIKELIHOOD.evaluations, "Evaluations of the network for each image's bound.")
+    likelihood_images: int = arg(
+        LIKELIHOOD.images, "Held-out images of the likelihood's bound; 0 leaves it out.", at_least=0
+    )
+    likelihood_evaluations: int = arg(
+        LIKELIHOOD.evaluations, "Evaluations of the network for each image's bound.", at_least=1
+    )
     ode_images: int = arg(
-        LIKELIHOOD.ode_images, "Held-out images of the likelihood by the probability flow; 0 leaves it out."
+        LIKELIHOOD.ode_images, "Held-out images of the likelihood by the probability flow; 0 leaves it out.", at_least=0
     )
 
     def __post_init__(self) -> None:

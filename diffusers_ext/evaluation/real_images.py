@@ -21,7 +21,7 @@ from ..data.batches import Images, first_images
 from ..data.images import Transform
 from ..data.sources import HeldOutArguments, HubStream, ImageSource, load_images, load_validation_images
 from ..errors import InputError
-from ..fields import arg, at_least
+from ..fields import arg
 from ..files import shown
 from ..randomness import Seeds, Stream
 
@@ -37,13 +37,12 @@ class MeasureArguments(HeldOutArguments):
         "held_out",
         "Compare with half of the held-out images (the other half is the floor), or with the training images.",
     )
-    max_validation_samples: int = arg(10_000, "Use only the first so many held-out images.")
+    max_validation_samples: int = arg(10_000, "Use only the first so many held-out images.", at_least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.streaming:
             raise InputError("--streaming: an evaluation compares with the same images each time; leave it away")
-        at_least(self, "max_validation_samples", 1)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ from huggingface_hub.utils import (
 )
 
 from ..errors import InputError
-from ..fields import arg
+from ..fields import Ranged, arg
 from .card import complete_card
 
 _logger = logging.getLogger(__name__)
@@ -69,14 +69,16 @@ _PATIENCE = 3.0  # seconds that `finish` waits before it says what it waits for
 
 
 @dataclass
-class HubArguments:
+class HubArguments(Ranged):
     """Arguments of a script that say where on the Hub the result goes."""
 
     push_to_hub: bool = arg(False, "Push the result to the Hub.")
     hub_model_id: str | None = arg(None, "Repository, `user/name`; by default the output folder's name.")
     hub_private_repo: bool = arg(False, "Make a new repository private, and push to no public one.")
     hub_token: str | None = arg(None, "By default the token that `hf auth login` has stored.")
-    hub_timeout: float = arg(600.0, "Seconds that the end of the run waits for an unfinished push.")
+    hub_timeout: float = arg(
+        600.0, "Seconds that the end of the run waits for an unfinished push.", at_least=0, at_most=10**9
+    )
 
 
 # --- what goes up -----------------------------------------------------------------------------------------------------

@@ -7,13 +7,14 @@ comes later wins. The names are those of diffusers' own training scripts whereve
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar, Literal
 
 from diffusers import DiffusionPipeline
 
 from ..data.sources import HeldOutArguments
 from ..errors import InputError
-from ..fields import arg, at_least
+from ..fields import arg
 from ..reports.hub import HubArguments
 
 LR_SCHEDULERS = (
@@ -37,45 +38,55 @@ class TrainingArguments(HubArguments, HeldOutArguments):
     prediction_type: str | None = arg(None, "From scratch: epsilon, v_prediction or sample, as the scheduler takes it.")
     beta_schedule: str | None = arg(None, "From scratch: noise schedule of a scheduler that has one.")
     class_conditional: bool = arg(False, "From scratch: train on the labels, with a null class for guidance.")
-    label_drop: float = arg(0.1, "Share of labels replaced by the null class, where the model has one.")
+    label_drop: float = arg(
+        0.1, "Share of labels replaced by the null class, where the model has one.", at_least=0, at_most=1
+    )
 
     # data
-    max_validation_samples: int = arg(512, "Use only the first so many held-out images.")
+    max_validation_samples: int = arg(512, "Use only the first so many held-out images.", at_least=1)
 
     # optimisation
-    gradient_accumulation_steps: int = arg(1, "Forward passes per optimiser step.")
-    max_train_steps: int | None = arg(None, "Optimiser steps; overrides num_train_epochs.")
-    num_train_epochs: float = arg(100.0, "Passes over the data, where max_train_steps is not given.")
-    learning_rate: float = arg(1e-4, "Peak learning rate of AdamW.")
+    gradient_accumulation_steps: int = arg(1, "Forward passes per optimiser step.", at_least=1)
+    max_train_steps: int | None = arg(None, "Optimiser steps; overrides num_train_epochs.", at_least=1)
+    num_train_epochs: float = arg(100.0, "Passes over the data, where max_train_steps is not given.", above=0)
+    learning_rate: float = arg(1e-4, "Peak learning rate of AdamW.", above=0)
     lr_scheduler: str = arg("constant_with_warmup", "Any name of diffusers.optimization: constant, cosine, linear, ...")
-    lr_warmup_steps: int = arg(0, "Optimiser steps of linear warm-up.")
-    adam_beta1: float = arg(0.9, "AdamW beta1.")
-    adam_beta2: float = arg(0.999, "AdamW beta2.")
-    adam_weight_decay: float = arg(0.0, "AdamW weight decay.")
-    adam_epsilon: float = arg(1e-8, "AdamW epsilon.")
-    max_grad_norm: float = arg(1.0, "Gradients are clipped to this norm.")
-    min_snr_gamma: float | None = arg(None, "Min-SNR weighting with this gamma; by default the network's own output.")
+    lr_warmup_steps: int = arg(0, "Optimiser steps of linear warm-up.", at_least=0)
+    adam_beta1: float = arg(0.9, "AdamW beta1.", at_least=0, below=1)
+    adam_beta2: float = arg(0.999, "AdamW beta2.", at_least=0, below=1)
+    adam_weight_decay: float = arg(0.0, "AdamW weight decay.", at_least=0)
+    adam_epsilon: float = arg(1e-8, "AdamW epsilon.", above=0)
+    max_grad_norm: float = arg(1.0, "Gradients are clipped to this norm.", above=0, at_most=inf)
+    min_snr_gamma: float | None = arg(
+        None, "Min-SNR weighting with this gamma; by default the network's own output.", above=0, at_most=inf
+    )
     use_ema: bool = arg(True, "Validate and save the moving average of the weights; --no_use_ema: the raw ones.")
-    ema_decay: float = arg(0.9999, "Decay of the moving average, reached by (1 + step) / (10 + step).")
+    ema_decay: float = arg(
+        0.9999, "Decay of the moving average, reached by (1 + step) / (10 + step).", at_least=0, below=1
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = arg(None, "By default what `accelerate launch` says.")
     gradient_checkpointing: bool = arg(False, "Less memory for more time.")
     allow_tf32: bool = arg(False, "TensorFloat-32 on GPUs that have it.")
     channels_last: bool = arg(False, "Memory format that convolutions on GPUs like, best with mixed precision.")
     torch_compile: bool = arg(False, "Compile the network.")
-    max_skipped_steps: int = arg(0, "Stop when more steps than this had a loss or gradient that is not finite.")
+    max_skipped_steps: int = arg(
+        0, "Stop when more steps than this had a loss or gradient that is not finite.", at_least=0
+    )
 
     # output
     output_dir: str = arg("output", "Folder of the trained pipeline, checkpoints, logs and sample grids.")
     overwrite_output_dir: bool = arg(False, "Replace the run that output_dir holds.")
-    checkpointing_steps: int | None = arg(500, "Optimiser steps between two checkpoints; 0 for none.")
-    checkpoints_total_limit: int | None = arg(3, "Keep so many of the newest checkpoints.")
+    checkpointing_steps: int | None = arg(500, "Optimiser steps between two checkpoints; 0 for none.", at_least=0)
+    checkpoints_total_limit: int | None = arg(3, "Keep so many of the newest checkpoints.", at_least=1)
     resume_from_checkpoint: str | None = arg(None, "`latest`, or the path of a checkpoint.")
-    logging_steps: int = arg(50, "Optimiser steps between two records of the log.")
+    logging_steps: int = arg(50, "Optimiser steps between two records of the log.", at_least=1)
     report_to: str = arg("tensorboard", "Tracker of accelerate (tensorboard, wandb, ...), or none.")
-    validation_steps: int | None = arg(None, "Optimiser steps between two sample grids; one at the end in any case.")
+    validation_steps: int | None = arg(
+        None, "Optimiser steps between two sample grids; one at the end in any case.", at_least=1
+    )
     hub_strategy: Literal["end", "every_save"] = arg("end", "Push at the end, or at every checkpoint as well.")
-    num_validation_images: int = arg(16, "Images of a sample grid; 0 makes none.")
-    num_inference_steps: int = arg(50, "Sampler steps of a sample grid.")
+    num_validation_images: int = arg(16, "Images of a sample grid; 0 makes none.", at_least=0)
+    num_inference_steps: int = arg(50, "Sampler steps of a sample grid.", at_least=1)
 
     needs_scheduler: ClassVar[str | None] = None
     """The class of the only scheduler whose models the script trains; `None` if it trains others, too."""
@@ -91,15 +102,5 @@ class TrainingArguments(HubArguments, HeldOutArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.checkpointing_steps = self.checkpointing_steps or None
-        for name in ("num_validation_images", "max_skipped_steps", "lr_warmup_steps", "learning_rate"):
-            at_least(self, name, 0)
-        for name in ("num_train_epochs", "max_grad_norm", "hub_timeout"):
-            at_least(self, name, 0)
-        for name in ("gradient_accumulation_steps", "logging_steps", "num_inference_steps", "max_validation_samples"):
-            at_least(self, name, 1)
-        for name in ("max_train_steps", "validation_steps", "checkpoints_total_limit"):
-            at_least(self, name, 1, optional=True)
         if self.lr_scheduler not in LR_SCHEDULERS:
             raise InputError(f"--lr_scheduler {self.lr_scheduler!r} is not one of {', '.join(LR_SCHEDULERS)}")
-        if not 0 <= self.label_drop <= 1:
-            raise InputError(f"--label_drop must be from 0 to 1, got {self.label_drop}")
