@@ -35,7 +35,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from math import log
+from math import inf, log
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .interop import NoiseSchedule, VPSchedule, stored_schedule, time_scale, unwrap
 from .process import GaussianProcess
+from .ranges import require
 
 ALL, CONDITIONAL, UNCONDITIONAL = "all", "conditional", "unconditional"
 
@@ -87,7 +88,7 @@ class Calibration(ModelMixin, ConfigMixin):
         guidance_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        if len(sigmas) < 2 or any(a >= b for a, b in pairwise(sigmas)) or sigmas[0] <= 0:
+        if len(sigmas) < 2 or not (all(a < b for a, b in pairwise(sigmas)) and sigmas[0] > 0 and sigmas[-1] < inf):
             raise ValueError(f"sigmas must be at least two, positive and increasing, got {sigmas}")
         table = (len(sigmas), len(rows))
         self.register_buffer("offsets", torch.zeros(*table, *shape))
@@ -145,9 +146,10 @@ class Calibration(ModelMixin, ConfigMixin):
         """Return the weights of the rows, (rows,), in the output that guidance combines.
 
         Raises:
-            ValueError: guidance needs a conditional and an unconditional row; or the rows are those of classes, which a
-                sampler does not know (`calibrate_denoiser` knows them).
+            ValueError: the scale is not finite; guidance needs a conditional and an unconditional row; or the rows are
+                those of classes, which a sampler does not know (`calibrate_denoiser` knows them).
         """
+        require("guidance_scale", guidance_scale)
         rows = tuple(self.config.rows)
         if rows == (ALL,) and guidance_scale == 1:
             return torch.ones(1)

@@ -56,6 +56,7 @@ from .interop import VPSchedule, denoiser_from, noise_schedule, require_vp
 from .likelihood import Elbo, LogPrior, bits_per_dim, nested_elbos
 from .process import GaussianProcess
 from .randomness import randn_like
+from .ranges import require
 
 STANDARD_NORMAL = "N(0, I)"
 MIN_SAMPLES = 4
@@ -286,10 +287,15 @@ def diffusion_time_report(
         progress: show a progress bar.
 
     Raises:
-        ValueError: the schedule is not variance-preserving (reflected models, flow matching, EDM); a T is outside
-            (0, 1], not above sigma_min, or has the timestep of another; n is below the number of `times`; a bridge has
-            another T, schedule or shape; there are fewer than `MIN_SAMPLES` samples, or they have several shapes.
+        ValueError: a number is out of range; the schedule is not variance-preserving (reflected models, flow matching,
+            EDM); a T is outside (0, 1], not above sigma_min, or has the timestep of another; n is below the number of
+            `times`; a bridge has another T, schedule or shape; there are fewer than `MIN_SAMPLES` samples, or they have
+            several shapes.
     """
+    require("sigma_min", sigma_min, above=0)
+    require("levels", levels, at_least=1)
+    require("low", low)
+    require("high", high, above=low)
     schedule, times = require_vp(noise_schedule(scheduler)), tuple(sorted(times))
     timesteps = _timesteps(schedule, times, n)
     given = _by_cell(bridges or {}, times, schedule)

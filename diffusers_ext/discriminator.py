@@ -39,6 +39,7 @@ from diffusers.models.embeddings import GaussianFourierProjection, TimestepEmbed
 from torch import Tensor, nn
 
 from .process import align
+from .ranges import require
 from .score import edm_epsilon
 
 SLOPE = 0.2  # of the activation at negative values
@@ -81,10 +82,13 @@ class NoiseLevelDiscriminator(ModelMixin, ConfigMixin):
         super().__init__()
         if not block_out_channels:
             raise ValueError("block_out_channels must not be empty")
-        if not sigma_data > 0:
-            raise ValueError(f"sigma_data must be positive, got {sigma_data}")
-        if group_size is not None and group_size < 2:
-            raise ValueError(f"group_size must be None or at least 2, got {group_size}")
+        require("sigma_data", sigma_data, above=0)
+        require("fourier_scale", fourier_scale, above=0)
+        require("in_channels", in_channels, at_least=1)
+        require("num_frequencies", num_frequencies, at_least=1)
+        require("block_out_channels", min(block_out_channels), at_least=1)
+        require("group_size", group_size, at_least=2)
+        require("num_class_embeds", num_class_embeds, at_least=1)
         first, last = block_out_channels[0], block_out_channels[-1]
         self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
         self.blocks = nn.ModuleList(ResidualBlock(a, b) for a, b in pairwise(block_out_channels))

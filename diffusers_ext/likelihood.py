@@ -51,6 +51,7 @@ from torch import Tensor
 
 from .process import Process, ReflectedProcess, align
 from .randomness import rand, randint, randn_like
+from .ranges import require
 from .score import ScoreModel
 
 Field = Callable[[Tensor], Tensor]
@@ -156,8 +157,9 @@ def log_likelihood(
         ImportError: torchdiffeq is not installed.
     """
     _check_levels(sigma_min, sigma_max)
-    if max_steps < 1 or min(rtol, atol) <= 0:
-        raise ValueError(f"max_steps must be at least 1, and tolerances above 0: {max_steps=}, {rtol=}, {atol=}")
+    require("max_steps", max_steps, at_least=1)
+    require("rtol", rtol, above=0)
+    require("atol", atol, above=0)
     if method not in ADAPTIVE_METHODS:
         raise ValueError(f"method {method!r} is not one of {', '.join(ADAPTIVE_METHODS)}")
     odeint = _odeint()
@@ -185,8 +187,7 @@ def _divergence_of(
         return exact_divergence
     if name != "hutchinson":
         raise ValueError(f"divergence {name!r} is not one of exact, hutchinson")
-    if probes < 1:
-        raise ValueError(f"at least one probe is needed, got {probes}")
+    require("probes", probes, at_least=1)
     return partial(hutchinson_divergence, probes=rademacher(probes, x, generator))
 
 
@@ -284,8 +285,7 @@ def nested_elbos(
     """
     for below, above in pairwise((sigma_min, *sigmas_max)):
         _check_levels(below, above)
-    if n < len(sigmas_max):
-        raise ValueError(f"n must be at least {len(sigmas_max)}, got {n}")
+    require("n", n, at_least=len(sigmas_max))
     x, cuts = _prepare(model, x), [0.0, *(acosh(sigma_max / sigma_min) for sigma_max in sigmas_max)]
     shared = [round((n - len(sigmas_max)) * cut / cuts[-1]) for cut in cuts]
     offset = rand((len(x),), generator, device=x.device, dtype=x.dtype)
@@ -399,8 +399,11 @@ def dequantize(
     (0, 1), no finer than rounding leaves their bin alone.
 
     Raises:
-        ValueError: images are off these values by a quarter of a step or more, or the dtype is too coarse for `levels`.
+        ValueError: images are off these values by a quarter of a step or more, or the dtype is too coarse for `levels`;
+            levels is below 2, or the bounds are not low < high, both finite.
     """
+    width = _bin_width(levels, low, high)
+    require("levels", levels, at_least=2)
     images = images.to(torch.promote_types(images.dtype, torch.float32))
     value = (images - low) / (high - low) * (levels - 1)
     k = value.round().clamp(0, levels - 1)
@@ -410,7 +413,7 @@ def dequantize(
     if parts < 1:
         raise ValueError(f"{images.dtype} is too coarse for {levels} levels")
     u = (randint(parts, images.shape, generator, device=images.device).to(images) + 0.5) / parts
-    return low + (k + u) * ((high - low) / levels)
+    return low + (k + u) * width
 
 
 def bits_per_dim(
@@ -425,6 +428,16 @@ def bits_per_dim(
         log_prob: log density of dequantised points (`dequantize`, with the same `levels`, `low` and `high`), in nats,
             (B,), for a whole image each.
         shape: of one image, without the batch dimension, or its number of dimensions D.
+
+    Raises:
+        ValueError: levels is below 1, or the bounds are not low < high, both finite.
     """
     dims = shape if isinstance(shape, int) else prod(shape)
-    return -(log_prob / dims + log((high - low) / levels)) / log(2)
+    return -(log_prob / dims + log(_bin_width(levels, low, high))) / log(2)
+
+
+def _bin_width(levels: int, low: float, high: float) -> float:
+    require("levels", levels, at_least=1)
+    require("low", low)
+    require("high", high, above=low)
+    return (high - low) / levels

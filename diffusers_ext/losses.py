@@ -52,6 +52,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from .noise_levels import karras_sigmas
 from .process import align
+from .ranges import require
 from .score import Denoiser, ScoreModel, edm_epsilon
 from .solvers import Step, euler, euler_maruyama, heun, posterior
 
@@ -116,8 +117,7 @@ def consistency_loss(
     """
     if rollout not in ROLLOUTS:
         raise ValueError(f"rollout {rollout!r} is not one of {', '.join(ROLLOUTS)}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    require("steps", steps, at_least=1)
     _check_shapes(sigma, sigma_next=sigma_next)
     if denoised is not None:
         _check_shapes(x, denoised=denoised)
@@ -212,10 +212,10 @@ def discriminator_loss(
             logits of a group of samples depend on each other, g is the gradient of their sum.
 
     Raises:
-        ValueError: `projection` is unknown, `r1_weight` negative, or shapes differ.
+        ValueError: `projection` is unknown, `r1_weight` negative, `sigma_data` not positive, or shapes differ.
     """
-    if r1_weight < 0:
-        raise ValueError(f"r1_weight must be at least 0, got {r1_weight}")
+    require("r1_weight", r1_weight, at_least=0)
+    require("sigma_data", sigma_data, above=0)
     _check_shapes(x, x0=x0)
     step = _projection(projection, x, sigma, sigma_next, denoised)
     with torch.no_grad():

@@ -30,6 +30,7 @@ from .files import replacing
 from .interop import NoiseSchedule, denoiser_from, noise_schedule, stored_scheduler, unwrap
 from .noise_levels import log_linear_sigmas
 from .randomness import RULE, Seeds, Stream, randn_like
+from .ranges import require
 from .score import Denoiser
 
 GROUPS = 16
@@ -149,7 +150,12 @@ def estimate_calibration(
     """
     schedule = noise_schedule(scheduler)
     require_gaussian(schedule)
-    _check_arguments(num_levels, significance, tolerance)
+    require("num_levels", num_levels, at_least=2)
+    require("significance", significance, at_least=MIN_P, at_most=1)
+    require("save_every", save_every, at_least=1)
+    require("tolerance", tolerance, above=0)
+    require("max_samples", max_samples, at_least=1)
+    require("num_classes", num_classes, at_least=1)
     if null_class is not None:
         unconditional = {"class_labels": torch.tensor([null_class])}
     sigmas, rows = _levels(schedule, num_levels), _rows(num_classes, unconditional is not None)
@@ -185,13 +191,6 @@ def estimate_calibration(
         measured_on=dict(measured_on or {}) | settings,
     )
     return _fill(calibration, sums, shrink, significance)
-
-
-def _check_arguments(num_levels: int, significance: float, tolerance: float | None) -> None:
-    if num_levels < 2 or not MIN_P <= significance <= 1:
-        raise ValueError(f"{num_levels=} must be at least 2, and {significance=} from {MIN_P:.1g} to 1")
-    if tolerance is not None and not tolerance > 0:
-        raise ValueError(f"{tolerance=} must be above 0")
 
 
 def _sums_over_data(

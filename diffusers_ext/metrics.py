@@ -46,6 +46,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .ranges import require
+
 _ENTRIES = 2**23  # of a block of a matrix of all pairs: 64 MB in float64
 
 
@@ -53,7 +55,7 @@ def frechet_distance(features_1: Tensor, features_2: Tensor) -> float:
     """Return d^2 of two sets of features, (n_1, d) and (n_2, d); computed in float64.
 
     Raises:
-        ValueError: the sets are not two-dimensional, of different d, or of fewer than 2 samples.
+        ValueError: the sets are not two-dimensional, not finite, of different d, or of fewer than 2 samples.
     """
     _check(features_1, features_2, at_least=2, what="a covariance")
     features_1, features_2 = features_1.double(), features_2.double()
@@ -69,7 +71,7 @@ def kernel_distance(features_1: Tensor, features_2: Tensor) -> float:
     """Estimate the squared maximum mean discrepancy of features (n, d) and (m, d) without bias, in float64.
 
     Raises:
-        ValueError: the sets are not two-dimensional, of different d, or of fewer than 2 samples.
+        ValueError: the sets are not two-dimensional, not finite, of different d, or of fewer than 2 samples.
     """
     _check(features_1, features_2, at_least=2, what="an average over pairs")
     x, y = features_1.double(), features_2.double()
@@ -133,7 +135,8 @@ def pseudo_values(
         ValueError: fewer than 2 groups, or fewer than 2 samples in a group.
     """
     n = min(len(features_1), len(features_2))
-    if groups < 2 or n < 2 * groups:
+    require("groups", groups, at_least=2)
+    if n < 2 * groups:
         raise ValueError(f"the jackknife needs 2 groups of 2 samples at least: {groups} groups of {n} samples")
     # At random: in turn, samples whose classes come in turn would leave out a class at a time.
     generator = torch.Generator().manual_seed(0)
@@ -147,8 +150,9 @@ def student_interval(values: Tensor, level: float = 0.95) -> Interval:
     """Return the mean of independent values (n,), and an interval by Student's t of n - 1 degrees of freedom.
 
     Raises:
-        ValueError: fewer than 2 values.
+        ValueError: fewer than 2 values, or `level` is not above 0 and below 1.
     """
+    require("level", level, above=0, below=1)
     if len(values) < 2:
         raise ValueError(f"an interval needs 2 values at least, got {len(values)}")
     mean, n = values.mean().item(), len(values)
@@ -168,10 +172,10 @@ def precision_recall(features: Tensor, real: Tensor, k: int = 3) -> tuple[float,
     """Return precision and recall of generated samples (n, d) against real ones (m, d), computed in float64.
 
     Raises:
-        ValueError: the sets are not two-dimensional, of different d, or of k samples or fewer; or k is below 1.
+        ValueError: the sets are not two-dimensional, not finite, of different d, or of k samples or fewer; or
+            k is below 1.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    require("k", k, at_least=1)
     _check(features, real, at_least=k + 1, what=f"the distance to neighbour {k}")
     features, real = features.double(), real.double()
     return _covered(features, real, k), _covered(real, features, k)
@@ -196,7 +200,7 @@ def nearest(features: Tensor, reference: Tensor) -> Nearest:
     """Find the nearest reference sample (m, d) of each of the features (n, d) by comparison with all, in float64.
 
     Raises:
-        ValueError: the sets are not two-dimensional, of different d, or empty.
+        ValueError: the sets are not two-dimensional, not finite, of different d, or empty.
     """
     _check(features, reference, at_least=1, what="the nearest sample")
     features, reference = features.double(), reference.double()
@@ -220,7 +224,7 @@ def copies(features: Tensor, training: Tensor, held_out: Tensor, level: float = 
         level: above 0 and below 1.
 
     Raises:
-        ValueError: a set is not two-dimensional, of another d, or too small; or `level` is out of range.
+        ValueError: a set is not two-dimensional, not finite, of another d, or too small; or `level` is out of range.
     """
     threshold = copy_threshold(training, held_out, level)
     return (nearest(features, training).distances <= threshold).double().mean().item()
@@ -232,8 +236,7 @@ def copy_threshold(training: Tensor, held_out: Tensor, level: float = 0.01) -> f
     Raises:
         ValueError: as `copies`.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level must be above 0 and below 1, got {level}")
+    require("level", level, above=0, below=1)
     if len(held_out) * level < 1:
         raise ValueError(f"level {level} needs at least {math.ceil(1 / level)} held-out samples, got {len(held_out)}")
     # A new sample of the same law is as near as the k-th nearest of l with probability k / (l + 1).
@@ -257,6 +260,11 @@ def _check(features_1: Tensor, features_2: Tensor, *, at_least: int, what: str) 
         raise ValueError(f"features must be (n, d) with one d, got {shapes}")
     if min(len(features_1), len(features_2)) < at_least:
         raise ValueError(f"{what} needs at least {at_least} samples, got {shapes}")
+    for number, features in enumerate((features_1, features_2), 1):
+        if not features.isfinite().all():
+            raise ValueError(
+                f"features_{number} has values that are not finite: the images, or the model that drew them"
+            )
 
 
 def _square(a: Tensor) -> Tensor:

@@ -11,10 +11,13 @@ et al., 2023, arXiv 2303.09556).
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 from torch import Tensor
 
 from .randomness import rand_like, randn
+from .ranges import require
 
 RHO = 7.0
 
@@ -23,19 +26,34 @@ def _as_tensor(value: Tensor | float) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
+def _check_grid(n: int, sigma_min: Tensor | float, sigma_max: Tensor | float) -> None:
+    """Check the size and, where they are numbers, the bounds of a grid."""
+    require("n", n, at_least=1)
+    if not isinstance(sigma_min, Tensor) and not isinstance(sigma_max, Tensor):
+        require("sigma_min", sigma_min, above=0)
+        require("sigma_max", sigma_max, at_least=sigma_min)
+
+
 def karras_sigmas(n: int, sigma_min: Tensor | float, sigma_max: Tensor | float, rho: float = RHO) -> Tensor:
     """Return `n` levels from `sigma_max` down to `sigma_min`, equidistant in sigma^(1/rho).
 
     The bounds are numbers (the grid is then float64 of shape (n,)) or tensors of one shape S: one grid for each entry,
     shape (n, *S).
+
+    Raises:
+        ValueError: n is below 1, rho is not positive, or the numbers are not 0 < sigma_min <= sigma_max.
     """
+    require("rho", rho, above=0)
+    _check_grid(n, sigma_min, sigma_max)
     low, high = _as_tensor(sigma_min) ** (1 / rho), _as_tensor(sigma_max) ** (1 / rho)
     u = torch.linspace(0, 1, n, dtype=high.dtype, device=high.device).reshape(-1, *[1] * high.ndim)
     return (high + u * (low - high)) ** rho
 
 
 def log_linear_sigmas(n: int, sigma_min: Tensor | float, sigma_max: Tensor | float) -> Tensor:
-    """Return `n` levels from `sigma_max` down to `sigma_min`, equidistant in log sigma; shapes as `karras_sigmas`."""
+    """Return `n` levels from `sigma_max` down to `sigma_min`, equidistant in log sigma; shapes and errors are
+    those of `karras_sigmas`."""
+    _check_grid(n, sigma_min, sigma_max)
     low, high = _as_tensor(sigma_min).log(), _as_tensor(sigma_max).log()
     u = torch.linspace(0, 1, n, dtype=high.dtype, device=high.device).reshape(-1, *[1] * high.ndim)
     return (high + u * (low - high)).exp()
@@ -48,7 +66,13 @@ def log_normal_sigmas(
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Draw from the training law of EDM: ln sigma ~ N(mean, std^2); shape (n,)."""
+    """Draw from the training law of EDM: ln sigma ~ N(mean, std^2); shape (n,).
+
+    Raises:
+        ValueError: the mean is not finite, or std is negative.
+    """
+    require("mean", mean)
+    require("std", std, at_least=0)
     return (mean + std * randn((n,), generator, device=device)).exp()
 
 
@@ -65,10 +89,10 @@ def lower_sigma(
     sigma = 1, where an absolute width changes nothing. The paper's law is absolute, with width 0.05 and floor 0.002.
 
     Raises:
-        ValueError: width is negative, or relative and not below 1.
+        ValueError: width or floor is negative, or width is relative and not below 1.
     """
-    if width < 0 or (relative and width >= 1):
-        raise ValueError(f"width {width} must be >= 0, and below 1 where it is relative")
+    require("width", width, at_least=0, below=1 if relative else None)
+    require("floor", floor, at_least=0)
     drop = width * rand_like(sigma, generator)
     lower = sigma * (1 - drop) if relative else sigma - drop
     return torch.minimum(lower.clamp(min=floor), sigma)
@@ -93,10 +117,12 @@ def look_ahead_sigma(
         k: the longest step, in the unit of u. The paper has 0.1 from scratch and 0.2 for fine-tuning.
 
     Raises:
-        ValueError: k is negative, or the bounds are not 0 < sigma_min < sigma_max.
+        ValueError: k is negative, rho not positive, or the bounds are not 0 < sigma_min < sigma_max.
     """
-    if k < 0 or not 0 < sigma_min < sigma_max:
-        raise ValueError(f"needs k >= 0 and 0 < sigma_min < sigma_max, got {k=}, {sigma_min=}, {sigma_max=}")
+    require("k", k, at_least=0)
+    require("rho", rho, above=0)
+    require("sigma_min", sigma_min, above=0)
+    require("sigma_max", sigma_max, above=sigma_min)
     u = rand_like(sigma, generator)
     width = sigma_max ** (1 / rho) - sigma_min ** (1 / rho)
     root = sigma.clamp(sigma_min, sigma_max) ** (1 / rho) - k * u * width
@@ -108,5 +134,9 @@ def min_snr_weight(sigma: Tensor, gamma: float = 5.0) -> Tensor:
     """Return the weight min(SNR, gamma) of the error of x0, as the weight min(1, gamma sigma^2) of that of eps.
 
     SNR = sigma^-2.
+
+    Raises:
+        ValueError: gamma is not positive.
     """
+    require("gamma", gamma, above=0, at_most=inf)
     return (gamma * sigma**2).clamp(max=1)

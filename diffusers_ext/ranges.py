@@ -48,18 +48,18 @@ class Range:
 
 def require(
     name: str,
-    value: float,
+    value: float | None,
     *,
     above: float | None = None,
     at_least: float | None = None,
     below: float | None = None,
     at_most: float | None = None,
 ) -> None:
-    """Check that a number is in a range.
+    """Check that a number, if it is given, is in a range.
 
     Raises:
         ValueError: it is not, or it is NaN; the message names the number and the range.
     """
     allowed = Range(above, at_least, below, at_most)
-    if value not in allowed:
+    if value is not None and value not in allowed:
         raise ValueError(allowed.refusal(name, value))

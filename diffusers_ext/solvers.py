@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from math import inf
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from .process import align
 from .randomness import randn_like
+from .ranges import require
 from .score import Denoiser, ScoreModel
 
 
@@ -138,10 +140,10 @@ def langevin(
     Raises:
         ValueError: `step_size`, `steps` or a number `sigma` is not positive.
     """
-    if steps < 1 or (not isinstance(sigma, Tensor) and not sigma > 0):
-        raise ValueError(f"steps and sigma must be positive, got {steps=} and {sigma=}")
-    if not step_size > 0:
-        raise ValueError(f"step_size must be positive, got {step_size}")
+    require("steps", steps, at_least=1)
+    require("step_size", step_size, above=0)
+    if not isinstance(sigma, Tensor):
+        require("sigma", sigma, above=0)
     d = (step_size * align(sigma, x)) ** 2
     for _ in range(steps):
         x = x + d * model.score(x, sigma, **cond) + (2 * d) ** 0.5 * randn_like(x, generator)
@@ -158,8 +160,14 @@ def sample(
     generator: torch.Generator | None = None,
     **cond: Any,
 ) -> Tensor:
-    """Integrate from x at the first of `sigmas` (decreasing; the last may be 0) to the last of them."""
+    """Integrate from x at the first of `sigmas` (decreasing; the last may be 0) to the last of them.
+
+    Raises:
+        ValueError: the levels are not decreasing, or not finite, or one is negative.
+    """
     levels = sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas
+    if not (all(a > b for a, b in pairwise(levels)) and all(0 <= level < inf for level in levels)):
+        raise ValueError(f"sigmas must be decreasing, finite and at least 0, got {levels}")
     for sigma, sigma_next in pairwise(levels):
         x = step(denoiser, x, sigma, sigma_next, generator=generator, **cond)
     return x

@@ -115,8 +115,8 @@ def test_every_parameter_has_a_part_in_the_logits() -> None:
     ("changes", "call", "message"),
     [
         ({"block_out_channels": ()}, None, "block_out_channels"),
-        ({"sigma_data": 0.0}, None, "sigma_data must be positive, got 0.0"),
-        ({"group_size": 1}, None, "group_size must be None or at least 2, got 1"),
+        ({"sigma_data": 0.0}, None, "sigma_data must be above 0, got 0.0"),
+        ({"group_size": 1}, None, "group_size must be at least 2, got 1"),
         ({}, (torch.zeros(4, 3, 8, 8), 1.0, 0.5), r"x_next has shape \(4, 3, 8, 8\), not \(B, 2, H, W\)"),
         ({}, (torch.zeros(4, 8, 8), 1.0, 0.5), "x_next has shape"),
         ({}, (torch.zeros(4, 2, 8, 8), torch.ones(3), 0.5), r"sigma has shape \(3,\)"),

@@ -653,7 +653,7 @@ def test_bad_noise_levels_are_refused(levels) -> None:
     ("options", "message"),
     [
         ({"divergence": "skilling"}, "divergence 'skilling' is not one of exact, hutchinson"),
-        ({"divergence": "hutchinson", "probes": 0}, "at least one probe"),
+        ({"divergence": "hutchinson", "probes": 0}, "probes must be at least 1"),
         ({"method": "rk4"}, "method 'rk4' is not one of dopri5"),
     ],
 )
@@ -699,13 +699,13 @@ def test_more_bad_numbers_are_refused() -> None:
     for sigma in (0.0, -1.0):
         with pytest.raises(ValueError, match="sigma must be positive"):
             boundary_flux(model, x, sigma)
-        with pytest.raises(ValueError, match="must be positive"):
+        with pytest.raises(ValueError, match="sigma must be above 0"):
             langevin(model, x, sigma)
-    with pytest.raises(ValueError, match="steps and sigma must be positive"):
+    with pytest.raises(ValueError, match="steps must be at least 1"):
         langevin(model, x, 1.0, steps=-3)
     with pytest.raises(ValueError, match="max_steps must be at least 1"):
         log_likelihood(model, x, 0.1, 10.0, max_steps=0)
-    with pytest.raises(ValueError, match="tolerances above 0"):
+    with pytest.raises(ValueError, match="rtol must be above 0"):
         log_likelihood(model, x, 0.1, 10.0, rtol=-1.0)
     with pytest.raises(ValueError, match="is empty"):
         elbo(model, x[:0], 0.1, 10.0)

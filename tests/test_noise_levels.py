@@ -103,7 +103,7 @@ def test_lower_sigma_reaches_the_floor_as_often_as_its_law_says() -> None:
 
 @pytest.mark.parametrize("options", [{"width": -0.1}, {"width": 1.0, "relative": True}])
 def test_lower_sigma_refuses_a_width_that_makes_no_sense(options: dict) -> None:
-    with pytest.raises(ValueError, match=f"width {options['width']} must be"):
+    with pytest.raises(ValueError, match=f"width must be .*, got {options['width']}"):
         lower_sigma(torch.ones(2), **options)
 
 
@@ -159,7 +159,7 @@ def test_look_ahead_reaches_sigma_min_as_often_as_its_law_says() -> None:
 
 @pytest.mark.parametrize("arguments", [(-0.1, 0.002, 80.0), (0.1, 0.0, 80.0), (0.1, 80.0, 0.002)], ids=str)
 def test_look_ahead_refuses_arguments_that_make_no_sense(arguments: tuple) -> None:
-    with pytest.raises(ValueError, match="needs k >= 0 and 0 < sigma_min < sigma_max"):
+    with pytest.raises(ValueError, match=r"(k|sigma_min|sigma_max) must be (above|at least)"):
         look_ahead_sigma(torch.ones(2), *arguments)
 
 

@@ -368,12 +368,12 @@ OWN = [
     ({"latents": torch.full((1, 1, 4, 4), 1.6)}, r"latents must lie in \[-0.5, 1.5\], it is from 1.6 to 1.6"),
     ({"latents": torch.full((1, 1, 4, 4), float("nan"))}, "latents must lie in"),
     ({"latents": torch.zeros(1, 1, 4, 5)}, r"\(1, 1, 4, 5\), the model needs \(1, 1, 4, 4\)"),
-    ({"rtol": 0.0}, "tolerances must be above 0, got rtol=0.0 and atol=None"),
-    ({"atol": -1.0, "rtol": 1.0}, "tolerances must be above 0"),
-    ({"rtol": float("nan")}, "tolerances must be above 0"),
+    ({"rtol": 0.0}, "rtol must be above 0, got 0.0"),
+    ({"atol": -1.0, "rtol": 1.0}, "atol must be above 0"),
+    ({"rtol": float("nan")}, "rtol must be above 0"),
     ({"rtol": 1e-3, "callback_on_step_end": print}, "no steps to call back from"),
-    ({"num_inference_steps": 0}, "num_inference_steps=0 must be at least 1"),
-    ({"num_inference_steps": 1001}, "num_inference_steps must be from 1 to 1000, got 1001"),
+    ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
+    ({"num_inference_steps": 1001}, "num_inference_steps must be at least 1 and at most 1000, got 1001"),
 ]
 
 

@@ -406,7 +406,7 @@ def test_a_contradiction_is_refused(options: dict, message: str) -> None:
     [
         ({"class_labels": 0}, "this model is unconditional"),
         ({"guidance_scale": 2.0}, "this model is unconditional"),
-        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     ],
 )
 def test_an_unconditional_model_refuses_what_it_does_not_know(options: dict, message: str) -> None:

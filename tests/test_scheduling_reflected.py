@@ -604,7 +604,7 @@ def test_a_setting_can_be_changed_on_the_way() -> None:
         ({"prediction_type": "sample"}, "predicts epsilon, not 'sample'"),
         ({"prediction_type": "noise", "beta_schedule": "linear"}, "'noise' is not one of"),
         ({"beta_schedule": "cosine"}, "beta_schedule 'cosine'"),
-        ({"num_train_timesteps": 1}, "num_train_timesteps=1 must be at least 2"),
+        ({"num_train_timesteps": 1}, "num_train_timesteps must be at least 2, got 1"),
         ({"num_train_timesteps": 0}, "num_train_timesteps"),
     ],
     ids=str,
@@ -616,7 +616,7 @@ def test_settings_that_contradict_are_refused(settings: dict, message: str) -> N
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_a_number_of_steps_that_the_table_has_not_is_refused(steps: int) -> None:
-    with pytest.raises(ValueError, match=f"num_inference_steps must be from 1 to 1000, got {steps}"):
+    with pytest.raises(ValueError, match=f"num_inference_steps must be at least 1 and at most 1000, got {steps}"):
         ReflectedScheduler().set_timesteps(steps)
 
 
@@ -730,5 +730,5 @@ def test_langevin_repairs_a_wrong_law_to_the_level_of_the_step() -> None:
 
 def test_langevin_needs_a_step() -> None:
     for step_size in (0.0, -0.1, float("nan")):
-        with pytest.raises(ValueError, match="step_size must be positive"):
+        with pytest.raises(ValueError, match="step_size must be above 0"):
             langevin(of_law(tabulated_score), torch.zeros(2, 1), 0.5, step_size=step_size)

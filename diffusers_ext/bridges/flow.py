@@ -23,6 +23,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..ranges import require
 from .base import Bridge, checked_scheduler, default_latent_rank, require_latent_rank, standard_log_prob
 from .moments import data_moments, require_repeatable
 
@@ -125,11 +126,17 @@ class FlowBridge(Bridge):
             on held-out data in nats.
 
         Raises:
-            ValueError: held_out leaves nothing to train or to evaluate on, batches can be read once only; or as
-                `GaussianBridge.fit` does.
+            ValueError: a number is out of range, held_out leaves nothing to train or to evaluate on, batches can be
+                read once only; or as `GaussianBridge.fit` does.
             ImportError: zuko is not installed.
         """
         _flows()
+        counts = {"transforms": transforms, "max_steps": max_steps, "batch_size": batch_size, "patience": patience}
+        for name, count in counts.items():
+            require(name, count, at_least=1)
+        require("bins", bins, at_least=2)
+        require("learning_rate", learning_rate, above=0)
+        require("held_out", held_out, above=0, below=1)
         require_repeatable(batches)
         stored, layers = checked_scheduler(scheduler, max_diffusion_time), list(hidden_features)
         data = data_moments(batches, rank, num_classes, progress)

@@ -19,6 +19,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from ..randomness import categorical
+from ..ranges import require
 from .base import Bridge, checked_scheduler, default_latent_rank, require_latent_rank, standard_log_prob
 from .moments import count_classes, data_moments, require_repeatable
 
@@ -102,12 +103,15 @@ class MixtureBridge(Bridge):
             The bridge, on the CPU.
 
         Raises:
-            ValueError: fewer than 2 components, fewer samples in a class than components, batches that can be read once
-                only; or as `GaussianBridge.fit` does.
+            ValueError: a number is out of range, fewer samples in a class than components, batches that can be read
+                once only; or as `GaussianBridge.fit` does.
             ImportError: scikit-learn is not installed.
         """
         _estimator()
         _require_several(num_components)
+        require("noise_draws", noise_draws, at_least=1)
+        require("concentration", concentration, above=0)
+        require("max_iter", max_iter, at_least=1)
         require_repeatable(batches)
         stored = checked_scheduler(scheduler, max_diffusion_time)
         data = data_moments(batches, rank, num_classes, progress)
@@ -162,5 +166,5 @@ def _estimator() -> Any:
 
 def _require_several(num_components: int) -> None:
     """Refuse a mixture of one component."""
-    if num_components < 2:
+    if not num_components >= 2:
         raise ValueError(f"a mixture needs at least 2 components, got {num_components}: GaussianBridge has one")

@@ -60,10 +60,10 @@ class LikelihoodSettings:
     ode_images: int = 16
 
     def __post_init__(self) -> None:
-        if self.evaluations < 1:
+        if not self.evaluations >= 1:
             raise InputError(f"--likelihood_evaluations must be at least 1, got {self.evaluations}")
         for name, number in (("likelihood_images", self.images), ("ode_images", self.ode_images)):
-            if number < 0 or number == 1:
+            if not (number == 0 or number >= 2):
                 raise InputError(f"--{name} must be 0, or at least 2 for an interval, got {number}")
 
 

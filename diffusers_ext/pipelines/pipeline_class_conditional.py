@@ -21,6 +21,8 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UN
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..ranges import require
+
 
 class ClassConditionalPipeline(DiffusionPipeline):
     """Images from a `UNet2DModel`, unconditional or class-conditional, with any scheduler.
@@ -85,8 +87,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         Raises:
             ValueError: an argument contradicts the model or another argument; the message says how.
         """
-        if num_inference_steps < 1:
-            raise ValueError(f"{num_inference_steps=} must be at least 1")
+        require("num_inference_steps", num_inference_steps, at_least=1)
+        require("eta", eta, at_least=0)
         labels, n = self._batch(class_labels, batch_size, guidance_scale)
         self._check(n, generator, latents, output_type, callback_on_step_end_tensor_inputs)
 
@@ -139,8 +141,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     def _batch(self, class_labels: Any, batch_size: int | None, guidance_scale: float) -> tuple[Tensor | None, int]:
         """Return the labels, `None` for an unconditional model, and the number of images."""
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"{batch_size=} must be at least 1")
+        require("guidance_scale", guidance_scale)
+        require("batch_size", batch_size, at_least=1)
         labels = self._labels(class_labels, batch_size, guidance_scale)
         return labels, len(labels) if labels is not None else batch_size if batch_size is not None else 1
 

@@ -22,6 +22,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from torch import Tensor
 
+from ..ranges import require
 from ..schedulers import ReflectedScheduler
 from .pipeline_class_conditional import ClassConditionalPipeline
 
@@ -90,14 +91,16 @@ class ReflectedPipeline(ClassConditionalPipeline):
                 callback_on_step_end=callback_on_step_end,
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             )
-        relative, absolute = (b if a is None else a for a, b in ((rtol, atol), (atol, rtol)))
-        if relative is None or absolute is None or not (relative > 0 and absolute > 0):
-            raise ValueError(f"tolerances must be above 0, got {rtol=} and {atol=}")
+        require("rtol", rtol, above=0)
+        require("atol", atol, above=0)
+        tolerances = [tolerance for tolerance in (rtol, atol) if tolerance is not None]
         if callback_on_step_end is not None:
             raise ValueError("the adaptive solver has no steps to call back from: callback_on_step_end must be None")
         labels, n = self._batch(class_labels, batch_size, guidance_scale)
         self._check(n, generator, latents, output_type, callback_on_step_end_tensor_inputs)
-        x = self._flow(self._start(n, labels, generator, latents), labels, guidance_scale, relative, absolute)
+        x = self._flow(
+            self._start(n, labels, generator, latents), labels, guidance_scale, tolerances[0], tolerances[-1]
+        )
         return self._finish(x, output_type, return_dict)
 
     def _start(self, n: int, labels: Tensor | None, generator: Any, latents: Tensor | None) -> Tensor:

@@ -44,6 +44,7 @@ from torch import Tensor
 from ..interop import NoiseSchedule, ReflectedSchedule, noise_schedule
 from ..noise_levels import karras_sigmas, log_linear_sigmas
 from ..process import ReflectedProcess, align
+from ..ranges import require
 
 SPACINGS = {"log_linear": log_linear_sigmas, "karras": karras_sigmas}
 ALGORITHMS = ("sde", "ode", "heun")
@@ -121,8 +122,7 @@ class ReflectedScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}")
         if not 0 < sigma_min < sigma_max < inf:
             raise ValueError(f"0 < sigma_min < sigma_max < inf is needed, got {sigma_min} and {sigma_max}")
-        if num_train_timesteps < 2:
-            raise ValueError(f"{num_train_timesteps=} must be at least 2")
+        require("num_train_timesteps", num_train_timesteps, at_least=2)
         self.process = ReflectedProcess(low, high)
         if beta_schedule is not None or trained_betas is not None:
             trained = _stock({name: self.config[name] for name in _OF_THE_NETWORK})
@@ -182,8 +182,7 @@ class ReflectedScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: it is below 1 or above `num_train_timesteps`.
         """
-        if not 1 <= num_inference_steps <= len(self):
-            raise ValueError(f"num_inference_steps must be from 1 to {len(self)}, got {num_inference_steps}")
+        require("num_inference_steps", num_inference_steps, at_least=1, at_most=len(self))
         config = self.config
         sigmas = SPACINGS[config.sigma_spacing](num_inference_steps + 1, config.sigma_min, config.sigma_max)
         times = self.schedule.time(sigmas).float()
