@@ -292,10 +292,7 @@ def diffusion_time_report(
             `times`; a bridge has another T, schedule or shape; there are fewer than `MIN_SAMPLES` samples, or they have
             several shapes.
     """
-    require("sigma_min", sigma_min, above=0)
-    require("levels", levels, at_least=1)
-    require("low", low)
-    require("high", high, above=low)
+    _check_numbers(sigma_min, levels, low, high)
     schedule, times = require_vp(noise_schedule(scheduler)), tuple(sorted(times))
     timesteps = _timesteps(schedule, times, n)
     given = _by_cell(bridges or {}, times, schedule)
@@ -304,8 +301,7 @@ def diffusion_time_report(
     scales = schedule.scale(torch.tensor(sigmas, dtype=torch.float64)).tolist()
     sigma_min = schedule.sigma_min if sigma_min is None else sigma_min
     laws = [[given.get((T, name)) for name in starts[1:]] for T in times]
-    elbos: list[list[Elbo]] = []
-    kept: list[Tensor] = []
+    elbos, kept = list[list[Elbo]](), list[Tensor]()
     shape, seen = torch.Size(), 0
     for x0, cond in _of_one_shape(tqdm(batches, disable=not progress, desc="bound by diffusion time", unit="batch")):
         if seen == 0:
@@ -341,6 +337,13 @@ def diffusion_time_report(
         kl_expansion=tuple(scale**2 * square_mean / 2 + scale**4 * square_cov / 4 for scale in scales),
         bin_width=1.0 if levels is None else (high - low) / levels,
     )
+
+
+def _check_numbers(sigma_min: float | None, levels: int | None, low: float, high: float) -> None:
+    require("sigma_min", sigma_min, above=0)
+    require("levels", levels, at_least=1)
+    require("low", low)
+    require("high", high, above=low)
 
 
 def _of_one_shape(batches: Iterable[tuple[Tensor, Any]]) -> Iterator[tuple[Tensor, Any]]:

@@ -150,12 +150,7 @@ def estimate_calibration(
     """
     schedule = noise_schedule(scheduler)
     require_gaussian(schedule)
-    require("num_levels", num_levels, at_least=2)
-    require("significance", significance, at_least=MIN_P, at_most=1)
-    require("save_every", save_every, at_least=1)
-    require("tolerance", tolerance, above=0)
-    require("max_samples", max_samples, at_least=1)
-    require("num_classes", num_classes, at_least=1)
+    _check_numbers(num_levels, significance, tolerance, max_samples, save_every, num_classes)
     if null_class is not None:
         unconditional = {"class_labels": torch.tensor([null_class])}
     sigmas, rows = _levels(schedule, num_levels), _rows(num_classes, unconditional is not None)
@@ -191,6 +186,22 @@ def estimate_calibration(
         measured_on=dict(measured_on or {}) | settings,
     )
     return _fill(calibration, sums, shrink, significance)
+
+
+def _check_numbers(
+    num_levels: int,
+    significance: float,
+    tolerance: float | None,
+    max_samples: int | None,
+    save_every: int,
+    num_classes: int | None,
+) -> None:
+    require("num_levels", num_levels, at_least=2)
+    require("significance", significance, at_least=MIN_P, at_most=1)
+    require("save_every", save_every, at_least=1)
+    require("tolerance", tolerance, above=0)
+    require("max_samples", max_samples, at_least=1)
+    require("num_classes", num_classes, at_least=1)
 
 
 def _sums_over_data(
