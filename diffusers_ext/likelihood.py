@@ -134,7 +134,8 @@ def log_likelihood(
     log_prior: LogPrior | None = None,
     **cond: Any,
 ) -> Tensor:
-    """Return log p_sigma_min(x) of the probability-flow ODE, (B,), in nats; computed in float32 at least.
+    """Return log p_sigma_min(x) of the probability-flow ODE, (B,), in nats; computed in float32 at least. It is NaN for
+    a sample for which the model's output is not finite.
 
     Args:
         x: points at noise level `sigma_min`, (B, ...), with two dimensions at least for the processes' own priors.
@@ -165,11 +166,13 @@ def log_likelihood(
     odeint = _odeint()
     process, x = model.process, _prepare(model, x)
     value_and_divergence = _divergence_of(divergence, x, probes, generator)
-    dims = prod(x.shape[1:])
+    dims, lost = prod(x.shape[1:]), torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
     def velocity(u: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         sigma, y = u.exp(), state[0]
         v, div = value_and_divergence(lambda x: -(sigma**2) * model.score(x, sigma, **cond), process.constrain(y))
+        lost.logical_or_(~(v.flatten(1).isfinite().all(1) & div.isfinite()))  # such samples stay where they are
+        v, div = v.where(align(lost, v) == 0, 0), div.where(~lost, 0)
         return _orientation(process, y) * v, div / dims
 
     u = torch.tensor([sigma_min, sigma_max], dtype=torch.float64, device=x.device).log()
@@ -177,7 +180,7 @@ def log_likelihood(
     start = (x, x.new_zeros(len(x)))
     y, gain = (v[-1] for v in odeint(velocity, start, u, rtol=rtol, atol=atol, method=method, options=options))
     log_prior = process.log_prior if log_prior is None else log_prior
-    return log_prior(process.constrain(y), sigma_max) + dims * gain
+    return (log_prior(process.constrain(y), sigma_max) + dims * gain).where(~lost, torch.nan)
 
 
 def _divergence_of(

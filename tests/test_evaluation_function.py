@@ -20,6 +20,7 @@ from diffusers_ext.evaluation import (
     LikelihoodSettings,
     RealImages,
     evaluate,
+    markdown_table,
     swap_scheduler,
     write_report,
 )
@@ -319,3 +320,19 @@ def test_another_resolution_is_drawn_and_the_model_is_as_before(tmp_path):
 def test_asking_for_no_scheduler_is_refused(tmp_path):
     with pytest.raises(InputError, match="--schedulers names none"):
         cheap({"A": pipeline()}, tmp_path, schedulers=[])
+
+
+def test_a_model_whose_weights_are_not_finite_has_no_rank(tmp_path):
+    broken = pipeline(1)
+    torch.nn.init.constant_(broken.unet.conv_out.bias, float("nan"))
+    found = cheap({"a": pipeline(0), "broken": broken}, tmp_path, likelihood=LikelihoodSettings(4, 2, 2))
+    whole, lost = found.cells
+    assert np.isfinite(whole.quality.frechet).all()
+    assert np.isnan([*lost.quality.frechet, *lost.quality.kernel, lost.quality.precision, lost.quality.recall]).all()
+    assert lost.out_of_range == 1
+    assert np.isfinite(found.likelihoods["a"].ode).all()
+    assert np.isnan([*found.likelihoods["broken"].ode, *found.likelihoods["broken"].bound]).all()
+    rows = [row for row in markdown_table(found).splitlines() if "broken" in row]
+    assert len(rows) == 3
+    assert all("not finite" in row for row in rows)
+    assert not any("**" in row for row in rows)

@@ -36,7 +36,15 @@ from diffusers_ext import (
     short_time_pipeline,
 )
 from diffusers_ext.evaluation import LikelihoodSettings
-from diffusers_ext.metrics import copies, frechet_distance, jackknife, precision_recall, student_interval
+from diffusers_ext.metrics import (
+    copies,
+    frechet_distance,
+    jackknife,
+    kernel_distance,
+    nearest,
+    precision_recall,
+    student_interval,
+)
 from diffusers_ext.ranges import Range, require
 
 SCHEDULER, X, SIGMA = DDIMScheduler(), torch.zeros(4, 1, 2, 2), torch.ones(4)
@@ -238,3 +246,23 @@ def test_numbers_in_their_ranges_are_taken() -> None:
     assert lower_sigma(SIGMA, 0.0).tolist() == [1.0] * 4
     assert karras_sigmas(1, 0.5, 0.5).tolist() == [pytest.approx(0.5)]
     assert sample(MODEL, X, [1.0, 0.0]).shape == X.shape
+
+
+def test_a_sample_without_a_finite_output_has_no_likelihood_and_the_others_have_theirs() -> None:
+    x, broken = torch.ones(4, 1, 2, 2), torch.tensor([1.0, nan, 1.0, inf])[:, None, None, None]
+    whole = log_likelihood(denoiser_from(lambda x, t: 0.3 * x, SCHEDULER), x, 0.1, 1.0)
+    found = log_likelihood(denoiser_from(lambda x, t: 0.3 * x * broken, SCHEDULER), x, 0.1, 1.0)
+    assert found.isnan().tolist() == [False, True, False, True]
+    torch.testing.assert_close(found[::2], whole[::2])
+
+
+@pytest.mark.parametrize("value", [nan, inf])
+def test_metrics_refuse_features_that_are_not_finite(value) -> None:
+    whole, broken = torch.rand(200, 2), torch.rand(200, 2)
+    broken[7, 1] = value
+    for metric in (frechet_distance, kernel_distance, precision_recall, nearest):
+        for pair in ((whole, broken), (broken, whole)):
+            with pytest.raises(ValueError, match="not finite"):
+                metric(*pair)
+    with pytest.raises(ValueError, match="not finite"):
+        copies(whole, whole, broken)

@@ -45,7 +45,7 @@ from ..interop import stored_scheduler
 from ..randomness import RULE
 from ..reports.measured import Cell, Evaluation, Likelihood
 from ..subjects import ImageFormat, Subject, subject_of
-from .measures import Judge, LikelihoodSettings
+from .measures import NO_QUALITY, Judge, LikelihoodSettings
 from .measures import likelihood as measure_likelihood
 from .real_images import MIN_IMAGES, MeasureArguments, RealImages
 from .sample_pictures import grids, nearest_to_training
@@ -394,7 +394,7 @@ def _compare(
                 counted.seconds,
                 counted.out_of_range,
                 drawing.num_samples,
-                judge.quality(features),
+                NO_QUALITY if counted.not_finite > 0 else judge.quality(features),
             )
         )
         if drawing is last[drawing.model]:

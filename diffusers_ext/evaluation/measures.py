@@ -67,6 +67,10 @@ class LikelihoodSettings:
                 raise InputError(f"--{name} must be 0, or at least 2 for an interval, got {number}")
 
 
+NO_QUALITY = Quality(Interval(nan, nan, nan), Interval(nan, nan, nan), nan, nan, nan)
+"""That of samples of which some are not finite: they have no rank among others."""
+
+
 @dataclass(frozen=True)
 class Manifold:
     """The features (n, d) of real images that every `quality` of one evaluation is measured against, on one device.

@@ -89,11 +89,13 @@ def _settings(values: Any) -> bytes:
 
 
 class Counted(NamedTuple):
-    """What an image cost, in evaluations of the network and seconds, and the share of its values out of range."""
+    """What an image cost, in evaluations of the network and seconds, the share of its values out of range, and that of
+    those which are not finite, and black in the image."""
 
     nfe: float
     seconds: float
     out_of_range: float
+    not_finite: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -229,9 +231,10 @@ class Drawing:
         rows = []
         for batch in range(self.num_batches):
             with safe_open(self.file(folder, batch), "pt") as file:
-                rows.append([float(file.metadata()[name]) for name in Counted._fields])
-        nfe, seconds, out_of_range = torch.tensor(rows, dtype=torch.float64).T
-        return Counted(nfe.mean().item(), seconds.median().item(), out_of_range.mean().item())
+                stored = Counted._field_defaults | file.metadata()  # files of before say nothing of what is not finite
+                rows.append([float(stored[name]) for name in Counted._fields])
+        nfe, seconds, *shares = torch.tensor(rows, dtype=torch.float64).T
+        return Counted(nfe.mean().item(), seconds.median().item(), *(share.mean().item() for share in shares))
 
     @torch.no_grad()
     def _draw(self, batch: int) -> tuple[Tensor, Counted]:
@@ -258,7 +261,8 @@ class Drawing:
         finally:
             pipeline.scheduler = own
         inside = (unit >= -_LEVEL / 2) & (unit <= 1 + _LEVEL / 2)  # NaN is not
-        counted = Counted(watched.rows / n, seconds / n, (~inside).double().mean().item())
+        shares = ((~one).double().mean().item() for one in (inside, unit.isfinite()))
+        counted = Counted(watched.rows / n, seconds / n, *shares)
         images = torch.from_numpy(images).nan_to_num().movedim(3, 1)
         return (images * 255).round().to(torch.uint8), counted
 

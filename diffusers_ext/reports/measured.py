@@ -71,7 +71,7 @@ class Cell:
         out_of_range: share of the values of the pipeline's last state (decoded, of a latent model) that are outside
             [-1, 1] by more than half a grey level, or not finite.
         num_samples: the number of images.
-        quality: the measures of these images.
+        quality: the measures of these images; NaN if the values of some were not finite.
     """
 
     model: str
