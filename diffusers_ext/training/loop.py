@@ -49,6 +49,7 @@ from .best import NAME as BEST
 from .best import Best
 from .build import build_subject
 from .checkpoint import list_checkpoints
+from .environment import require_as_asked
 from .log import RunLog
 from .outcome import Outcome
 from .parts import Part
@@ -325,6 +326,7 @@ def _accelerator(args: TrainingArguments) -> Accelerator:
         )
     except (ValueError, ImportError) as error:  # no such tracker, no such precision on this device
         raise InputError(f"accelerate: {error}") from error
+    require_as_asked(accelerator, args)
     kind = accelerator.distributed_type
     if kind in _OPAQUE or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
         raise InputError(

@@ -1,0 +1,53 @@
+"""What the environment makes of a run: `accelerate launch` and its configuration speak through variables.
+
+A precision that the run's own argument leaves open is taken from there, and where it runs (devices, compilation) is
+theirs to say. What would train something else than the arguments say is refused.
+"""
+
+from __future__ import annotations
+
+import os
+
+from accelerate import Accelerator
+
+from ..errors import InputError
+from .arguments import TrainingArguments
+
+
+def require_as_asked(accelerator: Accelerator, args: TrainingArguments) -> None:
+    """Check that the accelerator trains what the arguments say.
+
+    Raises:
+        InputError: the environment has changed something, which the message names with its variable.
+    """
+    steps, precision = accelerator.gradient_accumulation_steps, accelerator.mixed_precision
+    if steps != args.gradient_accumulation_steps:
+        raise InputError(
+            f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}, and the environment makes it {steps}"
+            f" ({_set_by('ACCELERATE_GRADIENT_ACCUMULATION_STEPS')}): unset it, or give the same number"
+        )
+    if args.mixed_precision not in (None, precision):
+        raise InputError(
+            f"--mixed_precision is {args.mixed_precision}, and the environment makes it {precision} "
+            f"({_set_by('ACCELERATE_MIXED_PRECISION')}): unset it, or give the same"
+        )
+    if precision not in ("no", "fp16", "bf16"):
+        raise InputError(
+            f"mixed precision {precision} ({_set_by('ACCELERATE_MIXED_PRECISION')}) is not supported: give "
+            f"--mixed_precision no, fp16 or bf16"
+        )
+    sizes = {name: _size(accelerator, name) for name in ("tp_size", "cp_size", "sp_size")}
+    if shared := {name: size for name, size in sizes.items() if size > 1}:
+        raise InputError(
+            f"the environment lets several processes share one batch "
+            f"({_set_by('ACCELERATE_USE_PARALLELISM_CONFIG')}: {shared}), which would train on the same images several "
+            f"times: unset it"
+        )
+
+
+def _size(accelerator: Accelerator, name: str) -> int:
+    return getattr(getattr(accelerator, "parallelism_config", None), name, 1)
+
+
+def _set_by(variable: str) -> str:
+    return f"{variable}={os.environ[variable]}" if variable in os.environ else f"not by {variable}, but by a plugin"
