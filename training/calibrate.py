@@ -16,7 +16,8 @@ Repeat the command to continue a run that was stopped. `--help` lists every argu
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,13 +28,13 @@ from diffusers import DiffusionPipeline
 
 from diffusers_ext import Calibration, estimate_calibration
 from diffusers_ext.commands import parse_arguments
-from diffusers_ext.data.batches import Position, micro_batches
+from diffusers_ext.data.batches import Images, Position, micro_batches
 from diffusers_ext.data.images import Transform
 from diffusers_ext.data.sources import DataArguments, HubStream, Numbered, load_images
 from diffusers_ext.errors import NOT_PUSHED, InputError, TrainingStopped, command
 from diffusers_ext.fields import arg
 from diffusers_ext.files import shown, write_file
-from diffusers_ext.mean_error import MIN_P
+from diffusers_ext.mean_error import GROUPS, MIN_P
 from diffusers_ext.randomness import Seeds, Stream
 from diffusers_ext.reports.calibration_card import plot, summary, verdict, write_calibration_card
 from diffusers_ext.reports.hub import HubArguments, make_pusher
@@ -68,7 +69,11 @@ class CalibrationArguments(HubArguments, DataArguments):
 def batches(
     args: CalibrationArguments, subject: Subject, accelerator: Accelerator, channels: int, resolution: int
 ) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
-    """Yield the network's training data with their conditions: every image once, each process its own share."""
+    """Return the network's training data with their conditions: every image once, each process its own share.
+
+    Raises:
+        InputError: the data do not fit the model or the arguments.
+    """
     everything = replace(args, max_train_samples=None)  # `count` limits them, in random order
     source = load_images(everything, args.train_split)
     prompts: Any = None
@@ -81,7 +86,7 @@ def batches(
     n = n if args.max_train_samples is None else min(n, args.max_train_samples)
     if n == sys.maxsize:
         raise InputError("a stream has no known length: say how much of it with --max_train_samples")
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    rank, world = accelerator.process_index, accelerator.num_processes
     count = n // (args.train_batch_size * world)
     if count == 0:
         raise InputError(f"{n} images are fewer than a batch of {args.train_batch_size} for each of {world} processes")
@@ -92,9 +97,33 @@ def batches(
     if classes is not None and (source.class_names is None or len(source.class_names) > classes):
         have = "no labels" if source.class_names is None else f"{len(source.class_names)} classes"
         raise InputError(f"the model takes labels of {classes} classes, the data have {have}: see --label_column")
-    for i, batch in enumerate(
-        micro_batches(everything, source, transform, rank, world, count, position=Position(0, 0))
-    ):
+    require_enough(source, count * args.train_batch_size * world, classes if args.per_class else None)
+    drawn = micro_batches(everything, source, transform, rank, world, count, position=Position(0, 0))
+    return conditioned(drawn, args, subject, accelerator, prompts)
+
+
+def require_enough(source: Any, n: int, classes: int | None) -> None:
+    """Check that n images of the source are enough, for each class if there are classes.
+
+    Raises:
+        InputError: they are not.
+    """
+    least = 2 * GROUPS
+    if n < least * (classes or 1):
+        of = "" if classes is None else f" for each of {classes} classes (--per_class)"
+        raise InputError(f"{n} images in whole batches are too few: a mean error needs {least}{of}")
+    if classes is not None and not isinstance(source, HubStream):
+        found = Counter(source.labels)
+        if few := {k: found[k] for k in range(classes) if found[k] < least}:
+            raise InputError(f"--per_class needs {least} images of each class; there are, by class: {few}")
+
+
+def conditioned(
+    drawn: Iterable[Images], args: CalibrationArguments, subject: Subject, accelerator: Accelerator, prompts: Any
+) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+    """Yield the batches in the network's own space, with its conditions."""
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    for i, batch in enumerate(drawn):
         if batch.position is not None and batch.position.epoch > 0:
             taken = i * args.train_batch_size * world
             raise InputError(f"the stream has {taken} images in whole batches: repeat with --max_train_samples {taken}")
@@ -138,6 +167,7 @@ def main() -> None:
     unconditional = subject.null_condition(resolution) if args.caption_column is not None else None
     if args.per_class and subject.num_classes is None:
         raise InputError("--per_class: the model takes no class labels")
+    data = batches(args, subject, accelerator, channels, resolution)
     pusher = make_pusher(args, out, accelerator.is_main_process)
 
     try:
@@ -148,7 +178,7 @@ def main() -> None:
         calibration = estimate_calibration(
             subject.network.eval(),
             pipeline.scheduler,
-            batches(args, subject, accelerator, channels, resolution),
+            data,
             num_levels=args.num_levels,
             unconditional=unconditional,
             null_class=subject.null_class,

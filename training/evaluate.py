@@ -35,6 +35,7 @@ from diffusers_ext.evaluation import (
     write_report,
 )
 from diffusers_ext.fields import arg
+from diffusers_ext.files import is_local
 from diffusers_ext.reports.card import shown_command
 from diffusers_ext.subjects import load_pipeline
 
@@ -62,6 +63,9 @@ class ModelArguments(EvaluationArguments):
         models, names = self.pretrained_model_name_or_path, self.names
         if not models:
             raise InputError("name the models: --pretrained_model_name_or_path A B ...")
+        places = [str(Path(model).resolve()) if is_local(model) else model for model in models]
+        if twice := [model for i, model in enumerate(models) if places[i] in places[:i]]:
+            raise InputError(f"--pretrained_model_name_or_path names the same model twice: {', '.join(twice)}")
         if not names:
             lasts = [Path(model.rstrip("/")).name for model in models]
             self.names = lasts if len(set(lasts)) == len(lasts) else list(models)

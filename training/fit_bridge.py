@@ -3,7 +3,7 @@
     accelerate launch training/fit_bridge.py --pretrained_model_name_or_path google/ddpm-cifar10-32 \
         --dataset_name uoft-cs/cifar10 --max_diffusion_time 0.6 --bridge flow --output_dir short-cifar10 --report
     accelerate launch training/fit_bridge.py --pretrained_model_name_or_path stabilityai/stable-diffusion-2-1-base \
-        --dataset_name you/photos --max_diffusion_time 0.8 --bridge gaussian --output_dir sd-bridge
+        --scheduler DDIMScheduler --dataset_name you/photos --max_diffusion_time 0.8 --output_dir sd-bridge
 
 The first command saves a `ShortTimePipeline`: the same network, sampled on [0, T] alone. Of a text-to-image pipeline
 only the bridge and the scheduler are saved:
@@ -15,13 +15,16 @@ only the bridge and the scheduler are saved:
 `--report` measures what each T costs and gains, to choose one. `--help` lists every argument.
 """
 
+import copy
 import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 
 from diffusers_ext import diffusion_time_report, short_time_pipeline
 from diffusers_ext.bridges.fitting import BridgeArguments, fit_bridge
@@ -36,7 +39,7 @@ from diffusers_ext.randomness import Seeds, Stream
 from diffusers_ext.reports.bridge_card import write_bridge_card
 from diffusers_ext.reports.hub import HubArguments, make_pusher
 from diffusers_ext.reports.pictures import image_grid
-from diffusers_ext.schedulers.scheduling_short_time import short_time_class
+from diffusers_ext.schedulers.scheduling_short_time import SHORT_TIME_SCHEDULERS, short_time_class
 from diffusers_ext.subjects import load_pipeline, subject_of
 
 
@@ -47,6 +50,9 @@ class FitArguments(BridgeArguments, HubArguments, HeldOutArguments):
     pretrained_model_name_or_path: str | None = arg(None, "Pipeline to sample on [0, T] (Hub name or folder).")
     revision: str | None = arg(None, "Git revision of the pipeline.")
     variant: str | None = arg(None, "Weights variant of the pipeline, e.g. fp16.")
+    scheduler: str | None = arg(
+        None, f"Scheduler to sample with, by default the pipeline's: {', '.join(SHORT_TIME_SCHEDULERS)}."
+    )
     output_dir: str = arg("bridge", "Folder of the result.")
     report: bool = arg(False, "Measure the likelihood bound by T, with such a bridge at each, on held-out images.")
     report_times: str = arg("0.2,0.4,0.6,0.8,1.0", "The times of the report.")
@@ -69,15 +75,35 @@ def times_of_report(args: FitArguments) -> list[float]:
     return times
 
 
+def choose_scheduler(args: FitArguments, pipeline: DiffusionPipeline) -> Any:
+    """Give the pipeline the scheduler that is asked for, and return its short-time version.
+
+    Raises:
+        InputError: it has none, or cannot sample the network on [0, T] in so many steps.
+    """
+    own, name = pipeline.scheduler, args.scheduler or type(pipeline.scheduler).__name__
+    try:
+        kind = short_time_class(name)
+        if args.scheduler is not None:
+            # diffusers would replace settings that were left at their defaults by the other class's: other betas.
+            config = {key: value for key, value in own.config.items() if key != "_use_default_values"}
+            pipeline.scheduler = getattr(diffusers, name.removeprefix("ShortTime")).from_config(config)
+        scheduler = kind.from_config(pipeline.scheduler.config, max_diffusion_time=args.max_diffusion_time)
+        if args.num_validation_images > 0:
+            copy.deepcopy(scheduler).set_timesteps(args.num_inference_steps)
+    except ValueError as error:
+        raise InputError(
+            f"{name}: {error}. Choose with --scheduler, --max_diffusion_time, --num_inference_steps"
+        ) from error
+    return scheduler
+
+
 def fitted(args: FitArguments, data: EncodedImages) -> Any:
     about = {"num_classes": data.num_classes, "seed": args.seed, "measured_on": {"data": data.described}}
     return fit_bridge(args, data, data.subject.pipeline.scheduler, **about)
 
 
-def write_report(args: FitArguments, data: EncodedImages, out: Path) -> Any:
-    held_out = load_validation_images(args)
-    if held_out is None:
-        raise InputError("--report needs held-out images: name their split with --validation_split")
+def write_report(args: FitArguments, data: EncodedImages, held_out: Any, out: Path) -> Any:
     least = min(args.train_batch_size, args.max_validation_samples)
     held = replace(args, max_train_samples=None, train_batch_size=least)
     unseen = EncodedImages(held, data.subject, held_out, data.transform, args.max_validation_samples, data.device)
@@ -117,6 +143,10 @@ def main() -> None:
             raise InputError(
                 f"a {type(pipeline).__name__} cannot start from a bridge: its latents would not be decoded"
             )
+        scheduler = choose_scheduler(args, pipeline)
+        held_out = load_validation_images(args) if args.report else None
+        if args.report and held_out is None:
+            raise InputError("--report needs held-out images: name their split with --validation_split")
         channels, resolution = subject.image_format(args.resolution)
         subject.train_at(resolution)
         transform = Transform(resolution, channels, args.center_crop, args.random_flip)
@@ -125,8 +155,6 @@ def main() -> None:
         bridge = fitted(args, data)
         out.mkdir(parents=True, exist_ok=True)
         if subject.takes_captions:
-            kind = short_time_class(type(pipeline.scheduler).__name__)
-            scheduler = kind.from_config(pipeline.scheduler.config, max_diffusion_time=args.max_diffusion_time)
             bridge.save_pretrained(out)
             scheduler.save_pretrained(out / "scheduler")
         else:
@@ -137,7 +165,7 @@ def main() -> None:
                 seed = Seeds(args.seed)(Stream.GRID)
                 images = subject_of(short).sample(args.num_validation_images, args.num_inference_steps, seed)
                 image_grid(images).save(out / "samples" / "samples.png")
-        report = write_report(args, data, out) if args.report else None
+        report = write_report(args, data, held_out, out) if args.report else None
         repo = out.name if pusher is None else pusher.repo_id
         written = f"accelerate launch {shlex.join(sys.argv)}"
         write_bridge_card(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -44,9 +45,25 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
         )
         for name in (word.split("=")[0] for word in unknown):
             raise InputError(f"unknown argument {name!r}{_hint(name.lstrip('-'), kind)}")
+        _require_folder(getattr(args, "output_dir", "."))
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def _require_folder(path: str) -> None:
+    """Check that there is a folder, or that one can be made there.
+
+    Raises:
+        InputError: a file is in the way, or the folder cannot be written to.
+    """
+    there = Path(path).absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        raise InputError(f"--output_dir {path}: {there} is no folder; name another one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"--output_dir {path}: {there} cannot be written to; name another one")
 
 
 def _words(name: str, value: Any) -> list[str]:

@@ -278,6 +278,9 @@ def load_images(args: DataArguments, split: str) -> ImageSource | HubStream:
     if args.train_data_dir is not None and args.dataset_name is not None and args.preset is None:
         raise InputError("--train_data_dir and --dataset_name both name the data: give one of them")
     if args.train_data_dir is None and args.dataset_name == "digits":
+        for name in ("dataset_config_name", "image_column", "streaming"):
+            if getattr(args, name):
+                raise InputError(f"--{name} has no effect on the embedded digits: leave it away")
         return Digits(split)
     dataset = _load(args, split)
     if args.streaming:
