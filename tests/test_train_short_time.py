@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import stranger
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, PNDMScheduler
 from precision import assert_resumed
 from test_calibrate_script import captioned, tiny_stable_diffusion  # noqa: F401
 from test_models import tiny_unet
@@ -167,6 +167,19 @@ def test_the_bridge_of_a_text_pipeline_gives_its_latents(fit, captioned, tmp_pat
     assert seen[0][1] == bridge.timestep == 399
     card = (tmp_path / "out" / "README.md").read_text()
     assert "latents=bridge.sample(1, generator)" in card
+
+
+def test_a_pipeline_whose_scheduler_has_no_short_time_class_gets_another(fit, captioned, tmp_path):  # noqa: F811
+    """As the script's own example does; the noise levels stay those of the pipeline."""
+    pipe = tiny_stable_diffusion(tmp_path / "parts")
+    pipe.scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    pipe.save_pretrained(tmp_path / "model")
+    argv = ["--pretrained_model_name_or_path", tmp_path / "model", "--dataset_name", captioned, *BRIDGE]
+    argv += ["--scheduler", "DDIMScheduler", "--bridge_rank", 4, "--train_batch_size", 8]
+    fit.run(*argv, "--output_dir", tmp_path / "out")
+    scheduler = diffusers_ext.ShortTimeDDIMScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler")
+    assert torch.equal(scheduler.alphas_cumprod, pipe.scheduler.alphas_cumprod)
+    GaussianBridge.from_pretrained(tmp_path / "out").check(scheduler)
 
 
 def test_two_processes_make_what_one_makes(small, tmp_path):  # noqa: F811

@@ -24,8 +24,8 @@ def load_pipeline(
         return DiffusionPipeline.from_pretrained(
             name, revision=revision, variant=variant, cache_dir=cache_dir, torch_dtype=dtype
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a folder that is damaged fails in as many ways as there are libraries that read it
         raise InputError(
             f"the pipeline {name!r} could not be loaded; it must be the name of a diffusers pipeline on the Hub or a "
-            f"folder with a model_index.json: {error}"
+            f"folder with a model_index.json: {type(error).__name__}: {error}"
         ) from error
