@@ -405,7 +405,7 @@ def test_a_step_that_is_not_finite_is_left_out(observation, small, tmp_path):  #
     ("options", "message"),
     [
         (["--observation_weight", -1], "--observation_weight must be at least 0, got -1.0"),
-        (["--look_ahead", 0], "--look_ahead must be above 0 and at most 1.0, got 0.0"),
+        (["--look_ahead", 0], "--look_ahead must be above 0 and at most 1, got 0.0"),
         (["--discriminator_channels", "8,x"], "--discriminator_channels must be like 64,128, got '8,x'"),
         (["--frechet_samples", 1], "a covariance needs 2 at least"),
         (["--patience", 0], "--patience must be at least 1, got 0"),
