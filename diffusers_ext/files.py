@@ -4,7 +4,8 @@
     replacing_folder(folder)   a folder as a whole
     replacing_entries(folder)  the entries of a folder that are written anew; the others stay
 
-Each is a context that gives the path to write to. If the body raises, what was there before stays.
+Each is a context that gives the path to write to. If the body raises, what was there before stays. A full disk is an
+OSError in all of them, also where safetensors reports it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 PARTIAL = ".partial-"
 """The names of incomplete files and folders begin like this."""
+_SAVING, _OLD = ".saving-", "old-"
+
+
+@contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    """A context in which an error that safetensors makes of a failed write is an OSError, as all others are."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{target}: {error}") from error
 
 
 @contextmanager
@@ -27,7 +40,8 @@ def replacing(file: str | os.PathLike) -> Iterator[Path]:
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f"{PARTIAL}{os.getpid()}-{file.name}")
     try:
-        yield aside
+        with _disk_errors(file):
+            yield aside
         os.replace(aside, file)
     finally:
         aside.unlink(missing_ok=True)
@@ -46,7 +60,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        yield partial
+        with _disk_errors(folder):
+            yield partial
         for written in (*partial.rglob("*"), partial):
             _to_disk(written)
         if folder.exists():
@@ -66,8 +81,12 @@ def recover_folder(folder: Path) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete what killed processes have left incomplete in a folder."""
-    for left in folder.glob(f"{PARTIAL}*"):
+    """Delete what killed processes have left incomplete in a folder; an entry that `replacing_entries` had moved aside
+    returns to its place if no new one has taken it."""
+    for old in folder.glob(f"{_SAVING}*/{_OLD}*"):
+        if not (target := folder / old.name.removeprefix(_OLD)).exists():
+            os.replace(old, target)
+    for left in (*folder.glob(f"{PARTIAL}*"), *folder.glob(f"{_SAVING}*")):
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
@@ -77,12 +96,13 @@ def replacing_entries(folder: str | Path) -> Iterator[Path]:
     a pipeline last."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as aside:
-        yield Path(aside)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=_SAVING) as aside:
+        with _disk_errors(folder):
+            yield Path(aside)
         for entry in sorted(Path(aside).iterdir(), key=lambda e: e.name == "model_index.json"):
             target = folder / entry.name
             if target.is_dir():
-                os.replace(target, Path(aside) / f"old-{entry.name}")
+                os.replace(target, Path(aside) / f"{_OLD}{entry.name}")
             os.replace(entry, target)
 
 

@@ -37,12 +37,9 @@ def save_checkpoint(output_dir: Path, step: int, state: Mapping[str, Any], limit
     folder = output_dir / f"checkpoint-{step:08d}"
     tensors: dict[str, Tensor] = {}
     tree = _to_json(state, "", tensors)
-    try:
-        with replacing_folder(folder) as partial:
-            save_file(tensors, partial / "state.safetensors")
-            (partial / "state.json").write_text(json.dumps(tree))
-    except SafetensorError as error:  # how the library reports a full disk, too
-        raise OSError(f"state.safetensors: {error}") from error
+    with replacing_folder(folder) as partial:
+        save_file(tensors, partial / "state.safetensors")
+        (partial / "state.json").write_text(json.dumps(tree))
     if limit is not None:
         for old in list_checkpoints(output_dir)[:-limit]:
             shutil.rmtree(old)

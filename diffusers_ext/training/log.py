@@ -6,9 +6,10 @@ Losses are summed on the device, by noise level, and are read every `logging_ste
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class RunLog:
         self._counts: dict[str, Tensor] = {}
         self._values: dict[str, list[Tensor]] = {}
         self._unreadable: set[str] = set()
+        self._lost = False
         self.warnings: list[str] = []
 
     def start(self, project: str, step: int) -> None:
@@ -127,10 +129,19 @@ class RunLog:
                 self.write({"step": step, "unreadable": name})
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a line to the log, on the main process."""
-        if self.accelerator.is_main_process:
+        """Append a line to the log, on the main process; on a full disk the run goes on without it."""
+        if not self.accelerator.is_main_process:
+            return
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        try:
             with self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self.path, size)  # no half of a line
+            if not self._lost:
+                self.warn(f"{self.path} cannot be written: {error}; the run goes on, and lines are missing there")
+            self._lost = True
 
     def warn(self, message: str) -> None:
         """Print a warning and remember it."""
@@ -139,10 +150,10 @@ class RunLog:
 
     @contextmanager
     def goes_on_without(self, what: str, step: int) -> Iterator[None]:
-        """A context that turns a failed write, for instance on a full disk, into a warning."""
+        """A context that turns a failed write, for instance on a full disk, and too little memory into a warning."""
         try:
             yield
-        except OSError as error:
+        except (OSError, torch.OutOfMemoryError) as error:
             self.warn(f"{what} of step {step} could not be written: {error}")
 
     def close(self) -> None:

@@ -245,7 +245,7 @@ class TrainingLoop:
                 part.check(means)
         if not done and (number := stop.agreed()) is not None:
             self._stop(number)
-        if checkpointed := self.checkpoints.are_due(self.step):
+        if checkpointed := self.checkpoints.are_due(self.step, done):
             self._write_checkpoint()
         validate = self.outcome.is_due() and not done
         push = checkpointed and args.push_to_hub and args.hub_strategy == "every_save" and not done
@@ -280,10 +280,12 @@ class TrainingLoop:
         return best.ends()
 
     def _clear_output_dir(self) -> None:
-        """Delete what another run has left in the output folder."""
-        names = ("logs", "samples", BEST, *self.parts)
-        for old in (*list_checkpoints(self.output_dir), *(self.output_dir / name for name in names)):
+        """Delete what another run has written into the output folder; the user's own files stay."""
+        out = self.output_dir
+        for old in (*list_checkpoints(out), *(out / name for name in (BEST, *self.parts))):
             shutil.rmtree(old, ignore_errors=True)
+        for file in (self.log.path, *out.glob("logs/**/events.out.tfevents.*"), *out.glob("samples/step-*.png")):
+            file.unlink(missing_ok=True)
 
     # --- results ------------------------------------------------------------------------------------------------------
 
@@ -309,8 +311,7 @@ class TrainingLoop:
         """End the run: put the pipeline into the output folder, validate, and push it if the arguments say so.
 
         Raises:
-            TrainingStopped: the pipeline is in the output folder, but could not be pushed; the message says how to
-                push it.
+            TrainingStopped: the pipeline could not be written, or not pushed; the message says how to go on.
         """
         self.outcome.finish(self.trained())
 

@@ -135,25 +135,35 @@ class Outcome:
         """Put the pipeline into the output folder, validate, and push if that was asked for.
 
         Raises:
-            TrainingStopped: the pipeline is in the output folder, but could not be pushed; the message says how to
-                push it.
+            TrainingStopped: the pipeline could not be written, and the last checkpoint stays; or it is in the output
+                folder, but could not be pushed. The message says how to go on.
         """
         run = self.run
         if trained is not None:
-            unmeasured = self.best is not None and self.best.measured != run.step
-            metrics: dict[str, Any] = {}
-            with run.log.goes_on_without("the best pipeline", run.step):
-                metrics = self.validate(trained) if unmeasured else metrics
-            metrics, step = self._install(trained, metrics)
-            how = "; `import diffusers_ext` before you open it" if run.subject.needs_package else ""
-            which = "" if step == run.step else f", of step {step}, the best,"
-            print(f"the trained pipeline{which} is in {run.output_dir}{how}")
-            self._push(self.validate(trained) if self.best is None else metrics, step)
+            try:
+                self._leave_result(trained)
+            except OSError as error:
+                raise TrainingStopped(
+                    f"training is done, but its result could not be written: {error}; mend that and repeat the command "
+                    f"with --resume_from_checkpoint latest, which does only the rest",
+                    code=1,
+                ) from error
         failure = self._wait_for_push(run.args.hub_timeout)
         run.accelerator.wait_for_everyone()
         run.accelerator.end_training()
         if failure is not None:
             raise TrainingStopped(failure, code=NOT_PUSHED)
+
+    def _leave_result(self, trained: Subject) -> None:
+        run, metrics = self.run, dict[str, Any]()
+        if self.best is not None and self.best.measured != run.step:
+            with run.log.goes_on_without("the best pipeline", run.step):
+                metrics = self.validate(trained)
+        metrics, step = self._install(trained, metrics)
+        how = "; `import diffusers_ext` before you open it" if run.subject.needs_package else ""
+        which = "" if step == run.step else f", of step {step}, the best,"
+        print(f"the trained pipeline{which} is in {run.output_dir}{how}")
+        self._push(self.validate(trained) if self.best is None else metrics, step)
 
     def leave(self, stopped: TrainingStopped, failed: bool, timeout: float) -> TrainingStopped:
         """Close what is open when a run ends early; return the reason with notes on what was kept and not pushed.

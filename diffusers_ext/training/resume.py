@@ -55,9 +55,10 @@ class Checkpoints:
         if args.resume_from_checkpoint == "latest" and self.resume_from is None and accelerator.is_main_process:
             print(f"no checkpoint in {self.output_dir} yet: starting from the beginning")
 
-    def are_due(self, step: int) -> bool:
-        """Return whether a checkpoint is due after a step."""
-        return self.args.checkpointing_steps is not None and step % self.args.checkpointing_steps == 0
+    def are_due(self, step: int, last: bool = False) -> bool:
+        """Return whether a checkpoint is due after a step; it is after the last one, as the end of a run takes time."""
+        every = self.args.checkpointing_steps
+        return every is not None and (last or step % every == 0)
 
     def write(self, run: Run) -> bool:
         """Write a checkpoint, and return, on the main process, whether that succeeded.
