@@ -169,7 +169,7 @@ def test_a_folder_with_another_run_is_not_overwritten_unasked(script, small, tmp
 
 
 def test_a_finished_run_without_checkpoints_is_not_started_over(script, small, tmp_path):  # noqa: F811
-    out = ["--output_dir", tmp_path / "out"]
+    out = ["--output_dir", tmp_path / "out", "--checkpointing_steps", 0]
     script.run(*small, *out)
     before = weights_of(tmp_path / "out")
     with pytest.raises(SystemExit, match="holds a finished run without checkpoints"):
