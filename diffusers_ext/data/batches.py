@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..errors import InputError
 from ..randomness import Seeds, Stream
 from .images import Transform
-from .sources import DataArguments, HubStream, ImageSource, open_encoded
+from .sources import DataArguments, HubStream, ImageSource
 
 # After so many unreadable images in a row, reading ends with an error.
 MAX_UNREADABLE_IN_A_ROW = 100
@@ -135,7 +135,7 @@ def collate(samples: Sequence[Sample]) -> Images:
 
 def first_images(source: ImageSource | HubStream, n: int, transform: Transform) -> Images:
     """Read the first `n` images and labels, cropped in the centre and not mirrored."""
-    still = Transform(transform.resolution, transform.channels)
+    still = replace(transform, center_crop=True, random_flip=False)
     if isinstance(source, HubStream):
         stream = stream_samples(source, still, Seeds(0), Position(0, 0), endless=False)
         samples = [sample for sample, _ in itertools.islice(stream, n)]
@@ -170,7 +170,7 @@ def stream_samples(
     def decode(where: Position, cell: dict[str, Any], label: int, name: str) -> Sample | str:
         generator = seeds.generator(Stream.AUGMENTATION, *where)
         try:
-            return Sample(transform(open_encoded(cell), generator), label, [])
+            return Sample(transform(source.open(cell), generator), label, [])
         except Exception as error:  # Pillow raises whatever its decoders do
             return f"{name}: {type(error).__name__}: {error}"
 

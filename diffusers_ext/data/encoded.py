@@ -13,6 +13,7 @@ from ..randomness import Seeds, Stream
 from ..subjects import Subject
 from .batches import Position, micro_batches
 from .images import Transform
+from .labelling import with_labels
 from .sources import DataArguments, HubStream, ImageSource
 
 
@@ -44,7 +45,8 @@ class EncodedImages:
         max_samples: int,
         device: torch.device,
     ) -> None:
-        self.args, self.subject, self.source, self.transform, self.device = args, subject, source, transform, device
+        self.args, self.subject, self.transform, self.device = args, subject, transform, device
+        self.source = with_labels(source, subject.num_classes, "the data")
         n = min(sys.maxsize if isinstance(source, HubStream) else len(source), max_samples)
         n = n if args.max_train_samples is None else min(n, args.max_train_samples)
         self.count = n // args.train_batch_size

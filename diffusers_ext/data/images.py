@@ -1,11 +1,14 @@
 """How images become tensors in [-1, 1].
 
-An image may be grey or RGB, with transparency, a palette or 16 bits. Errors of an image that cannot be decoded are
+An image may be grey or RGB, with transparency or a palette. One of more than 8 bits, or of floating point numbers, does
+not say what its black and white are: 4095 is white in an image of 12 bits. `find_value_range` reads it from some images
+of the data set: the smallest of the usual ranges that holds their values. Errors of an image that cannot be decoded are
 raised here as they come; `diffusers_ext.data.batches` then takes another image.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,21 +16,98 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..errors import InputError
+
+ValueRange = tuple[float, float]
+"""The values that are black and white."""
+WHOLE_RANGES: tuple[ValueRange, ...] = tuple((0.0, 2.0**bits - 1) for bits in (8, 10, 12, 14, 16))
+REAL_RANGES: tuple[ValueRange, ...] = ((0.0, 1.0), (-1.0, 1.0), *WHOLE_RANGES)
+
+# --- the range of values ----------------------------------------------------------------------------------------------
+
+
+def is_wide(image: Image.Image) -> bool:
+    """Return whether the values of an image have more than 8 bits."""
+    return image.mode.startswith(("I", "F"))
+
+
+def find_value_range(openers: Iterable[Callable[[], Image.Image]]) -> ValueRange | None:
+    """Return the usual range that holds the values of images of more than 8 bits; `None` where there are no such ones.
+
+    Args:
+        openers: functions that open one image each; one that fails is left out.
+
+    Raises:
+        InputError: their values are in no usual range.
+    """
+    low, high, real = np.inf, -np.inf, False
+    for opener in openers:
+        try:
+            image = opener()
+            values = np.asarray(image, dtype=np.float64) if is_wide(image) else np.array([np.nan])
+        except Exception:  # an unreadable image is reported when it is trained on
+            continue
+        if np.isfinite(values).all():
+            low, high, real = min(low, values.min()), max(high, values.max()), real or image.mode == "F"
+    if low > high:
+        return None
+    for black, white in REAL_RANGES if real else WHOLE_RANGES:
+        if black <= low and high <= white:
+            return black, white
+    raise InputError(
+        f"the images have values from {low:g} to {high:g}, which is no usual range: say what is black and white, e.g. "
+        f"--value_range={low:g},{high:g}"
+    )
+
+
+def parse_value_range(text: str) -> ValueRange:
+    """Return the two numbers of "LOW,HIGH".
+
+    Raises:
+        InputError: these are not two numbers, the first one below the second.
+    """
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError as error:
+        raise InputError(f"--value_range must be two numbers with a comma, got {text!r}") from error
+    if not -np.inf < low < high < np.inf:
+        raise InputError(f"--value_range must be two numbers, the first one below the second, got {text!r}")
+    return low, high
+
+
 # --- from an image to a tensor ----------------------------------------------------------------------------------------
 
 
-def convert(image: Image.Image, channels: int) -> Image.Image:
-    """Return an upright image in grey (1 channel) or RGB (3).
+def convert(image: Image.Image, channels: int, value_range: ValueRange | None = None) -> Image.Image:
+    """Return an upright image in grey (1 channel) or RGB (3), of 8 bits.
 
-    Transparent images are laid on white; 16-bit grey values are scaled and not clipped.
+    Transparent images are laid on white.
+
+    Args:
+        image: any image.
+        channels: 1 or 3.
+        value_range: black and white of images of more than 8 bits; by default 0 and 65535, of floating point 0 and 255.
+
+    Raises:
+        ValueError: such an image has values outside of this range.
     """
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    if is_wide(image):
+        image = _of_eight_bits(image, value_range or WHOLE_RANGES[0 if image.mode == "F" else -1])
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("L" if channels == 1 else "RGB")
+
+
+def _of_eight_bits(image: Image.Image, value_range: ValueRange) -> Image.Image:
+    values, (black, white) = np.asarray(image, dtype=np.float64), value_range
+    if not (values.min() >= black and values.max() <= white):
+        raise ValueError(
+            f"values from {values.min():g} to {values.max():g} are outside of {black:g} to {white:g}, which other "
+            f"images have: see --value_range"
+        )
+    return Image.fromarray(((values - black) / (white - black) * 255).round().astype(np.uint8))
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -44,19 +124,31 @@ class Transform:
     channels: int
     center_crop: bool = True
     random_flip: bool = False
+    value_range: ValueRange | None = None
 
     def __call__(self, image: Image.Image, generator: torch.Generator) -> Tensor:
-        image = convert(image, self.channels)
+        image = convert(image, self.channels, self.value_range)
         scale = self.resolution / min(image.size)
         width, height = (max(self.resolution, round(side * scale)) for side in image.size)
-        size = (width, height)
-        if size != image.size:
-            image = image.resize(size, Image.Resampling.LANCZOS)
         x, y, flip = torch.rand(3, generator=generator).tolist()
         if self.center_crop:
             x = y = 0.5
-        left, top = (round(u * (side - self.resolution)) for u, side in zip((x, y), size, strict=True))
-        image = image.crop((left, top, left + self.resolution, top + self.resolution))
+        left, top = (round(u * (side - self.resolution)) for u, side in zip((x, y), (width, height), strict=True))
+        image = _square(image, (width, height), (left, top), self.resolution)
         if self.random_flip and flip < 0.5:
             image = ImageOps.mirror(image)
         return to_tensor(image)
+
+
+def _square(image: Image.Image, size: tuple[int, int], corner: tuple[int, int], side: int) -> Image.Image:
+    """Resize an image to `size` and return its square at `corner`. What is enlarged is cropped first: a narrow image
+    would become very large."""
+    (width, height), (left, top) = size, corner
+    if width > image.width:
+        x, y = image.width / width, image.height / height
+        right, bottom = min(image.width, (left + side) * x), min(image.height, (top + side) * y)
+        box = (left * x, top * y, right, bottom)
+        return image.resize((side, side), Image.Resampling.LANCZOS, box=box)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    return image.crop((left, top, left + side, top + side))

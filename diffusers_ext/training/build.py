@@ -24,7 +24,7 @@ def build_subject(args: TrainingArguments, num_classes: int | None) -> Subject:
 
     Args:
         args: the run's arguments.
-        num_classes: the number of classes of the data, `None` if they have no labels.
+        num_classes: the number of classes of a new class-conditional model; `None` if the data have no labels.
 
     Raises:
         InputError: the arguments name no model, or one that cannot be trained.
@@ -46,10 +46,6 @@ def build_subject(args: TrainingArguments, num_classes: int | None) -> Subject:
         )
     subject = subject_of(pipeline)
     subject.before_training()
-    classes = subject.num_classes
-    if classes is not None and (num_classes is None or num_classes > classes):
-        have = "no labels" if num_classes is None else f"{num_classes} classes"
-        raise InputError(f"the model takes labels of {classes} classes, the data have {have}")
     return subject
 
 

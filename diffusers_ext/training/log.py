@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -125,7 +126,7 @@ class RunLog:
         for name in names:
             if name not in self._unreadable:
                 self._unreadable.add(name)
-                tqdm.write(f"unreadable image skipped ({len(self._unreadable)} so far): {name}")
+                tqdm.write(_printable(f"unreadable image skipped ({len(self._unreadable)} so far): {name}"))
                 self.write({"step": step, "unreadable": name})
 
     def write(self, record: dict[str, Any]) -> None:
@@ -161,6 +162,12 @@ class RunLog:
         self.bar.close()
         if self._unreadable:
             print(f"unreadable images skipped: {len(self._unreadable)}; their names stand above")
+
+
+def _printable(text: str) -> str:
+    """Return the text as the terminal can show it: names of files may hold anything."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _step_of(line: str) -> float:

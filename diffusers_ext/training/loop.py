@@ -32,9 +32,10 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from ..data.batches import Images, Position, first_images, micro_batches
-from ..data.images import Transform
-from ..data.sources import HubStream, ImageSource, load_images, load_validation_images
+from ..data.batches import Images, Position, micro_batches
+from ..data.labelling import number_of_classes
+from ..data.prepared import prepare_data
+from ..data.sources import HubStream, ImageSource, load_images
 from ..errors import SIGNALLED, InputError, TrainingStopped
 from ..files import remove_partial
 from ..interop import noise_schedule, score_model_from
@@ -107,18 +108,15 @@ class TrainingLoop:
         self._resumed = self.checkpoints.resume(self)
 
     def _set_up_data(self) -> None:
-        args = self.args
-        self.source = load_images(args, args.train_split)
-        self.streamed, self.position = isinstance(self.source, HubStream), Position(0, 0)
-        names = self.source.class_names
-        self.subject = build_subject(args, None if names is None else len(names))
+        args, source = self.args, load_images(self.args, self.args.train_split)
+        self.subject = build_subject(args, number_of_classes(source) if args.class_conditional else None)
         self.pipeline = self.subject.pipeline
-        channels, resolution = self.subject.image_format(args.resolution)
-        self.subject.train_at(resolution)
-        self.transform = Transform(resolution, channels, args.center_crop, args.random_flip)
-        held_out = load_validation_images(args)
-        self.validation_name = "held-out images" if held_out else "training images (the data have no held-out split)"
-        self.validation = first_images(held_out or self.source, args.max_validation_samples, self.transform)
+        image_format = self.subject.image_format(args.resolution)
+        self.subject.train_at(image_format.resolution)
+        self.data = prepare_data(args, source, self.subject.num_classes, image_format, args.max_validation_samples)
+        self.source, self.validation = self.data.source, self.data.validation
+        self.streamed, self.position = isinstance(source, HubStream), Position(0, 0)
+        self.accelerator.print(self.data.described)
         _require_in_box(self.validation.images, self.pipeline.scheduler)
         per_step = args.gradient_accumulation_steps * self.accelerator.num_processes
         self.images_per_step = args.train_batch_size * per_step
@@ -184,7 +182,7 @@ class TrainingLoop:
         first = self.step * accumulate * world + self.accelerator.process_index
         count = (self.total_steps - self.step) * accumulate
         options = {"position": self.position, "seeds": self.seeds, "pin_memory": self.accelerator.device.type == "cuda"}
-        loader = micro_batches(self.args, self.source, self.transform, first, world, count, **options)
+        loader = micro_batches(self.args, self.source, self.data.transform, first, world, count, **options)
         try:
             for i, batch in enumerate(loader):
                 yield first + i * world, batch

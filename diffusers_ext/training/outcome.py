@@ -66,7 +66,7 @@ class Outcome:
         run = self.run
         if run.args.num_validation_images > 0:
             self._draw_sample_grid(trained)
-        metrics = self.losses(trained) | {"measured_on": run.validation_name}
+        metrics = self.losses(trained) | {"measured_on": run.data.validation_name}
         if self.best is not None and self.best.measured != run.step:
             metrics = self.best.offer(trained, metrics)
         run.log.write({"step": run.step, "validation": metrics})

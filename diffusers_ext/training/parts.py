@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..data.batches import Images, Position
+    from ..data.prepared import RunData
     from ..interop import NoiseSchedule
     from ..randomness import Seeds
     from ..subjects import Subject
@@ -33,7 +34,7 @@ class Run(Protocol):
     log: RunLog
     output_dir: Path
     validation: Images
-    validation_name: str
+    data: RunData
     position: Position
     seeds: Seeds
     streamed: bool

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ..data.batches import Position
+from ..data.contents import changes
 from ..errors import InputError
 from ..interop import unwrap
 from ..randomness import Seeds
@@ -34,7 +35,7 @@ _MAY_CHANGE = (
 
 
 # What a checkpoint says of the run; everything else is the state of what trains.
-_OF_THE_RUN = ("step", "images_per_step", "processes", "places", "random_rule", "arguments", "model")
+_OF_THE_RUN = ("step", "images_per_step", "processes", "places", "random_rule", "data", "arguments", "model")
 
 
 class Checkpoints:
@@ -73,6 +74,7 @@ class Checkpoints:
             "processes": self.accelerator.num_processes,
             "places": positions,
             "random_rule": run.seeds.rule,
+            "data": run.data.mark,
             "arguments": {k: v for k, v in asdict(self.args).items() if "token" not in k},
             "model": whole(run.subject.state(run.model), keep),
             **{name: whole(part.state_dict(), keep) for name, part in run.stateful().items()},
@@ -98,7 +100,9 @@ class Checkpoints:
         except OSError as error:
             raise InputError(f"the checkpoint {folder} cannot be read: {error}") from error
         shares = self.accelerator.num_processes if run.streamed else None
-        check_same_run(folder, state, self.args, run.images_per_step, shares)
+        check_same_run(folder, state, self.args, run.images_per_step, shares, run.data.mark)
+        if "data" not in state:
+            run.log.warn(f"{folder.name} does not say on which images it was trained: they are taken to be these")
         run.step = state["step"]
         run.seeds = Seeds(self.args.seed, state.get("random_rule", 1))
         if run.streamed:
@@ -149,30 +153,37 @@ def checkpoint_to_resume(args: TrainingArguments) -> Path | None:
 
 
 def check_same_run(
-    folder: Path, state: Mapping[str, Any], args: TrainingArguments, images_per_step: int, stream_shares: int | None
+    folder: Path,
+    state: Mapping[str, Any],
+    args: TrainingArguments,
+    images_per_step: int,
+    stream_shares: int | None,
+    mark: Mapping[str, Any],
 ) -> None:
-    """Check that a checkpoint was written with the same arguments, except those in `_MAY_CHANGE`.
+    """Check that a checkpoint was written with the same data and arguments, except those in `_MAY_CHANGE`.
 
     Args:
         folder, state: the checkpoint's folder and content.
         args: the arguments of this run.
         images_per_step: images of an optimiser step in this run, over all devices.
         stream_shares: the number of processes that share a stream of data; `None` if the data are not streamed.
+        mark: the mark of the data, see `mark_of`.
 
     Raises:
-        InputError: arguments differ; the message names them.
+        InputError: arguments or data differ; the message names them.
     """
     before, now = state["arguments"], asdict(args)
     changed = {k: (before.get(k), now[k]) for k in now if k not in _MAY_CHANGE and before.get(k) != now[k]}
     if state["images_per_step"] != images_per_step:
         changed["images per step, over all devices"] = state["images_per_step"], images_per_step
+    changed |= changes(state.get("data", mark), mark)
     if stream_shares not in (None, state["processes"]):
         changed["processes that share a stream"] = state["processes"], stream_shares
     if changed:
         listed = "; ".join(f"{k} was {a!r}, is {b!r}" for k, (a, b) in changed.items())
         raise InputError(
-            f"{folder.name} is of a run with other arguments: {listed}. Continue with the same values; to change them, "
-            f"start a new run from the saved pipeline with --pretrained_model_name_or_path"
+            f"{folder.name} is of a run with other arguments or data: {listed}. Continue with the same;"
+            f" to change them, start a new run from the saved pipeline with --pretrained_model_name_or_path"
         )
 
 

@@ -1,0 +1,101 @@
+"""The images of a run: what is trained on, what is measured on, and one line that says what was found."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .batches import Images, first_images
+from .contents import mark_of
+from .held_out import held_out_images
+from .images import Transform, ValueRange, find_value_range, parse_value_range
+from .labelling import with_labels
+from .sources import DataArguments, HeldOutArguments, HubStream, ImageSource
+
+_LOOKED_AT = 64, 8
+"""How many images, or rows of a stream, are opened to find the range of their values."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a training run.
+
+    Attributes:
+        source: the images that are trained on.
+        transform: makes tensors of them.
+        validation: the images that are measured on.
+        validation_name: what a report calls these.
+        mark: what tells these data from others, see `mark_of`.
+        described: what was found, for people.
+    """
+
+    source: ImageSource | HubStream
+    transform: Transform
+    validation: Images
+    validation_name: str
+    mark: dict[str, Any]
+    described: str
+
+
+def prepare_data(
+    args: HeldOutArguments,
+    source: ImageSource | HubStream,
+    num_classes: int | None,
+    image_format: tuple[int, int],
+    max_validation_samples: int,
+) -> RunData:
+    """Prepare the images of a run.
+
+    Args:
+        args: how images are read.
+        source: the split that is trained on.
+        num_classes: how many classes the network knows; `None` if it takes no labels.
+        image_format: channels and resolution.
+        max_validation_samples: how many images are measured on.
+
+    Raises:
+        InputError: the labels do not fit the network, or the values of the images are not clear.
+    """
+    transform = make_transform(args, source, *image_format)
+    own = with_labels(source, num_classes, f"split {args.train_split}")
+    held_out, name = held_out_images(args, source, num_classes, max_validation_samples)
+    validation = first_images(held_out or own, max_validation_samples, transform)
+    classes = own.class_names if num_classes is not None else None
+    described = f"{describe(args, source, transform.value_range)}; {'no' if classes is None else len(classes)} classes"
+    described += f"; measured on {len(validation.images):,} {name}"
+    return RunData(own, transform, validation, name, mark_of(source, classes), described)
+
+
+def make_transform(
+    args: DataArguments, source: ImageSource | HubStream, channels: int, resolution: int, still: bool = False
+) -> Transform:
+    """Return what makes tensors of the images; `still` neither crops nor mirrors them at random.
+
+    Raises:
+        InputError: the range of their values is not clear.
+    """
+    found = find_value_range(_openers(source)) if args.value_range is None else parse_value_range(args.value_range)
+    return Transform(resolution, channels, still or args.center_crop, args.random_flip and not still, found)
+
+
+def describe(args: DataArguments, source: ImageSource | HubStream, value_range: ValueRange | None) -> str:
+    """Say which images there are, and how their values are read."""
+    n = "a stream of images" if isinstance(source, HubStream) else f"{len(source):,} images"
+    low, high = (0.0, 255.0) if value_range is None else value_range
+    return f"data: {n} of {args.described}; values from {low:g} (black) to {high:g} (white)"
+
+
+def _openers(source: ImageSource | HubStream) -> Iterator[Callable[[], Image.Image]]:
+    if isinstance(source, HubStream):
+        for cell, _, _ in itertools.islice(source.rows(0, 0), _LOOKED_AT[1]):
+            yield functools.partial(source.open, cell)
+    else:
+        places = np.linspace(0, len(source) - 1, min(len(source), _LOOKED_AT[0])).round().astype(int)
+        for i in np.unique(places).tolist():
+            yield functools.partial(source.open, i)
