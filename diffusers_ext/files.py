@@ -2,7 +2,7 @@
 
     replacing(file)            a file
     replacing_folder(folder)   a folder as a whole
-    replacing_entries(folder)  the entries of a folder that are written anew; the others stay
+    replacing_files(folder)    the files of a folder that are written anew; the others stay
 
 Each is a context that gives the path to write to. If the body raises, what was there before stays. A full disk is an
 OSError in all of them, also where safetensors reports it.
@@ -10,18 +10,22 @@ OSError in all of them, also where safetensors reports it.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 PARTIAL = ".partial-"
 """The names of incomplete files and folders begin like this."""
-_SAVING, _OLD = ".saving-", "old-"
+WRITTEN = ".written.json"
+"""The list of the files in a folder that `replacing_files` has written."""
+_SAVING = ".saving-"
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 
 @contextmanager
@@ -81,29 +85,105 @@ def recover_folder(folder: Path) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete what killed processes have left incomplete in a folder; an entry that `replacing_entries` had moved aside
-    returns to its place if no new one has taken it."""
-    for old in folder.glob(f"{_SAVING}*/{_OLD}*"):
-        if not (target := folder / old.name.removeprefix(_OLD)).exists():
-            os.replace(old, target)
-    for left in (*folder.glob(f"{PARTIAL}*"), *folder.glob(f"{_SAVING}*")):
+    """Finish, or take back, what killed processes have left in a folder."""
+    for aside in folder.glob(f"{_SAVING}*"):
+        if (aside / WRITTEN).is_file():
+            _move_in(aside, folder)
+        shutil.rmtree(aside, ignore_errors=True)
+    for old in folder.glob(f"{PARTIAL}old-*"):
+        recover_folder(folder / old.name.removeprefix(f"{PARTIAL}old-"))
+    for left in folder.glob(f"{PARTIAL}*"):
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 @contextmanager
-def replacing_entries(folder: str | Path) -> Iterator[Path]:
-    """Give the path of a new folder whose entries replace those of the same names in `folder` at the end, the index of
-    a pipeline last."""
+def replacing_files(folder: str | os.PathLike) -> Iterator[Path]:
+    """Give the path of a new folder whose files replace those of the same names in `folder` at the end, one by one.
+
+    Each file is the old or the new one at any moment, so that a saved pipeline opens; a network whose weights are in
+    several files may have some of each until all are moved. The list of the files, `WRITTEN`,
+    is complete before the first one is moved: `remove_partial` finishes what a kill has interrupted. What an earlier
+    call has written and this one has not is deleted; other files stay.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=_SAVING) as aside:
+    aside = Path(tempfile.mkdtemp(dir=folder, prefix=_SAVING))
+    try:
         with _disk_errors(folder):
-            yield Path(aside)
-        for entry in sorted(Path(aside).iterdir(), key=lambda e: e.name == "model_index.json"):
-            target = folder / entry.name
-            if target.is_dir():
-                os.replace(target, Path(aside) / f"{_OLD}{entry.name}")
-            os.replace(entry, target)
+            yield aside
+        for file in _files(aside):
+            _to_disk(file)
+        list_written(aside)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    _move_in(aside, folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _move_in(aside: Path, folder: Path) -> None:
+    """Move the files of a complete save to their places, the index of a pipeline last."""
+    new = written(aside)
+    for older in {*folder.glob(f"{_SAVING}*")} - {aside}:  # its moves had failed
+        shutil.rmtree(older, ignore_errors=True)
+    for name in sorted(new, key=lambda name: name == "model_index.json"):
+        if (aside / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(aside / name, folder / name)
+    beside = (path for name in new for path in _weights_beside(folder / name))
+    old = written(folder) or {path.relative_to(folder).as_posix() for path in beside}
+    _delete(folder, old - new)
+    os.replace(aside / WRITTEN, folder / WRITTEN)
+
+
+def list_written(folder: Path) -> None:
+    """Write the list of all files in a folder as those that `remove_written` may delete."""
+    write_file(folder / WRITTEN, json.dumps(sorted(_names(folder))))
+
+
+def not_written(folder: Path) -> list[Path]:
+    """Return the files in a folder with a list that are not in it, relative to the folder: they are the user's own."""
+    names = written(folder)
+    return [Path(name) for name in sorted(_names(folder) - names - {WRITTEN})] if names else []
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in _files(folder)}
+
+
+def remove_written(folder: Path) -> None:
+    """Delete what `replacing_files` has written into a folder, and the folders that are empty then."""
+    _delete(folder, written(folder) | {WRITTEN})
+
+
+def _delete(folder: Path, names: set[str]) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    for parent in sorted({(folder / name).parent for name in names}, key=lambda path: -len(path.parts)):
+        with suppress(OSError):  # there are other files
+            parent.rmdir()
+
+
+def written(folder: Path) -> set[str]:
+    """Return the names of the files that `replacing_files` has written into a folder."""
+    try:
+        names = json.loads((folder / WRITTEN).read_text())
+    except (OSError, ValueError):
+        return set()
+    # A list of somebody else's that names files outside of the folder is none of ours.
+    inside = (name for name in names if isinstance(name, str) and not Path(name).is_absolute())
+    return {name for name in inside if ".." not in Path(name).parts}
+
+
+def _weights_beside(file: Path) -> list[Path]:
+    """Return the weights in the folder of new ones: diffusers would open old ones of another format first."""
+    if not file.name.endswith(_WEIGHTS):
+        return []
+    return [path for path in file.parent.iterdir() if path.name.endswith(_WEIGHTS)]
 
 
 def _old(folder: Path) -> Path:

@@ -85,13 +85,13 @@ def test_a_log_that_cannot_be_written_is_said_once_and_keeps_whole_lines(tmp_pat
 def test_overwriting_keeps_what_no_run_wrote(script, small, tmp_path):  # noqa: F811
     out = tmp_path / "out"
     script.run(*small, "--output_dir", out)
-    mine = [out / "logs" / "slurm.out", out / "samples" / "mine.png", out / "notes.txt"]
+    mine = [out / "logs" / "slurm.out", out / "samples" / "mine.png", out / "notes.txt", out / "best" / "thesis.txt"]
     for file in mine:
         file.parent.mkdir(exist_ok=True)
         file.write_text("mine")
     (out / "samples" / "step-00000099.png").write_text("of the old run")
     script.run(*small, "--output_dir", out, "--overwrite_output_dir")
-    assert [file.read_text() for file in mine] == ["mine"] * 3
+    assert [file.read_text() for file in mine] == ["mine"] * 4
     assert not (out / "samples" / "step-00000099.png").exists()
     assert sum("start" in record for record in log_of(out)) == 1
     shutil.rmtree(out)

@@ -310,14 +310,23 @@ def test_a_failed_or_killed_write_leaves_the_last_best(observation, small, tmp_p
     observation.run(*small, *TINY, "--validation_steps", 1, "--output_dir", out)
     assert "of step 2 could not be written: no space" in capsys.readouterr().out
     assert json.loads((out / "best" / "best.json").read_text())["step"] == 1
+    (out / "best" / "thesis.txt").write_text("mine")
     os.rename(out / "best", out / ".partial-old-best")  # between the two renames
     (out / ".partial-best").mkdir()
     args = parse_arguments(
         observation.ObservationArguments,
         [*map(str, [*small, *TINY]), "--output_dir", str(out), "--overwrite_output_dir"],
     )
-    TrainingLoop(args, "test", observation.PAPER).keep(Best(steps=2, samples=8, patience=None))
+    loop = TrainingLoop(args, "test", observation.PAPER)
+    loop.keep(best := Best(steps=2, samples=8, patience=None))
     assert json.loads((out / "best" / "best.json").read_text())["step"] == 1
+    monkeypatch.undo()
+    best._write(loop.trained(), {"step": 7})
+    assert json.loads((out / "best" / "best.json").read_text())["step"] == 7
+    assert (out / "best" / "thesis.txt").read_text() == "mine"
+    best.install(tmp_path / "result")
+    assert (tmp_path / "result" / "model_index.json").exists()
+    assert not (tmp_path / "result" / "thesis.txt").exists()
 
 
 def test_the_distance_is_that_of_the_pixels(observation, small, tmp_path):  # noqa: F811

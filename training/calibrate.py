@@ -34,7 +34,7 @@ from diffusers_ext.data.prepared import describe, make_transform
 from diffusers_ext.data.sources import DataArguments, HubStream, column_of, load_images, numbered
 from diffusers_ext.errors import NOT_PUSHED, InputError, TrainingStopped, command
 from diffusers_ext.fields import arg
-from diffusers_ext.files import shown, write_file
+from diffusers_ext.files import remove_partial, replacing_files, shown, write_file
 from diffusers_ext.mean_error import GROUPS, MIN_P
 from diffusers_ext.randomness import Seeds, Stream
 from diffusers_ext.reports.calibration_card import plot, summary, verdict, write_calibration_card
@@ -142,13 +142,14 @@ def _prompt(cell: Any) -> str:
 def save(args: CalibrationArguments, pipeline: DiffusionPipeline, calibration: Calibration, name: str) -> None:
     """Write the tables, also beside the scheduler, the numbers, the picture and the card into the output folder."""
     out = Path(args.output_dir)
-    if args.save_pipeline:
-        pipeline.save_pretrained(out)
-    calibration.save_pretrained(out)
-    pipeline.scheduler.save_pretrained(out / "scheduler")
-    save_tables(calibration, out / "scheduler")
-    write_file(out / "metrics.json", json.dumps(summary(calibration), indent=2) + "\n")
-    plot(calibration, out / "offsets.png")
+    with replacing_files(out) as aside:
+        if args.save_pipeline:
+            pipeline.save_pretrained(aside)
+        calibration.save_pretrained(aside)
+        pipeline.scheduler.save_pretrained(aside / "scheduler")
+        save_tables(calibration, aside / "scheduler")
+        write_file(aside / "metrics.json", json.dumps(summary(calibration), indent=2) + "\n")
+        plot(calibration, aside / "offsets.png")
     write_calibration_card(out, calibration, name, asdict(args), f"accelerate launch {shlex.join(sys.argv)}")
 
 
@@ -174,6 +175,8 @@ def main() -> None:
         (out / "state").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output_dir {out} cannot be made: {error}") from error
+    if accelerator.is_main_process:
+        remove_partial(out)
     try:
         calibration = estimate_calibration(
             subject.network.eval(),

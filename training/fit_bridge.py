@@ -36,6 +36,7 @@ from diffusers_ext.data.sources import HeldOutArguments, load_images
 from diffusers_ext.diffusion_time import MIN_SAMPLES
 from diffusers_ext.errors import NOT_PUSHED, InputError, TrainingStopped, command
 from diffusers_ext.fields import arg
+from diffusers_ext.files import remove_partial, replacing, replacing_files
 from diffusers_ext.randomness import Seeds, Stream
 from diffusers_ext.reports.bridge_card import write_bridge_card
 from diffusers_ext.reports.hub import HubArguments, make_pusher
@@ -157,17 +158,19 @@ def main() -> None:
         data = EncodedImages(args, subject, source, transform, args.max_bridge_samples, accelerator.device)
         bridge = fitted(args, data)
         out.mkdir(parents=True, exist_ok=True)
+        remove_partial(out)
         if subject.takes_captions:
-            bridge.save_pretrained(out)
-            scheduler.save_pretrained(out / "scheduler")
+            with replacing_files(out) as aside:
+                bridge.save_pretrained(aside)
+                scheduler.save_pretrained(aside / "scheduler")
         else:
             short = short_time_pipeline(pipeline, args.max_diffusion_time, bridge).to(accelerator.device)
             subject_of(short).save(out)
             if args.num_validation_images > 0:
-                (out / "samples").mkdir(exist_ok=True)
                 seed = Seeds(args.seed)(Stream.GRID)
                 images = subject_of(short).sample(args.num_validation_images, args.num_inference_steps, seed)
-                image_grid(images).save(out / "samples" / "samples.png")
+                with replacing(out / "samples" / "samples.png") as aside:
+                    image_grid(images).save(aside)
         report = write_report(args, data, held_out, out) if args.report else None
         repo = out.name if pusher is None else pusher.repo_id
         written = f"accelerate launch {shlex.join(sys.argv)}"

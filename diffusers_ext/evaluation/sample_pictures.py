@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..files import replacing
 from ..metrics import nearest
 from ..reports.pictures import image_grid
 from .measures import Judge
@@ -32,7 +33,8 @@ def grids(drawings: Sequence[Drawing], drawn: Path, folder: Path) -> dict[str, I
     for (scheduler, steps), group in groups.items():
         images = torch.cat([next(drawing.images(drawn))[:GRID_IMAGES] for drawing in group])
         picture = image_grid(images.movedim(1, 3).numpy() / 255, len(images) // len(group))
-        picture.save(folder / f"{file_name(scheduler)}-{steps}.png")
+        with replacing(folder / f"{file_name(scheduler)}-{steps}.png") as aside:
+            picture.save(aside)
         pictures[f"{scheduler}, {steps} steps. Rows: {', '.join(drawing.model for drawing in group)}"] = picture
     return pictures
 
@@ -52,6 +54,7 @@ def nearest_to_training(
     samples = torch.cat(list(drawing.images(drawn)))[closest].float() / 255
     images = torch.cat([samples, real.training.images[indices[closest]] / 2 + 0.5])
     picture = image_grid(images.movedim(1, 3).numpy(), len(closest))
-    picture.save(folder / f"nearest-{drawing.name.rsplit('-', 1)[0]}.png")
+    with replacing(folder / f"nearest-{drawing.name.rsplit('-', 1)[0]}.png") as aside:
+        picture.save(aside)
     how = f"{drawing.model}, {drawing.scheduler_name}, {drawing.steps} steps"
     return f"{how}: the samples nearest to a training image, and below them that image", picture

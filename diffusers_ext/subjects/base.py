@@ -32,7 +32,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..files import replacing_entries
+from ..files import replacing_files
 from ..interop import unwrap
 from ..randomness import rand
 
@@ -295,8 +295,8 @@ class Subject:
         return sample / 2 + 0.5 if own is None else own(sample)
 
     def save(self, folder: str | Path) -> None:
-        """Save the pipeline by `save_pretrained`, written aside and then renamed; other files in the folder stay."""
-        with replacing_entries(folder) as aside:
+        """Save the pipeline by `save_pretrained`, written aside and then moved; other files in the folder stay."""
+        with replacing_files(folder) as aside:
             self.pipeline.save_pretrained(aside)
 
     def _unknown(self, done: str) -> InputError:

@@ -24,7 +24,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from ..extractors import pixel_features
-from ..files import recover_folder, replacing_entries, replacing_folder
+from ..files import list_written, not_written, recover_folder, replacing_files, replacing_folder, written
 from ..metrics import frechet_distance
 from ..randomness import Stream
 from ..subjects import Subject
@@ -101,17 +101,24 @@ class Best:
         return metrics
 
     def _write(self, subject: Subject, described: Mapping[str, Any]) -> None:
-        """Replace the folder; if that raises an OSError, the last one stays."""
+        """Replace the folder, in which files of the user stay; if that raises an OSError, the last one stays."""
         with replacing_folder(self.folder) as aside:
             subject.pipeline.save_pretrained(aside)
             for part in self.run.parts.values():
                 part.save(aside)
             (aside / "best.json").write_text(json.dumps(described))
+            list_written(aside)
+            for name in not_written(self.folder):
+                (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(self.folder / name, aside / name)
 
     def install(self, folder: Path) -> None:
         """Put the nearest pipeline into `folder`."""
-        with replacing_entries(folder) as aside:
-            shutil.copytree(self.folder, aside, ignore=shutil.ignore_patterns("best.json"), dirs_exist_ok=True)
+        with replacing_files(folder) as aside:
+            files = {str(file.relative_to(self.folder)) for file in self.folder.rglob("*") if file.is_file()}
+            for name in (written(self.folder) or files) - {"best.json"}:
+                (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.folder / name, aside / name)
 
     def check(self, means: Mapping[str, float]) -> None:
         """Nothing that is logged ends the run."""

@@ -37,7 +37,7 @@ from ..data.labelling import number_of_classes
 from ..data.prepared import prepare_data
 from ..data.sources import HubStream, ImageSource, load_images
 from ..errors import SIGNALLED, InputError, TrainingStopped
-from ..files import remove_partial
+from ..files import remove_partial, remove_written
 from ..interop import noise_schedule, score_model_from
 from ..noise_levels import min_snr_weight
 from ..process import ReflectedProcess
@@ -280,7 +280,8 @@ class TrainingLoop:
     def _clear_output_dir(self) -> None:
         """Delete what another run has written into the output folder; the user's own files stay."""
         out = self.output_dir
-        for old in (*list_checkpoints(out), *(out / name for name in (BEST, *self.parts))):
+        remove_written(out / BEST)
+        for old in list_checkpoints(out):
             shutil.rmtree(old, ignore_errors=True)
         for file in (self.log.path, *out.glob("logs/**/events.out.tfevents.*"), *out.glob("samples/step-*.png")):
             file.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import NOT_PUSHED, TrainingStopped
 from ..evaluation.measures import loss_by_sigma
-from ..files import shown
+from ..files import replacing, replacing_files, shown
 from ..randomness import Stream
 from ..reports.card import write_model_card
 from ..reports.hub import make_pusher
@@ -86,8 +86,8 @@ class Outcome:
             self.run.log.warn(f"{failure}; try another --num_inference_steps")
             return
         path = self._sample_grid(step)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image_grid(images).save(path)
+        with replacing(path) as aside:
+            image_grid(images).save(aside)
 
     def _sample_grid(self, step: int) -> Path:
         return self.run.output_dir / "samples" / f"step-{step:08d}.png"
@@ -98,9 +98,10 @@ class Outcome:
         """Put the best pipeline, if one was measured, else the given one into the output folder; return the metrics
         and the step of that pipeline."""
         if self.best is None or self.best.step is None:
-            trained.save(self.run.output_dir)
-            for part in self.run.parts.values():
-                part.save(self.run.output_dir)
+            with replacing_files(self.run.output_dir) as aside:
+                trained.pipeline.save_pretrained(aside)
+                for part in self.run.parts.values():
+                    part.save(aside)
             return metrics, self.run.step
         self.best.install(self.run.output_dir)
         if (sample := self._sample_grid(self.best.step)).is_file():
