@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 NOT_PUSHED = 3
 """The exit status of a script whose result is on the disk and not on the Hub."""
 SIGNALLED = 128
 """Exit statuses from here on are those of signals: this plus the number of the signal."""
+
+
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""What asks a run to stop: Ctrl-C, the end of a job, and SLURM's warning before it."""
 
 
 class InputError(ValueError):
@@ -24,9 +32,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def run() -> None:
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show ends no run
-                stream.reconfigure(errors="backslashreplace")
+        streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
         try:
             main()
         except ValueError as error:
@@ -38,8 +45,43 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(stopped.code)
         except KeyboardInterrupt:
             sys.exit("interrupted")
+        finally:
+            sys.stdout, sys.stderr = streams
 
     return run
+
+
+class Lasting:
+    """A stream of text that ends no run: what a terminal cannot show is escaped, and once the terminal or the pipe is
+    gone, what is written is dropped."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        with contextlib.suppress(AttributeError, OSError):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        """Send what follows, and what still waits in buffers, nowhere."""
+        with contextlib.suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
 
 
 def _is_ours(error: ValueError) -> bool:

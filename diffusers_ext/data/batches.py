@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..errors import InputError
+from ..errors import STOP_SIGNALS, InputError
 from ..randomness import Seeds, Stream
 from .images import Transform
 from .sources import DataArguments, HubStream, ImageSource
@@ -271,6 +271,6 @@ def _batched(samples: Iterator[tuple[Sample, Position]], batch_size: int) -> Ite
 
 
 def _leave_signals_to_the_main_process(_: int) -> None:
-    """Ignore Ctrl-C and SIGTERM, which reach the whole process group: a worker that ended would end the run."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Ignore the signals, which reach the whole process group: a worker that ended would end the run."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

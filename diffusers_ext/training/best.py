@@ -112,6 +112,15 @@ class Best:
                 (aside / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(self.folder / name, aside / name)
 
+    def is_whole(self) -> bool:
+        """Return whether the nearest pipeline is still in its folder; if not, this warns."""
+        if (self.folder / "model_index.json").is_file() and all(
+            (self.folder / n).is_file() for n in written(self.folder)
+        ):
+            return True
+        self.run.log.warn(f"{self.folder} is not as it was written: the last pipeline is taken and not the best one")
+        return False
+
     def install(self, folder: Path) -> None:
         """Put the nearest pipeline into `folder`."""
         with replacing_files(folder) as aside:

@@ -20,7 +20,6 @@ the row that comes next).
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +36,7 @@ from ..data.labelling import number_of_classes
 from ..data.prepared import prepare_data
 from ..data.sources import HubStream, ImageSource, load_images
 from ..errors import SIGNALLED, InputError, TrainingStopped
-from ..files import remove_partial, remove_written
+from ..files import remove_partial
 from ..interop import noise_schedule, score_model_from
 from ..noise_levels import min_snr_weight
 from ..process import ReflectedProcess
@@ -46,15 +45,13 @@ from ..score import Denoiser
 from ..subjects import Subject
 from .arguments import TrainingArguments
 from .batch import Batch, make_batch
-from .best import NAME as BEST
 from .best import Best
 from .build import build_subject
-from .checkpoint import list_checkpoints
 from .environment import require_as_asked
 from .log import RunLog
 from .outcome import Outcome
 from .parts import Part
-from .resume import Checkpoints
+from .resume import Checkpoints, clear_output_dir
 from .sharding import whole, whole_tensor
 from .stops import FiniteGuard, StopSignals
 
@@ -155,7 +152,7 @@ class TrainingLoop:
     def __iter__(self) -> Iterator[Batch]:
         if self.accelerator.is_main_process:
             if self.args.overwrite_output_dir and self.step == 0:
-                self._clear_output_dir()
+                clear_output_dir(self.output_dir)
             remove_partial(self.output_dir)
         self.accelerator.wait_for_everyone()
         self.log.start(self.name, self.step)
@@ -249,7 +246,10 @@ class TrainingLoop:
         push = checkpointed and args.push_to_hub and args.hub_strategy == "every_save" and not done
         if validate or push:
             self.outcome.on_the_way(self.trained(), push)
-        return validate and self.outcome.best is not None and self.outcome.best.ends()
+        ends = validate and self.outcome.best is not None and self.outcome.best.ends()
+        if ends and not checkpointed and self.checkpoints.are_due(self.step, last=True):
+            self._write_checkpoint()
+        return ends
 
     def _write_checkpoint(self) -> bool:
         self.guard.check(self.args.max_skipped_steps)
@@ -276,15 +276,6 @@ class TrainingLoop:
         if best.measured != self.step:
             self.outcome.on_the_way(self.trained(), push=False)
         return best.ends()
-
-    def _clear_output_dir(self) -> None:
-        """Delete what another run has written into the output folder; the user's own files stay."""
-        out = self.output_dir
-        remove_written(out / BEST)
-        for old in list_checkpoints(out):
-            shutil.rmtree(old, ignore_errors=True)
-        for file in (self.log.path, *out.glob("logs/**/events.out.tfevents.*"), *out.glob("samples/step-*.png")):
-            file.unlink(missing_ok=True)
 
     # --- results ------------------------------------------------------------------------------------------------------
 

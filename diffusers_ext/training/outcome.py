@@ -19,7 +19,9 @@ from ..reports.hub import make_pusher
 from ..reports.pictures import image_grid
 from ..subjects import Subject
 from .best import Best
+from .checkpoint import list_checkpoints
 from .parts import Run
+from .stops import stopping_at_once
 
 
 class Outcome:
@@ -97,7 +99,7 @@ class Outcome:
     def _install(self, trained: Subject, metrics: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """Put the best pipeline, if one was measured, else the given one into the output folder; return the metrics
         and the step of that pipeline."""
-        if self.best is None or self.best.step is None:
+        if self.best is None or self.best.step is None or not self.best.is_whole():
             with replacing_files(self.run.output_dir) as aside:
                 trained.pipeline.save_pretrained(aside)
                 for part in self.run.parts.values():
@@ -142,13 +144,11 @@ class Outcome:
         run = self.run
         if trained is not None:
             try:
-                self._leave_result(trained)
+                with stopping_at_once(lambda: f"stopped after the last step. {self._rest}"):
+                    self._leave_result(trained)
             except OSError as error:
-                raise TrainingStopped(
-                    f"training is done, but its result could not be written: {error}; mend that and repeat the command "
-                    f"with --resume_from_checkpoint latest, which does only the rest",
-                    code=1,
-                ) from error
+                message = f"training is done, but its result could not be written: {error}; mend that. {self._rest}"
+                raise TrainingStopped(message, code=1) from error
         failure = self._wait_for_push(run.args.hub_timeout)
         run.accelerator.wait_for_everyone()
         run.accelerator.end_training()
@@ -165,6 +165,16 @@ class Outcome:
         which = "" if step == run.step else f", of step {step}, the best,"
         print(f"the trained pipeline{which} is in {run.output_dir}{how}")
         self._push(self.validate(trained) if self.best is None else metrics, step)
+
+    @property
+    def _rest(self) -> str:
+        """How to go on from a stop after the last step, for people."""
+        if list_checkpoints(self.run.output_dir):
+            return "To do only the rest, repeat the command with --resume_from_checkpoint latest"
+        done = (self.run.output_dir / "model_index.json").exists()
+        return (
+            f"There is no checkpoint (--checkpointing_steps 0); {'the pipeline is' if done else 'nothing is'} written"
+        )
 
     def leave(self, stopped: TrainingStopped, failed: bool, timeout: float) -> TrainingStopped:
         """Close what is open when a run ends early; return the reason with notes on what was kept and not pushed.

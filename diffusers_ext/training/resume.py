@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,9 +15,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 from ..data.batches import Position
 from ..data.contents import changes
 from ..errors import InputError
+from ..files import remove_written
 from ..interop import unwrap
 from ..randomness import Seeds
 from .arguments import TrainingArguments
+from .best import NAME as BEST
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .parts import Run
 from .sharding import spread_like, whole
@@ -150,6 +153,16 @@ def checkpoint_to_resume(args: TrainingArguments) -> Path | None:
             f"--output_dir or delete them"
         )
     return folder
+
+
+def clear_output_dir(folder: Path) -> None:
+    """Delete what another run has written into an output folder; the user's own files stay."""
+    remove_written(folder / BEST)
+    for old in list_checkpoints(folder):
+        shutil.rmtree(old, ignore_errors=True)
+    for pattern in ("logs/log.jsonl", "logs/**/events.out.tfevents.*", "samples/step-*.png"):
+        for file in folder.glob(pattern):
+            file.unlink(missing_ok=True)
 
 
 def check_same_run(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -12,11 +14,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..errors import SIGNALLED, TrainingStopped
+from ..errors import SIGNALLED, STOP_SIGNALS, TrainingStopped
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM ask for a stop at the end of the step; a second one ends the process at once.
+    """The signals ask for a stop at the end of the step; a second one ends the process at once.
 
     Handlers are set while this is used as a context, in the main thread alone (Python allows no other). Over several
     processes, the signal of one stops all, at the same step: they agree through a group on the CPU, so that no device
@@ -32,7 +34,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOP_SIGNALS:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -55,6 +57,24 @@ class StopSignals:
         number = torch.tensor(self.received or 0)
         torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self._group)
         return int(number) or None
+
+
+@contextmanager
+def stopping_at_once(message: Callable[[], str]) -> Iterator[None]:
+    """A context, after the last step of a run, in which a signal raises `TrainingStopped` with this message."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise TrainingStopped(message(), code=SIGNALLED + number)
+
+    previous = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                previous[number] = signal.signal(number, handle)
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class FiniteGuard:
