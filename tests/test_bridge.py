@@ -256,6 +256,36 @@ def test_a_flow_is_better_than_the_gaussian_it_starts_from(planar):
     assert gain == pytest.approx(gaussian - flow, abs=0.08)
 
 
+def test_the_gain_of_a_mixture_is_that_of_the_true_law(planar):
+    gaussian, mixture = margin(two_modes(), planar["gaussian", 2], 0.2), margin(two_modes(), planar["mixture", 2], 0.2)
+    (gain,) = planar["mixture", 2].config.measured_on["gain_over_gaussian"]
+    assert gain == pytest.approx(gaussian - mixture, abs=0.1)
+
+
+def test_a_mixture_that_collapses_on_few_samples_is_not_used():
+    """200 samples of a Gaussian in 64 dimensions, of which 16 components take a dozen each."""
+    data = [torch.randn(200, 64, generator=seeded())]
+    with pytest.warns(UserWarning, match="no mixture was better than the Gaussian on held-out data"):
+        model = MixtureBridge.fit(data, SCHEDULER, 0.2, latent_rank=64, progress=False)
+    gaussian = GaussianBridge.fit(data, SCHEDULER, 0.2, progress=False)
+    x = gaussian.sample(50, seeded(1))
+    torch.testing.assert_close(model.log_prob(x), gaussian.log_prob(x))
+    assert model.config.measured_on["gain_over_gaussian"] == [0.0]
+
+
+def test_each_class_is_judged_alone():
+    """Class 0 has two modes, class 1 none, class 2 too few samples to tell."""
+    labels = torch.tensor([0] * 1000 + [1] * 1000 + [2] * 15)
+    x0 = 0.2 * torch.randn(len(labels), 2, generator=seeded())
+    x0[:1000, 0] += torch.where(torch.arange(1000) % 2 == 0, 1.5, -1.5)
+    with pytest.warns(UserWarning, match=r"no mixture of classes (1, )?2 was better"):
+        model = MixtureBridge.fit(in_batches(x0, 500, labels), SCHEDULER, 0.2, num_classes=3, **SMALL_MIXTURE)
+    gains = model.config.measured_on["gain_over_gaussian"]
+    assert gains[0] > 0.1
+    assert gains[1] < 0.02
+    assert gains[2] == model.means[2].abs().max() == 0
+
+
 def test_a_new_flow_is_the_standard_normal():
     for r, classes in ((1, None), (3, None), (1, 2), (3, 2)):
         model = FlowBridge([3], T, stored_scheduler(SCHEDULER), r, max(1, r - 1), classes)

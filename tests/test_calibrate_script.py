@@ -164,7 +164,8 @@ for out, stop in (("whole", None), ("halves", 15), ("halves", None)):
         module.main()
     except SystemExit:
         state = load_file(f"{out}/state/sums-{os.environ['RANK']}-of-2.safetensors")
-        say(f"stopped {os.listdir(out)}, {state['batches']} batches are kept")
+        seen = [name for name in os.listdir(out) if not name.startswith(".")]
+        say(f"stopped {seen}, {state['batches']} batches are kept")
 """
 
 

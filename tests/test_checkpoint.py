@@ -100,3 +100,27 @@ def test_what_a_killed_writer_left_is_no_checkpoint(tmp_path):
     assert [f.name for f in list_checkpoints(tmp_path)] == ["checkpoint-00000001"]
     remove_partial(tmp_path)
     assert not list(tmp_path.glob(".partial*"))
+
+
+def test_so_many_are_kept(tmp_path):
+    for step in range(6):
+        save_checkpoint(tmp_path, step, {"step": step}, limit=4)
+        assert len(list_checkpoints(tmp_path)) == min(step + 1, 4)
+    assert [f.name for f in list_checkpoints(tmp_path)] == [f"checkpoint-{s:08d}" for s in (2, 3, 4, 5)]
+
+
+def test_the_newest_is_never_pruned_nor_a_later_one(tmp_path):
+    for step in (100, 200, 300, 7):
+        save_checkpoint(tmp_path, step, {"step": step}, limit=2)
+    assert [f.name for f in list_checkpoints(tmp_path)] == [f"checkpoint-{s:08d}" for s in (7, 200, 300)]
+    for step in (8, 9):
+        save_checkpoint(tmp_path, step, {"step": step}, limit=1)
+    assert [f.name for f in list_checkpoints(tmp_path)] == [f"checkpoint-{s:08d}" for s in (9, 200, 300)]
+
+
+@pytest.mark.parametrize("text", ["", "[", '{"dict": 3}', '{"tensor": "y"}', '{"dict": [[1]]}', "{}", "[" * 100_000])
+def test_a_damaged_file_is_an_os_error_that_names_the_folder(tmp_path, text):
+    folder = save_checkpoint(tmp_path, 1, {"x": torch.ones(1)})
+    (folder / "state.json").write_text(text)
+    with pytest.raises(OSError, match=f"{folder} is damaged"):
+        load_checkpoint(folder)

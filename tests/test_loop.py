@@ -31,7 +31,7 @@ from diffusers_ext.data.sources import load_images
 from diffusers_ext.errors import InputError
 from diffusers_ext.subjects import Pixels
 from diffusers_ext.training import TrainingArguments, TrainingLoop
-from diffusers_ext.training.checkpoint import list_checkpoints, load_checkpoint, same_state
+from diffusers_ext.training.checkpoint import list_checkpoints, load_checkpoint, same_state, save_checkpoint
 
 
 @pytest.fixture
@@ -393,7 +393,7 @@ import runpy, sys
 import accelerate
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
-import diffusers_ext.training.loop as loop
+import diffusers_ext.training.environment as environment
 
 class Sharded(accelerate.Accelerator):
     def __init__(self, *args, **kwargs):
@@ -410,7 +410,7 @@ class Sharded(accelerate.Accelerator):
               f"{parts / sum(p.numel() for p in model.parameters()):.1f}", flush=True)
         return model, optimizer
 
-loop.Accelerator = Sharded
+environment.Accelerator = Sharded
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -460,7 +460,7 @@ def test_sharding_that_checkpoints_cannot_hold_is_refused(small, tmp_path, monke
     class Launched(Accelerator):
         distributed_type, is_fsdp2 = DistributedType[kind], False
 
-    monkeypatch.setattr("diffusers_ext.training.loop.Accelerator", Launched)
+    monkeypatch.setattr("diffusers_ext.training.environment.Accelerator", Launched)
     args = parse_arguments(TrainingArguments, [*map(str, small), "--output_dir", str(tmp_path / "out")])
     with pytest.raises(InputError, match=message):
         TrainingLoop(args, "test", ("A paper", "2302.09057"))
@@ -568,3 +568,125 @@ def test_a_refused_push_keeps_the_model_and_says_how_to_push_it(small, tmp_path)
     assert "hf upload tester/digits" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(weights_of(tmp_path / "out")) > 5
+
+
+# --- which checkpoint -------------------------------------------------------------------------------------------------
+
+
+_FINISHED = []
+
+
+@pytest.fixture
+def finished(script, small, tmp_path):  # noqa: F811
+    """A copy of a finished run of 3 steps with its 3 checkpoints, and the arguments that continue it up to step 4."""
+    if not _FINISHED:
+        script.run(*small, "--checkpointing_steps", 1, "--output_dir", tmp_path / "first")
+        _FINISHED.extend((tmp_path / "first", small))
+    shutil.copytree(_FINISHED[0], tmp_path / "out")
+    return tmp_path / "out", [*_FINISHED[1], "--checkpointing_steps", 1, "--max_train_steps", 4]
+
+
+def checkpoints_of(folder):
+    return [int(f.name.removeprefix("checkpoint-")) for f in list_checkpoints(folder)]
+
+
+@pytest.mark.parametrize("spelling", ["absolute", "relative", "link", "name", "padded"])
+def test_a_checkpoint_may_be_spelled_in_many_ways(script, finished, monkeypatch, spelling):  # noqa: F811
+    out, argv = finished
+    monkeypatch.chdir(out.parent)
+    os.symlink(out, "link")
+    names = {
+        "absolute": out / "checkpoint-00000003",
+        "relative": "out/../out/checkpoint-00000003",
+        "link": "link/checkpoint-00000003",
+        "name": "checkpoint-3",
+        "padded": "checkpoint-00000003",
+    }
+    resume = ["--checkpoints_total_limit", 2, "--resume_from_checkpoint", names[spelling]]
+    script.run(*argv, *resume, "--output_dir", "link" if spelling == "absolute" else out)
+    assert checkpoints_of(out) == [3, 4]
+    assert [r["step"] for r in log_of(out) if "start" in r] == [0, 3]
+
+
+def test_a_run_that_goes_on_in_another_folder_leaves_both_whole(script, finished, tmp_path):  # noqa: F811
+    out, argv = finished
+    resume = ["--checkpoints_total_limit", 1, "--resume_from_checkpoint", out / "checkpoint-00000002"]
+    script.run(*argv, *resume, "--output_dir", tmp_path / "branch")
+    assert checkpoints_of(out) == [1, 2, 3]
+    assert checkpoints_of(tmp_path / "branch") == [4]
+    with pytest.raises(SystemExit, match=r"branch holds another run than .*2 \(checkpoints: checkpoint-00000004\)"):
+        script.run(*argv, *resume, "--output_dir", tmp_path / "branch")
+    script.run(*argv, *resume, "--output_dir", tmp_path / "branch", "--overwrite_output_dir")
+    assert [r["step"] for r in log_of(tmp_path / "branch") if "start" in r] == [2]
+
+
+def edited(change):
+    def damage(folder):
+        state = load_checkpoint(folder)
+        change(state)
+        shutil.rmtree(folder)
+        save_checkpoint(folder.parent, int(folder.name[-8:]), state)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (edited(lambda s: s.update(step=-5)), "called that of step 3, and says step -5"),
+        (edited(lambda s: s.update(step=99999)), "called that of step 3, and says step 99999"),
+        (edited(lambda s: s.update(step="3")), "step cannot be read from its state.json"),
+        (edited(lambda s: s.pop("model")), "model cannot be read from its state.json"),
+        (edited(lambda s: s["model"].pop("conv_in.weight")), "the weights conv_in.weight are not those"),
+        (
+            edited(lambda s: s["model"].update({"conv_in.weight": torch.ones(2)})),
+            "the weights conv_in.weight are not those",
+        ),
+        (edited(lambda s: s.pop("ema")), "KeyError: 'ema'"),
+        (edited(lambda s: s["ema"].pop("shadow_params")), "KeyError: 'shadow_params'"),
+        (edited(lambda s: s["optimizer"].update(state=[])), "AttributeError"),
+        (lambda f: (f / "state.json").write_text("{}"), "is damaged"),
+        (lambda f: (f / "state.json").write_text("[1, 2]"), "cannot be read from its state.json"),
+        (lambda f: (f / "state.safetensors").write_bytes(b""), "is damaged"),
+        (lambda f: os.truncate(f / "state.safetensors", 1000), "is damaged"),
+        (lambda f: (f / "state.safetensors").unlink(), "No such file"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_with_what_to_do(script, finished, damage, message):  # noqa: F811
+    out, argv = finished
+    damage(out / "checkpoint-00000003")
+    with pytest.raises(SystemExit) as stopped:
+        script.run(*argv, "--output_dir", out, "--resume_from_checkpoint", "latest")
+    assert message in str(stopped.value)
+    assert f"the checkpoint {out / 'checkpoint-00000003'}" in str(stopped.value)
+    assert "Delete it to go on from checkpoint-00000002" in str(stopped.value)
+    assert checkpoints_of(out) == [1, 2, 3]
+
+
+def test_a_checkpoint_of_a_later_step_than_the_last_is_refused(script, finished):  # noqa: F811
+    out, argv = finished
+    with pytest.raises(SystemExit, match="it is of step 3, and --max_train_steps ends the run at step 2"):
+        script.run(*argv, "--max_train_steps", 2, "--output_dir", out, "--resume_from_checkpoint", "latest")
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+WAITS = """
+import sys, time
+from datetime import timedelta
+from diffusers_ext.training import environment
+if sys.argv[1] == "short":
+    environment.TIMEOUT = timedelta(seconds=1)
+accelerator = environment.make_accelerator()
+if accelerator.is_main_process:
+    time.sleep(4)
+accelerator.wait_for_everyone()
+print("both")
+"""
+
+
+@pytest.mark.parametrize("timeout", ["own", "short"])
+def test_processes_wait_for_one_that_works_alone(tmp_path, timeout):
+    (tmp_path / "waits.py").write_text(WAITS)
+    done = stranger.ranks(2, tmp_path / "waits.py", timeout)
+    assert (done.stdout.count("both") == 2, done.returncode == 0) == (timeout == "own",) * 2, done.stderr

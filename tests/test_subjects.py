@@ -223,7 +223,13 @@ def test_a_save_replaces_the_last_one_and_leaves_other_files(tmp_path):
         subject_of(pipeline).save(tmp_path)
         loaded = DiffusionPipeline.from_pretrained(tmp_path)
         assert loaded.unet.conv_in.bias.eq(value).all()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["logs", "model_index.json", "scheduler", "unet"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".written.json",
+        "logs",
+        "model_index.json",
+        "scheduler",
+        "unet",
+    ]
 
 
 def test_a_failed_save_keeps_the_last_one(tmp_path, monkeypatch):
@@ -239,7 +245,7 @@ def test_a_failed_save_keeps_the_last_one(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         subject_of(pipeline).save(tmp_path)
     assert torch.equal(DiffusionPipeline.from_pretrained(tmp_path).unet.conv_in.weight, weight)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model_index.json", "scheduler", "unet"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".written.json", "model_index.json", "scheduler", "unet"]
 
 
 def test_latents_are_scaled_to_what_the_decoder_undoes():

@@ -18,6 +18,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,8 @@ from diffusers_ext.reports.calibration_card import plot, summary, verdict, write
 from diffusers_ext.reports.hub import HubArguments, make_pusher
 from diffusers_ext.schedulers import save_tables
 from diffusers_ext.subjects import Subject, load_pipeline, subject_of
+from diffusers_ext.training.environment import make_accelerator
+from diffusers_ext.training.lock import RunLock
 
 
 @dataclass
@@ -139,6 +142,35 @@ def _prompt(cell: Any) -> str:
     return cell or ""
 
 
+def measure(args: CalibrationArguments, subject: Subject, data: Any, accelerator: Accelerator, resolution: int) -> Any:
+    """Measure the mean errors, or go on with a measurement that was stopped.
+
+    Raises:
+        InputError: the data do not fit the arguments, or the sums in the folder are of another measurement.
+    """
+    try:
+        return estimate_calibration(
+            subject.network.eval(),
+            subject.pipeline.scheduler,
+            data,
+            num_levels=args.num_levels,
+            unconditional=subject.null_condition(resolution) if args.caption_column is not None else None,
+            null_class=subject.null_class,
+            num_classes=subject.num_classes if args.per_class else None,
+            control_variate=not args.plain,
+            antithetic=not args.plain,
+            shrink=not args.plain,
+            significance=args.significance,
+            tolerance=args.tolerance,
+            seed=args.seed,
+            accelerator=accelerator,
+            state_path=Path(args.output_dir) / "state" / "sums.safetensors",
+            measured_on={"model": shown(args.pretrained_model_name_or_path), "data": args.described},
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
 def save(args: CalibrationArguments, pipeline: DiffusionPipeline, calibration: Calibration, name: str) -> None:
     """Write the tables, also beside the scheduler, the numbers, the picture and the card into the output folder."""
     out = Path(args.output_dir)
@@ -158,50 +190,28 @@ def main() -> None:
     args = parse_arguments(CalibrationArguments)
     if args.pretrained_model_name_or_path is None:
         raise InputError("name the model: --pretrained_model_name_or_path")
-    accelerator, out = Accelerator(), Path(args.output_dir)
+    accelerator, out = make_accelerator(), Path(args.output_dir)
     dtype = getattr(torch, args.torch_dtype)
     name = args.pretrained_model_name_or_path
     pipeline = load_pipeline(name, args.revision, args.variant, args.cache_dir, dtype).to(accelerator.device)
     subject = subject_of(pipeline)
     channels, resolution = subject.image_format(args.resolution)
     subject.train_at(resolution)
-    unconditional = subject.null_condition(resolution) if args.caption_column is not None else None
     if args.per_class and subject.num_classes is None:
         raise InputError("--per_class: the model takes no class labels")
     data = batches(args, subject, accelerator, channels, resolution)
     pusher = make_pusher(args, out, accelerator.is_main_process)
 
-    try:
-        (out / "state").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output_dir {out} cannot be made: {error}") from error
-    if accelerator.is_main_process:
-        remove_partial(out)
-    try:
-        calibration = estimate_calibration(
-            subject.network.eval(),
-            pipeline.scheduler,
-            data,
-            num_levels=args.num_levels,
-            unconditional=unconditional,
-            null_class=subject.null_class,
-            num_classes=subject.num_classes if args.per_class else None,
-            control_variate=not args.plain,
-            antithetic=not args.plain,
-            shrink=not args.plain,
-            significance=args.significance,
-            tolerance=args.tolerance,
-            seed=args.seed,
-            accelerator=accelerator,
-            state_path=out / "state" / "sums.safetensors",
-            measured_on={"model": shown(args.pretrained_model_name_or_path), "data": args.described},
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    if accelerator.is_main_process:
-        save(args, pipeline, calibration, out.name if pusher is None else pusher.repo_id)
-        print(verdict(calibration))
-        print(f"the calibration is in {out}")
+    with RunLock(out) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            remove_partial(out)
+            (out / "state").mkdir(exist_ok=True)
+        accelerator.wait_for_everyone()
+        calibration = measure(args, subject, data, accelerator, resolution)
+        if accelerator.is_main_process:
+            save(args, pipeline, calibration, out.name if pusher is None else pusher.repo_id)
+            print(verdict(calibration))
+            print(f"the calibration is in {out}")
     failure = None
     if pusher is not None:
         pusher.push(out, "calibration")

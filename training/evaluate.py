@@ -12,14 +12,11 @@ samples, draws only what is missing. `--help` lists every argument. From Python:
 import shlex
 import sys
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 
 from diffusers_ext.commands import parse_arguments
 from diffusers_ext.data.sources import column_of, load_images
@@ -38,6 +35,7 @@ from diffusers_ext.fields import arg
 from diffusers_ext.files import is_local
 from diffusers_ext.reports.card import shown_command
 from diffusers_ext.subjects import load_pipeline
+from diffusers_ext.training.environment import make_accelerator
 
 
 @dataclass
@@ -108,7 +106,7 @@ def publish(args: ModelArguments, evaluation: Evaluation) -> list[str]:
 @command
 def main() -> None:
     args = parse_arguments(ModelArguments)
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))])
+    accelerator = make_accelerator()
     evaluation = evaluate(
         {name: load(args, path, accelerator.device) for name, path in args.models.items()},
         partial(load_real_images, args),

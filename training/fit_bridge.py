@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from diffusers_ext import diffusion_time_report, short_time_pipeline
@@ -43,6 +42,8 @@ from diffusers_ext.reports.hub import HubArguments, make_pusher
 from diffusers_ext.reports.pictures import image_grid
 from diffusers_ext.schedulers.scheduling_short_time import SHORT_TIME_SCHEDULERS, short_time_class
 from diffusers_ext.subjects import load_pipeline, subject_of
+from diffusers_ext.training.environment import make_accelerator
+from diffusers_ext.training.lock import RunLock
 
 
 @dataclass
@@ -126,6 +127,41 @@ def write_report(args: FitArguments, data: EncodedImages, held_out: Any, out: Pa
     return report
 
 
+def save(args: FitArguments, data: EncodedImages, bridge: Any, scheduler: Any, held_out: Any, name: str) -> None:
+    """Write the bridge, or the pipeline that starts from it, the report and the card into the output folder.
+
+    Args:
+        data: the images of the fit.
+        scheduler: the short-time scheduler.
+        held_out: the images of the report, if it is asked for.
+        name: how the card calls the result.
+    """
+    out, subject, device = Path(args.output_dir), data.subject, data.device
+    remove_partial(out)
+    if subject.takes_captions:
+        with replacing_files(out) as aside:
+            bridge.save_pretrained(aside)
+            scheduler.save_pretrained(aside / "scheduler")
+    else:
+        short = short_time_pipeline(subject.pipeline, args.max_diffusion_time, bridge).to(device)
+        subject_of(short).save(out)
+        if args.num_validation_images > 0:
+            seed = Seeds(args.seed)(Stream.GRID)
+            images = subject_of(short).sample(args.num_validation_images, args.num_inference_steps, seed)
+            with replacing(out / "samples" / "samples.png") as aside:
+                image_grid(images).save(aside)
+    report = write_report(args, data, held_out, out) if args.report else None
+    written = f"accelerate launch {shlex.join(sys.argv)}"
+    write_bridge_card(
+        out,
+        bridge,
+        name,
+        asdict(args),
+        written,
+        None if report is None else f"{report.verdict()}\n\n{report.table()}",
+    )
+
+
 @command
 def main() -> None:
     args = parse_arguments(FitArguments)
@@ -134,7 +170,7 @@ def main() -> None:
         raise InputError("name the model: --pretrained_model_name_or_path")
     if args.bridge == "none":
         raise InputError("--bridge must be gaussian, mixture or flow")
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     pusher = make_pusher(args, out, accelerator.is_main_process)
     if accelerator.is_main_process:  # one process is enough for a pass over some thousand images
         pipeline = load_pipeline(name, args.revision, args.variant, args.cache_dir).to(accelerator.device)
@@ -157,31 +193,8 @@ def main() -> None:
         print(describe(args, source, transform.value_range))
         data = EncodedImages(args, subject, source, transform, args.max_bridge_samples, accelerator.device)
         bridge = fitted(args, data)
-        out.mkdir(parents=True, exist_ok=True)
-        remove_partial(out)
-        if subject.takes_captions:
-            with replacing_files(out) as aside:
-                bridge.save_pretrained(aside)
-                scheduler.save_pretrained(aside / "scheduler")
-        else:
-            short = short_time_pipeline(pipeline, args.max_diffusion_time, bridge).to(accelerator.device)
-            subject_of(short).save(out)
-            if args.num_validation_images > 0:
-                seed = Seeds(args.seed)(Stream.GRID)
-                images = subject_of(short).sample(args.num_validation_images, args.num_inference_steps, seed)
-                with replacing(out / "samples" / "samples.png") as aside:
-                    image_grid(images).save(aside)
-        report = write_report(args, data, held_out, out) if args.report else None
-        repo = out.name if pusher is None else pusher.repo_id
-        written = f"accelerate launch {shlex.join(sys.argv)}"
-        write_bridge_card(
-            out,
-            bridge,
-            repo,
-            asdict(args),
-            written,
-            None if report is None else f"{report.verdict()}\n\n{report.table()}",
-        )
+        with RunLock(out):
+            save(args, data, bridge, scheduler, held_out, out.name if pusher is None else pusher.repo_id)
         print(f"the {'bridge and its scheduler are' if subject.takes_captions else 'short-time pipeline is'} in {out}")
         if pusher is not None:
             pusher.push(out, "bridge")

@@ -25,15 +25,11 @@ from tqdm.auto import tqdm
 
 from ..ranges import require
 from .base import Bridge, checked_scheduler, default_latent_rank, require_latent_rank, standard_log_prob
+from .held_out import HELD_OUT, Batch, divide, held_out_batch, held_out_loss, warn_gaussian_is_kept
 from .moments import data_moments, require_repeatable
 
 EVALUATE_EVERY = 50
 """A flow is evaluated every so many steps of its training."""
-HELD_OUT_DRAWS = 4
-"""The noise of each held-out sample is drawn so often."""
-
-Batch = tuple[Tensor, Tensor]
-"""w, (n, l), and labels, (n,)."""
 
 
 class FlowBridge(Bridge):
@@ -102,7 +98,7 @@ class FlowBridge(Bridge):
         max_steps: int = 5000,
         batch_size: int = 256,
         learning_rate: float = 1e-3,
-        held_out: float = 0.1,
+        held_out: float = HELD_OUT,
         patience: int = 10,
         seed: int = 0,
         measured_on: Mapping[str, Any] | None = None,
@@ -146,7 +142,7 @@ class FlowBridge(Bridge):
         )
         bridge._set_moments(data.laws(shrink))
         latents, generator = bridge._latents(batches, progress), torch.Generator().manual_seed(seed)
-        training, evaluation = _split(len(latents.labels), held_out, generator)
+        training, evaluated = divide(len(latents.labels), held_out, generator)
 
         def draw() -> Batch:
             return latents.draw(training[torch.randint(len(training), (batch_size,), generator=generator)], generator)
@@ -155,7 +151,7 @@ class FlowBridge(Bridge):
             bridge.flow,
             bridge._flow_log_prob,
             draw,
-            latents.draw(evaluation.repeat(HELD_OUT_DRAWS), generator),
+            held_out_batch(latents, evaluated, generator),
             learning_rate,
             max_steps=max_steps,
             patience=patience,
@@ -235,26 +231,8 @@ def train_flow(
     bar.close()
     flow.load_state_dict(best)
     if best_step == 0:
-        warnings.warn("no flow was better than the Gaussian on held-out data: the Gaussian is kept", stacklevel=3)
+        warn_gaussian_is_kept("flow")
     return best_step, start - lowest
-
-
-@torch.no_grad()
-def held_out_loss(log_prob: Callable[[Tensor, Tensor], Tensor], batch: Batch) -> float:
-    """Return the mean of -log q(w) in nats."""
-    return -log_prob(*batch).mean().item()
-
-
-def _split(n: int, held_out: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Divide the indices of n samples at random: those to train on, and a share `held_out` to evaluate on.
-
-    Raises:
-        ValueError: one of the two is empty.
-    """
-    order, evaluated = torch.randperm(n, generator=generator), round(held_out * n)
-    if not 0 < evaluated < n:
-        raise ValueError(f"{held_out=} of {n} samples leaves none to train on, or none to evaluate on")
-    return order[evaluated:], order[:evaluated]
 
 
 def _flows() -> Any:

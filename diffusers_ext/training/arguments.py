@@ -78,7 +78,9 @@ class TrainingArguments(HubArguments, HeldOutArguments):
     overwrite_output_dir: bool = arg(False, "Replace the run that output_dir holds.")
     checkpointing_steps: int | None = arg(500, "Optimiser steps between two checkpoints; 0 for none.", at_least=0)
     checkpoints_total_limit: int | None = arg(3, "Keep so many of the newest checkpoints.", at_least=1)
-    resume_from_checkpoint: str | None = arg(None, "`latest`, or the path of a checkpoint.")
+    resume_from_checkpoint: str | None = arg(
+        None, "`latest`, a name like checkpoint-500 in output_dir, or the path of a checkpoint."
+    )
     logging_steps: int = arg(50, "Optimiser steps between two records of the log.", at_least=1)
     report_to: str = arg("tensorboard", "Tracker of accelerate (tensorboard, wandb, ...), or none.")
     validation_steps: int | None = arg(

@@ -26,7 +26,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def save_checkpoint(output_dir: Path, step: int, state: Mapping[str, Any], limit: int | None = None) -> Path:
-    """Write `checkpoint-<step>`, then delete the oldest ones, so that `limit` are left.
+    """Write `checkpoint-<step>`, then delete the oldest ones of earlier steps, so that `limit` are left.
 
     The others stay until the new one is complete and on the disk, so a run that is killed here, or a full disk, loses
     nothing.
@@ -41,7 +41,8 @@ def save_checkpoint(output_dir: Path, step: int, state: Mapping[str, Any], limit
         save_file(tensors, partial / "state.safetensors")
         (partial / "state.json").write_text(json.dumps(tree))
     if limit is not None:
-        for old in list_checkpoints(output_dir)[:-limit]:
+        earlier = [old for old in list_checkpoints(output_dir) if step_of(old) < step]
+        for old in earlier[: max(len(earlier) + 1 - limit, 0)]:
             shutil.rmtree(old)
     return folder
 
@@ -55,15 +56,22 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     try:
         tree = json.loads((folder / "state.json").read_text())
         return _from_json(tree, load_file(folder / "state.safetensors"))
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise OSError(f"{folder} is damaged: {error}") from error
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise OSError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Return the complete checkpoints in the folder, in the order of their steps."""
     if not output_dir.is_dir():
         return []
-    return sorted(f for f in output_dir.iterdir() if _NAME.fullmatch(f.name) and (f / "state.json").is_file())
+    found = (f for f in output_dir.iterdir() if _NAME.fullmatch(f.name) and (f / "state.json").is_file())
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """Return the step in the name of a checkpoint, -1 if it is no such name; `checkpoint-500` is such a name."""
+    found = _NAME.fullmatch(folder.name)
+    return -1 if found is None else int(found[1])
 
 
 def _to_json(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -7,11 +7,22 @@ theirs to say. What would train something else than the arguments say is refused
 from __future__ import annotations
 
 import os
+from datetime import timedelta
+from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from ..errors import InputError
 from .arguments import TrainingArguments
+
+TIMEOUT = timedelta(days=2)
+"""How long processes wait for one that validates, fits, measures or pushes; without it, they give up after minutes."""
+
+
+def make_accelerator(**options: Any) -> Accelerator:
+    """Return an `Accelerator` with these options, whose processes wait for each other as long as `TIMEOUT`."""
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)], **options)
 
 
 def require_as_asked(accelerator: Accelerator, args: TrainingArguments) -> None:

@@ -47,7 +47,8 @@ from .arguments import TrainingArguments
 from .batch import Batch, make_batch
 from .best import Best
 from .build import build_subject
-from .environment import require_as_asked
+from .environment import make_accelerator, require_as_asked
+from .lock import RunLock
 from .log import RunLog
 from .outcome import Outcome
 from .parts import Part
@@ -151,7 +152,8 @@ class TrainingLoop:
 
     def __iter__(self) -> Iterator[Batch]:
         if self.accelerator.is_main_process:
-            if self.args.overwrite_output_dir and self.step == 0:
+            self.lock = RunLock(self.output_dir)
+            if self.args.overwrite_output_dir and self.checkpoints.starts_here:
                 clear_output_dir(self.output_dir)
             remove_partial(self.output_dir)
         self.accelerator.wait_for_everyone()
@@ -304,11 +306,13 @@ class TrainingLoop:
             TrainingStopped: the pipeline could not be written, or not pushed; the message says how to go on.
         """
         self.outcome.finish(self.trained())
+        if self.accelerator.is_main_process:
+            self.lock.release()
 
 
 def _accelerator(args: TrainingArguments) -> Accelerator:
     try:
-        accelerator = Accelerator(
+        accelerator = make_accelerator(
             mixed_precision=args.mixed_precision,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to,

@@ -20,7 +20,7 @@ from ..interop import unwrap
 from ..randomness import Seeds
 from .arguments import TrainingArguments
 from .best import NAME as BEST
-from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, step_of
 from .parts import Run
 from .sharding import spread_like, whole
 
@@ -58,6 +58,11 @@ class Checkpoints:
         (self.resume_from,) = broadcast_object_list([checkpoint_to_resume(args)])
         if args.resume_from_checkpoint == "latest" and self.resume_from is None and accelerator.is_main_process:
             print(f"no checkpoint in {self.output_dir} yet: starting from the beginning")
+
+    @property
+    def starts_here(self) -> bool:
+        """Whether the output folder is new to the run: it begins, or goes on from another folder."""
+        return self.resume_from is None or self.resume_from.resolve().parent != self.output_dir.resolve()
 
     def are_due(self, step: int, last: bool = False) -> bool:
         """Return whether a checkpoint is due after a step; it is after the last one, as the end of a run takes time."""
@@ -100,8 +105,9 @@ class Checkpoints:
             return {}
         try:
             state = load_checkpoint(folder)
+            require_whole(state, step_of(folder), run)
         except OSError as error:
-            raise InputError(f"the checkpoint {folder} cannot be read: {error}") from error
+            raise InputError(f"the checkpoint {folder} cannot be read: {error}. {_way_out(folder)}") from error
         shares = self.accelerator.num_processes if run.streamed else None
         check_same_run(folder, state, self.args, run.images_per_step, shares, run.data.mark)
         if "data" not in state:
@@ -110,10 +116,14 @@ class Checkpoints:
         run.seeds = Seeds(self.args.seed, state.get("random_rule", 1))
         if run.streamed:
             run.position = Position(*state["places"][self.accelerator.process_index])
-        load_weights(state, run)
         own = run.stateful()
-        for name, part in own.items():
-            part.load_state_dict(state[name])
+        try:
+            load_weights(state, run)
+            for name, part in own.items():
+                part.load_state_dict(state[name])
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"the checkpoint {folder} does not fit this run: {reason}. {_way_out(folder)}") from error
         if self.accelerator.is_main_process:
             print(f"going on from {folder}, step {run.step} of {run.total_steps}")
         return {name: value for name, value in state.items() if name not in (*_OF_THE_RUN, *own)}
@@ -127,8 +137,8 @@ def checkpoint_to_resume(args: TrainingArguments) -> Path | None:
     """
     asked, output_dir = args.resume_from_checkpoint, Path(args.output_dir)
     found = list_checkpoints(output_dir)
+    holds_run = bool(found) or (output_dir / "logs" / "log.jsonl").exists()
     if asked is None:
-        holds_run = bool(found) or (output_dir / "logs" / "log.jsonl").exists()
         if holds_run and not args.overwrite_output_dir:
             go_on = "continue it with --resume_from_checkpoint latest, " if found else ""
             raise InputError(
@@ -144,15 +154,61 @@ def checkpoint_to_resume(args: TrainingArguments) -> Path | None:
                 f"--pretrained_model_name_or_path"
             )
         return found[-1] if found else None
-    folder = Path(asked)
-    if not (folder / "state.json").is_file():
+    folder, in_output_dir = _asked_for(asked, found)
+    if folder is None:
         raise InputError(f"--resume_from_checkpoint {asked}: no checkpoint there; found: {_names(found)}")
-    if later := [f for f in found if f.parent == folder.parent and f.name > folder.name]:
+    if in_output_dir and (later := [f for f in found if step_of(f) > step_of(folder)]):
         raise InputError(
             f"{output_dir} holds later checkpoints than {folder}: {_names(later)}. To branch off there, name another "
             f"--output_dir or delete them"
         )
+    if holds_run and not in_output_dir and not args.overwrite_output_dir:
+        raise InputError(
+            f"--output_dir {output_dir} holds another run than {folder} (checkpoints: {_names(found)}): continue it "
+            f"with --resume_from_checkpoint latest, replace it with --overwrite_output_dir, or name another folder"
+        )
     return folder
+
+
+def _asked_for(asked: str, found: list[Path]) -> tuple[Path | None, bool]:
+    """Return the checkpoint of this path, or of this name among those found in the output folder, and whether it is one
+    of these. A folder may be spelled in several ways."""
+    path = Path(asked)
+    if not (path / "state.json").is_file() and path.name == asked:
+        path = next((f for f in found if step_of(f) == step_of(path)), path)
+    if not (path / "state.json").is_file():
+        return None, False
+    return path, any(f.samefile(path) for f in found)
+
+
+def require_whole(state: Any, step: int, run: Run) -> None:
+    """Check what a checkpoint says of its run.
+
+    Args:
+        state: its content.
+        step: the step in its name, -1 if it has another name.
+        run: the run that goes on from it.
+
+    Raises:
+        OSError: something is missing, or cannot be.
+    """
+    kinds = {"step": int, "images_per_step": int, "processes": int, "arguments": dict, "model": dict, "optimizer": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(state, dict) or type(state.get(name)) is not kind]
+    if wrong:
+        raise OSError(f"it is damaged: {', '.join(wrong)} cannot be read from its state.json")
+    if state["step"] < 0 or step not in (-1, state["step"]):
+        raise OSError(f"it is damaged: it is called that of step {step}, and says step {state['step']}")
+    if state["step"] > run.total_steps:
+        raise OSError(f"it is of step {state['step']}, and --max_train_steps ends the run at step {run.total_steps}")
+    if run.streamed and len(state.get("places") or []) != state["processes"]:
+        raise OSError("it is damaged: it does not say where the stream goes on")
+
+
+def _way_out(folder: Path) -> str:
+    others = [f for f in list_checkpoints(folder.parent) if not f.samefile(folder)]
+    if others:
+        return f"Delete it to go on from {others[-1].name}"
+    return "There is no other one in its folder: start anew with --overwrite_output_dir"
 
 
 def clear_output_dir(folder: Path) -> None:
@@ -208,6 +264,9 @@ def load_weights(state: Mapping[str, Any], run: Run) -> None:
     """
     model = unwrap(run.model)
     own, parameters = model.state_dict(), list(run.subject.trainable(model).values())
+    for name in run.subject.state(model):
+        if name not in state["model"] or state["model"][name].shape != own[name].shape:
+            raise ValueError(f"the weights {name} are not those of this network, of shape {tuple(own[name].shape)}")
     model.load_state_dict(own | {name: spread_like(value, own[name]) for name, value in state["model"].items()})
     for i, moments in state["optimizer"]["state"].items():
         for name, value in moments.items():

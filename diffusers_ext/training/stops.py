@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..errors import SIGNALLED, STOP_SIGNALS, TrainingStopped
+from .environment import TIMEOUT
 
 
 class StopSignals:
@@ -29,7 +30,7 @@ class StopSignals:
         self.received: int | None = None
         self._group: Any = None
         if accelerator.num_processes > 1 and torch.distributed.is_initialized():
-            self._group = torch.distributed.new_group(backend="gloo")
+            self._group = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
