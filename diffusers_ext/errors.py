@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import errno
 import functools
 import os
 import signal
@@ -20,6 +21,9 @@ SIGNALLED = 128
 
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """What asks a run to stop: Ctrl-C, the end of a job, and SLURM's warning before it."""
+
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class InputError(ValueError):
@@ -40,6 +44,10 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             if not (isinstance(error, InputError) or _is_ours(error)):
                 raise
             sys.exit(f"error: {error}")
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            sys.exit(f"error: {error}; what was complete stays as it was: mend that and repeat the command")
         except TrainingStopped as stopped:
             print(stopped, file=sys.stderr)
             sys.exit(stopped.code)

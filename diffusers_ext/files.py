@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -34,7 +35,8 @@ def _disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise OSError(f"{target}: {error}") from error
+        found = re.search(r"os error (\d+)", str(error))
+        raise OSError(*([int(found[1])] if found else []), f"{target}: {error}") from error
 
 
 @contextmanager

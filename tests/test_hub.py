@@ -19,7 +19,7 @@ from precision import assert_same_images
 
 from diffusers_ext import ClassConditionalPipeline
 from diffusers_ext.reports import hub as hub_module
-from diffusers_ext.reports.card import write_model_card
+from diffusers_ext.reports.card import BEGIN, END, write_model_card
 from diffusers_ext.reports.hub import HubPusher, pushed_files
 
 MODEL = {
@@ -504,3 +504,73 @@ def test_the_card_keeps_the_token_and_this_machine_to_itself(out, tmp_path, monk
     assert "| `train_data_dir` | `faces` |" in text.splitlines()
     assert "preset" not in text
     assert {"datasets", "base_model"}.isdisjoint(ModelCard.load(path).data.to_dict())
+
+
+THEIRS = """---
+license: mit  # as agreed
+language: [en]
+tags:
+- ours
+---
+
+# Faces
+
+Made for a talk. {}
+
+Thanks to all.
+"""
+
+
+def test_a_card_that_exists_keeps_its_text_and_metadata(out):
+    (out / "README.md").write_text(THEIRS.format("Long ago."))
+    card(out, metrics={"loss": 1.5}, license=None)
+    card(out, metrics={"loss": 2.5}, arguments={"dataset_name": "owner/images"})
+    loaded, text = ModelCard.load(out / "README.md"), (out / "README.md").read_text()
+    assert loaded.data.to_dict() == {
+        "license": "mit",
+        "language": ["en"],
+        "tags": ["ours", "diffusers:DDIMPipeline", "image-generation", "arxiv:2302.09057"],
+        "library_name": "diffusers",
+        "datasets": ["owner/images"],
+    }
+    assert text.startswith("---\nlicense: mit  # as agreed\nlanguage: [en]\n")
+    assert loaded.text.strip().startswith("# Faces\n\nMade for a talk. Long ago.\n\nThanks to all.\n\n" + BEGIN)
+    assert text.count(BEGIN) == text.count(END) == 1
+    assert "| loss | 2.5 |" in text
+    assert "| loss | 1.5 |" not in text
+    below = text + "\nA note below.\n"
+    (out / "README.md").write_text(below)
+    card(out, metrics={"loss": 3.5}, license="apache-2.0")
+    text = (out / "README.md").read_text()
+    assert text.endswith(END + "\n\nA note below.\n")
+    assert ModelCard.load(out / "README.md").data.license == "apache-2.0"
+
+
+def test_a_card_whose_metadata_cannot_be_read_is_not_replaced(out):
+    (out / "README.md").write_text("---\nlicense: [\n---\nMine.\n")
+    with pytest.raises(ValueError, match="the metadata of the model card cannot be read, correct it first"):
+        card(out)
+    assert (out / "README.md").read_text().endswith("Mine.\n")
+
+
+def test_pushes_keep_the_card_of_the_repository(hub, out, tmp_path):
+    code = f"""
+from huggingface_hub import HfApi
+HfApi().create_repo("tester/model")
+HfApi().upload_file(path_or_fileobj={THEIRS.format("On the Hub.")!r}.encode(), path_in_repo="README.md",
+                    repo_id="tester/model")
+from pathlib import Path
+from diffusers_ext.reports.hub import HubPusher
+for message, license in (("one", None), ("two", None), ("three", "apache-2.0")):
+    pusher = HubPusher("tester/model", Path("out"), private=None, token=None, license=license)
+    pusher.push(Path("out"), message)
+    assert pusher.finish(60) is None
+"""
+    card(out, metrics={"loss": 1.5})
+    run(hub, tmp_path, code)
+    text = hub.files("tester/model")["README.md"].decode()
+    assert "Made for a talk. On the Hub.\n\nThanks to all." in text
+    assert text.startswith("---\nlicense: apache-2.0")
+    assert text.count(BEGIN) == 1
+    assert "| loss | 1.5 |" in text
+    assert hub.commits("tester/model")[-2:] == ["one", "three"]  # the second one changes nothing

@@ -32,7 +32,6 @@ def write_bridge_card(
     grid = folder / "samples" / "samples.png"
     model = shown(str(arguments.get("pretrained_model_name_or_path")))
     parts = [
-        f"# {name}",
         f"A `{kind}` of the data of `{model}`, diffused up to T = {time}, to sample it on "
         f"[short diffusion times](https://arxiv.org/abs/2206.05173).",
         *(["![Samples](samples/samples.png)"] if grid.is_file() else []),
@@ -43,4 +42,4 @@ def write_bridge_card(
         table(["fitted on", "value"], [[str(k), str(v)] for k, v in (bridge.config.measured_on or {}).items()]),
         *(["## Which T", "![The likelihood bound by T](diffusion_time.png)", report] if report else []),
     ]
-    save_card(folder, parts, arguments, ["short-diffusion-times", "arxiv:2206.05173"])
+    save_card(folder, name, parts, arguments, ["short-diffusion-times", "arxiv:2206.05173"])

@@ -136,7 +136,6 @@ def write_calibration_card(
         for j, sigma in enumerate(numbers["sigma"])
     ]
     parts = [
-        f"# {name}",
         f"The mean error of `{measured['model']}` ({measured['data']}; {measured['num_samples']} samples, seed "
         f"{measured['seed']}), for [calibrated schedulers](https://arxiv.org/abs/2302.10688).",
         *(["![Mean error by noise level](offsets.png)"] if (folder / "offsets.png").is_file() else []),
@@ -148,4 +147,4 @@ def write_calibration_card(
         f"```bash\n{shown_command(command)}\n```",
         table(columns, lines),
     ]
-    save_card(folder, parts, arguments, ["calibration", "arxiv:2302.10688"])
+    save_card(folder, name, parts, arguments, ["calibration", "arxiv:2302.10688"])

@@ -1,4 +1,8 @@
-"""The model card of a trained pipeline, written from what its run knows."""
+"""The model card of a trained pipeline, written from what its run knows.
+
+Our part of a card stands between two comments. A card that exists, in the folder or on the Hub, keeps its text and
+metadata: our part is renewed where it stands, or is added at the end, and metadata are added where there are none.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
-from ..files import is_local, replacing, shown, write_file
+from ..files import is_local, shown, write_file
+from .front_matter import metadata_of, with_metadata
 
+BEGIN, END = "<!-- written by diffusers_ext: begin -->", "<!-- written by diffusers_ext: end -->"
 _NOT_SHOWN = ("hub_token", "cache_dir")  # arguments that no model card shows
 
 
@@ -54,39 +60,72 @@ def write_model_card(
         ValueError: the sample is not in the folder, or the command's quotes do not match.
     """
     parts = [
-        f"# {name}",
         f"`{pipeline_class}` trained on {data} with [{paper[0]}]({_address(paper[1])}).",
         "" if sample is None else f"![Samples]({sample.resolve().relative_to(folder.resolve()).as_posix()})",
         _loading_section(name, pipeline_class, needs_package),
         _training_section(command, arguments),
         _metrics_section(metrics),
     ]
+    tags = _tags(pipeline_class, paper[1], needs_package)
+    section = _without_secrets("\n\n".join(part for part in parts if part), arguments)
+    return _write(folder, name, section, arguments, tags, license)
+
+
+def save_card(
+    folder: Path, name: str, parts: Sequence[str], arguments: Mapping[str, object], tags: Sequence[str]
+) -> None:
+    """Write `README.md` from its paragraphs; what the arguments name on the Hub, and the licence, become metadata."""
+    license = arguments.get("license")
+    _write(
+        folder, name, "\n\n".join(parts), arguments, ["diffusers_ext", *tags], None if license is None else str(license)
+    )
+
+
+def _write(
+    folder: Path, name: str, section: str, arguments: Mapping[str, object], tags: Sequence[str], license: str | None
+) -> Path:
     data_set = hub_name(arguments.get("dataset_name"))
     header = ModelCardData(
         library_name="diffusers",
         license=license,
-        tags=_tags(pipeline_class, paper[1], needs_package),
+        tags=list(tags),
         datasets=[data_set] if data_set else None,
         base_model=hub_name(arguments.get("pretrained_model_name_or_path")),
     )
-    body = _without_secrets("\n\n".join(part for part in parts if part), arguments)
-    card = ModelCard(f"---\n{header.to_yaml()}\n---\n\n{body}\n")
-    with replacing(folder / "README.md") as aside:
-        card.save(aside)
-    return folder / "README.md"
+    card = folder / "README.md"
+    old = card.read_text(encoding="utf-8-sig") if card.is_file() else ""
+    new = f"---\n{header.to_yaml()}\n---\n\n# {name}\n\n{BEGIN}\n\n{section}\n\n{END}\n"
+    write_file(card, merged(old, new, license))
+    return card
 
 
-def save_card(folder: Path, parts: Sequence[str], arguments: Mapping[str, object], tags: Sequence[str]) -> None:
-    """Write `README.md` from its paragraphs; what the arguments name on the Hub becomes metadata."""
-    data_set = hub_name(arguments.get("dataset_name"))
-    header = ModelCardData(
-        library_name="diffusers",
-        base_model=hub_name(arguments.get("pretrained_model_name_or_path")),
-        datasets=[data_set] if data_set else None,
-        tags=["diffusers_ext", *tags],
-    )
-    with replacing(folder / "README.md") as aside:
-        ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n").save(aside)
+def merged(old: str, new: str, license: str | None = None) -> str:
+    """Return the text of a card that exists with our part and our metadata; the rest stays.
+
+    Args:
+        old: the text that exists, "" if there is none.
+        new: a card of ours.
+        license: the licence that was asked for; it replaces another one.
+
+    Raises:
+        ValueError: the metadata of `old` cannot be read.
+    """
+    if not old.strip():
+        return new
+    before, changed = metadata_of(old), {}
+    for key, value in metadata_of(new).items():
+        if key not in before or before[key] is None:
+            changed[key] = value
+        elif isinstance(value, list) and isinstance(before[key], list) and not {*value} <= {*before[key]}:
+            changed[key] = [*before[key], *(v for v in value if v not in before[key])]
+    if license is not None and before.get("license") != license:
+        changed["license"] = license
+    text = with_metadata(old, changed) if changed else old
+    section = new[new.index(BEGIN) : new.index(END) + len(END)]
+    first, last = text.find(BEGIN), text.find(END)
+    if 0 <= first < last:
+        return text[:first] + section + text[last + len(END) :]
+    return f"{text.rstrip()}\n\n{section}\n"
 
 
 def _load_line(name: str) -> str:

@@ -29,6 +29,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -52,7 +53,8 @@ from huggingface_hub.utils import (
 
 from ..errors import InputError
 from ..fields import Ranged, arg
-from .card import complete_card
+from ..files import write_file
+from .card import complete_card, merged
 
 _logger = logging.getLogger(__name__)
 
@@ -76,6 +78,9 @@ class HubArguments(Ranged):
     hub_model_id: str | None = arg(None, "Repository, `user/name`; by default the output folder's name.")
     hub_private_repo: bool = arg(False, "Make a new repository private, and push to no public one.")
     hub_token: str | None = arg(None, "By default the token that `hf auth login` has stored.")
+    license: str | None = arg(
+        None, "Licence of the result, as the Hub calls it, e.g. apache-2.0; by default that of the card that exists."
+    )
     hub_timeout: float = arg(
         600.0, "Seconds that the end of the run waits for an unfinished push.", at_least=0, at_most=10**9
     )
@@ -139,6 +144,7 @@ class HubPusher:
         private: visibility of the repository; `None` leaves it to the account's default. Nothing is pushed to a
             public repository where `private` is asked for.
         token: `None` takes that of `hf auth login` or `HF_TOKEN`.
+        license: the licence that was asked for; it replaces that of the card on the Hub.
         attempts: how often a push is tried.
         wait: seconds between the first two attempts; doubles from one to the next.
 
@@ -153,13 +159,14 @@ class HubPusher:
         *,
         private: bool | None,
         token: str | None,
+        license: str | None = None,
         attempts: int = 5,
         wait: float = 2.0,
     ) -> None:
         self._asked_id = self._repo_id = _repository_name(output_dir) if repo_id is None else repo_id
         validate_repo_id(self._repo_id)
         self._output_dir, self._private, self._token = output_dir, private, token
-        self._attempts, self._wait = attempts, wait
+        self._license, self._attempts, self._wait = license, attempts, wait
         self._api = HfApi(token=token)
         self._changed = threading.Condition()
         self._waiting: _Push | None = None
@@ -279,6 +286,7 @@ class HubPusher:
         self._repo_id = self._api.create_repo(self._repo_id, private=self._private, exist_ok=True).repo_id
         self._check_visibility()
         complete_card(root / "README.md", self._asked_id, self._repo_id)
+        self._keep_card(root / "README.md")
         additions = [CommitOperationAdd(path_in_repo=f.as_posix(), path_or_fileobj=root / f) for f in push.files]
         for addition in additions:
             # Not `upload_folder`: it may split a folder into several commits, and it hands several files to a pool of
@@ -286,6 +294,12 @@ class HubPusher:
             self._api.preupload_lfs_files(self._repo_id, additions=[addition])
         deletions = [CommitOperationDelete(path_in_repo=path) for path in self._older_grids(push)]
         self._api.create_commit(self._repo_id, operations=[*additions, *deletions], commit_message=push.message)
+
+    def _keep_card(self, card: Path) -> None:
+        """Merge the card into that of the repository, whose text and metadata stay."""
+        if card.is_file() and self._api.file_exists(self._repo_id, card.name):
+            there = Path(self._api.hf_hub_download(self._repo_id, card.name, local_dir=card.parent / ".hub"))
+            write_file(card, merged(there.read_text("utf-8-sig"), card.read_text("utf-8"), self._license))
 
     def _check_visibility(self) -> None:
         first = self._is_private is None
@@ -346,7 +360,9 @@ def make_pusher(args: HubArguments, folder: Path, is_main_process: bool) -> HubP
     if not (args.push_to_hub and is_main_process):
         return None
     try:
-        return HubPusher(args.hub_model_id, folder, private=args.hub_private_repo or None, token=args.hub_token)
+        options: dict[str, Any] = {"private": args.hub_private_repo or None, "token": args.hub_token}
+        options["license"] = args.license
+        return HubPusher(args.hub_model_id, folder, **options)
     except ValueError as error:
         raise InputError(f"--hub_model_id: {error}") from error
 

@@ -5,9 +5,8 @@
 
 Every metric that we write carries `args.evaluator: diffusers_ext`. New results replace those that carry it and are of
 the same task, data set and type of metric, so that the card holds one evaluation; whatever anybody else has written
-stays. Of the card only `model-index` changes, the rest keeps its bytes (huggingface_hub's own `metadata_update` dumps
-the whole header anew, gives results of one data set a common source, and leaves earlier results with other arguments
-standing).
+stays. Of the card only `model-index` changes, the rest keeps its bytes (huggingface_hub's own `metadata_update` gives
+results of one data set a common source, and leaves earlier results with other arguments standing).
 """
 
 from __future__ import annotations
@@ -20,15 +19,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, get_token
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
-from huggingface_hub.utils import yaml_dump
 
 from ..files import shown, write_file
 from ..metrics import Interval
 from .card import hub_name
+from .front_matter import metadata_of, unreadable, with_metadata
 from .measured import Evaluation
 
 TASK = "unconditional-image-generation"
@@ -178,23 +175,14 @@ def merged_card(text: str, evaluation: Evaluation, model: str) -> str:
     """
     results, name = model_index(evaluation, model), shown(evaluation.models[model])
     text = text or f"# {name}\n"
-    match = REGEX_YAML_BLOCK.search(text)
-    header, newline = (match[2], match[1].lstrip(" \t-") or "\n") if match else ("", "\r\n" if "\r\n" in text else "\n")
-    newline = "\r\n" if newline.endswith("\r\n") else newline[-1]
+    metadata = metadata_of(text)
     try:
-        metadata = yaml.safe_load(header) or {}
         index = _merged(metadata.get(_KEY) or [], eval_results_to_model_index(name, results))
         if index:
             model_index_to_eval_results(index)  # the Hub's reader
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-        detail = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"the metadata of the model card cannot be read, correct it first: {detail}") from error
-    if index == (metadata.get(_KEY) or []):
-        return text
-    header = _with_index(header, metadata, index, newline)
-    if match:
-        return text[: match.start(2)] + header + text[match.end(2) :]
-    return f"---{newline}{header}{newline}---{newline}{newline}{text}"
+    except (AttributeError, KeyError, TypeError) as error:
+        raise unreadable(error) from error
+    return text if index == (metadata.get(_KEY) or []) else with_metadata(text, {_KEY: index})
 
 
 def _merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -225,31 +213,3 @@ def _is_ours(metric: dict[str, Any]) -> bool:
 
 def _identity(result: dict[str, Any], metric: dict[str, Any]) -> str:
     return json.dumps([result["task"]["type"], result["dataset"]["type"], metric["type"]])
-
-
-def _with_index(header: str, metadata: dict[str, Any], index: list[dict[str, Any]], newline: str) -> str:
-    """Return the YAML header with another `model-index`; its other lines stay as they are, where YAML lets them."""
-    block = yaml_dump({_KEY: index}, sort_keys=False, line_break=newline).rstrip()
-    root = yaml.compose(header, Loader=yaml.SafeLoader)
-    pairs = root.value if isinstance(root, yaml.MappingNode) else []
-    spans = [(key.start_mark.index, _end(value)) for key, value in pairs if key.value == _KEY]
-    if spans:
-        start, end = spans[0]
-        spliced = header[:start] + block + header[end:]
-    else:
-        spliced = f"{header}{newline}{block}" if header.strip() else block
-    expected = metadata | {_KEY: index}
-    try:
-        if yaml.safe_load(spliced) == expected:
-            return spliced
-    except yaml.YAMLError:
-        pass
-    return yaml_dump(expected, sort_keys=False, line_break=newline).rstrip()
-
-
-def _end(node: yaml.Node) -> int:
-    """Return where the last value below a node ends; a block's own mark lies behind the comments that follow it."""
-    if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
-        last = node.value[-1]
-        return _end(last[1] if isinstance(node, yaml.MappingNode) else last)
-    return node.end_mark.index

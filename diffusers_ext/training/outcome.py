@@ -132,6 +132,7 @@ class Outcome:
             pipeline_class=type(subject.pipeline).__name__,
             needs_package=subject.needs_package,
             paper=self.paper,
+            license=args.license,
         )
 
     def finish(self, trained: Subject | None) -> None:
