@@ -1,10 +1,11 @@
-"""Kill a training run with SIGKILL at random moments, resume it each time, and compare it with a run left alone.
+"""Kill every script with SIGKILL at random moments, repeat its command each time, and compare with a run left alone.
 
-    python benchmarks/kill_and_resume.py [--kills 20] [--steps 120] [--seed 0]
+    python benchmarks/kill_and_resume.py [--kills 100] [--seed 0] [--only streaming,calibrate]
 
-A checkpoint is written at every second step. Each kill comes a random time after the run has taken up work; about a
-third wait for the next write of a checkpoint and fall into it. At the end weights, moving average, optimiser state and
-the losses of every step must be equal bit for bit; the script ends with status 1 if they are not.
+A third of the kills come at any time after the start, a third while a file is being written, and a third in the last
+stretch of the script, from its last progress to its end. The kills are shared by the jobs below. At the end every
+weight, table and number must be that of the run that was left alone, bit for bit, and the losses of every step, too; the
+script ends with status 1 if one is not.
 """
 
 import json
@@ -20,73 +21,110 @@ from pathlib import Path
 from bench import flags
 from trained import command
 
-from diffusers_ext.training.checkpoint import list_checkpoints, load_checkpoint, same_state
-
 os.environ["MKL_CBWR"] = "COMPATIBLE"  # the mode of MKL in which runs have the same bits
-# With data workers and accumulation.
-OPTIONS = (
-    "--preset digits --train_batch_size 4 --gradient_accumulation_steps 2 --dataloader_num_workers 1 --logging_steps 1 "
-    "--checkpointing_steps 2 --max_validation_samples 8 --num_validation_images 0 --report_to none --max_train_steps"
+TRAIN = (
+    "--preset digits --train_batch_size 4 --logging_steps 1 --checkpointing_steps 2 --max_validation_samples 8 "
+    "--num_validation_images 2 --num_inference_steps 2 --report_to none --max_train_steps 30"
 )
+MODEL = "--pretrained_model_name_or_path {0}/model --dataset_name digits"
+JOBS = {
+    "consistency": ("train_consistency", f"{TRAIN} --gradient_accumulation_steps 2 --dataloader_num_workers 1"),
+    "streaming": ("train_consistency", f"{TRAIN} --dataset_name {{0}}/images.parquet --streaming --validation_split none"),
+    "observation": ("train_observation", f"{TRAIN} --validation_steps 10 --frechet_samples 20 --frechet_steps 2"),
+    "reflected": ("train_reflected", TRAIN),
+    "short_time": ("train_short_time", f"{TRAIN} --max_bridge_samples 400 --bridge mixture"),
+    "fit_bridge": ("fit_bridge", f"{MODEL} --bridge mixture --max_bridge_samples 2000 --num_inference_steps 5"),
+    "calibrate": ("calibrate", f"{MODEL} --num_levels 8 --max_train_samples 1500 --train_batch_size 50"),
+    "evaluate": ("evaluate", f"{MODEL} --nfe 5,10 --num_samples 60 --likelihood_images 20 --train_batch_size 20"),
+}
+LAST = ("fit_bridge", "calibrate", "evaluate")
 
 
-def digits_run(out: Path, steps: int) -> list[str]:
-    return command("train_consistency.py", out, [*OPTIONS.split(), str(steps)])
+def shell(job: str, place: Path, out: Path) -> list[str]:
+    script, options = JOBS[job]
+    again = ["--resume_from_checkpoint", "latest"] if script.startswith("train") else []
+    return command(f"{script}.py", out, [*options.format(place).split(), *again])
 
 
-def losses(out: Path) -> list[tuple]:
-    """(step, both losses) of every step in the log."""
+def results(out: Path) -> dict[str, object]:
+    """What a script leaves: tensors by file, numbers of an evaluation without its times, and the losses of each step."""
+    files = [f for f in out.rglob("*") if f.is_file() and not any(p.startswith((".", "state")) for p in f.parts)]
+    found: dict[str, object] = {str(f.relative_to(out)): f.read_bytes() for f in files if f.suffix == ".safetensors"}
+    for file in out.glob("results.json"):
+        found[file.name] = [{k: v for k, v in c.items() if "second" not in k} for c in json.loads(file.read_text())["cells"]]
+    for log in out.glob("logs/log.jsonl"):
+        records = [json.loads(line) for line in log.read_text().splitlines()]
+        found["losses"] = [(r["step"], r["denoising"]) for r in records if "denoising" in r]
+    return found
+
+
+def last_stretch(job: str, out: Path) -> bool:
+    """Whether a training has made its last step; the other scripts have no log."""
     log = out / "logs" / "log.jsonl"
-    complete = log.read_text().rpartition("\n")[0] if log.exists() else ""  # a line may be written right now
-    records = [json.loads(line) for line in complete.splitlines()]
-    return [(r["step"], r["denoising"], r["consistency"]) for r in records if "denoising" in r]
+    return JOBS[job][0].startswith("train") and log.exists() and '"step": 30, "images"' in log.read_text()
 
 
-def state_of(out: Path) -> tuple[str, dict]:
-    """The newest checkpoint, and what it holds but for the arguments."""
-    newest = list_checkpoints(out)[-1]
-    return newest.name, {name: value for name, value in load_checkpoint(newest).items() if name != "arguments"}
+def writing(out: Path) -> bool:
+    return any(True for name in (".partial-*", ".saving-*", "*/.partial-*") for _ in out.glob(name))
 
 
-def kill_at_random(out: Path, steps: int, draw: random.Random, log: Path) -> str | None:
-    """Start or resume the run and kill it some time after its first step; `None` if it came to its end."""
-    begun = len(losses(out))
-    with log.open("a") as output:
-        run = subprocess.Popen(digits_run(out, steps), stdout=output, stderr=output, start_new_session=True)
-        while run.poll() is None and len(losses(out)) <= begun:
-            time.sleep(0.02)
-        time.sleep(draw.uniform(0, 1.5))
-        if draw.random() < 0.3:  # the write of a checkpoint is short: wait for the next one
-            while run.poll() is None and not list(out.glob(".partial-*")):
-                pass
-        writing = bool(list(out.glob(".partial-*")))
-        if run.poll() is not None:
-            return None
-        os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
-    return "while writing a checkpoint" if writing else "between checkpoints"
+def killed(job: str, words: list[str], out: Path, seconds: float, draw: random.Random) -> str | None:
+    """Start or go on with a script and kill it; return at which moment, or `None` if it came to its end before."""
+    kind = draw.choice(("any time", "writing", "last stretch"))
+    run = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    wait = {"any time": draw.uniform(0, seconds), "writing": draw.uniform(0, 0.7 * seconds), "last stretch": 0.6 * seconds}
+    end = time.monotonic() + wait[kind]
+    while run.poll() is None and (time.monotonic() < end or (kind == "writing" and not writing(out))):
+        if kind == "last stretch" and last_stretch(job, out):
+            break
+        time.sleep(0.001 if kind == "writing" else 0.02)
+    if kind == "last stretch":
+        time.sleep(draw.uniform(0, 0.3 * seconds if job in LAST else 1.0))
+    if run.poll() is not None:
+        return None
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    return kind
 
 
 def main() -> None:
-    args, _ = flags(__doc__, kills=20, steps=120, seed=0)
-    draw = random.Random(args.seed)
+    args, _ = flags(__doc__, kills=100, seed=0, only=",".join(JOBS))
+    draw, jobs = random.Random(args.seed), args.only.split(",")
+    quota, lost, made = -(-args.kills // len(jobs)), 0, 0
     with tempfile.TemporaryDirectory() as folder:
-        whole, killed, log = (Path(folder) / name for name in ("whole", "killed", "output"))
-        subprocess.run(digits_run(whole, args.steps), check=True, capture_output=True)
-        for number in range(1, args.kills + 1):
-            where = kill_at_random(killed, args.steps, draw, log)
-            if where is None:
-                sys.exit(f"the run ended after {number - 1} kills: give it more --steps\n{log.read_text()[-2000:]}")
-            newest = "".join(checkpoint.name for checkpoint in list_checkpoints(killed)[-1:]) or "none"
-            print(f"kill {number}: {where}; newest checkpoint: {newest}", flush=True)
-        subprocess.run(digits_run(killed, args.steps), check=True, capture_output=True)
-        same = {
-            "losses of every step": losses(whole) == losses(killed),
-            "weights, average, optimiser, learning rate": same_state(state_of(whole), state_of(killed)),
-        }
-    for name, value in same.items():
-        print(f"{name}: {'equal bit for bit' if value else 'DIFFERENT'}")
-    sys.exit(0 if all(same.values()) else 1)
+        place = Path(folder)
+        prepare(place)
+        for job in jobs:
+            start = time.monotonic()
+            subprocess.run(shell(job, place, place / job), check=True, capture_output=True)
+            seconds, truth, done = time.monotonic() - start, results(place / job), 0
+            while done < quota:
+                out, moments = place / f"{job}-{done}", []
+                while len(moments) < min(4, quota - done):
+                    moments += filter(None, [killed(job, shell(job, place, out), out, seconds, draw)])
+                last = subprocess.run(shell(job, place, out), capture_output=True, text=True)
+                same = last.returncode == 0 and results(out) == truth
+                done, made, lost = done + len(moments), made + len(moments), lost + (not same)
+                print(f"{job}: killed at {', '.join(moments)}: {'equal bit for bit' if same else 'LOST'}", flush=True)
+                if not same:
+                    print(last.stderr[-2000:])
+    print(f"{made} kills, {lost} runs lost")
+    sys.exit(1 if lost else 0)
+
+
+def prepare(place: Path) -> None:
+    """A small model, and 400 images in a file that is streamed."""
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageFeature
+
+    from diffusers_ext.data.sources import Digits
+
+    run = command("train_consistency.py", place / "model", [*TRAIN.split(), "--max_train_steps", "5"])
+    subprocess.run(run, check=True, capture_output=True)
+    digits, some = Digits("train"), range(0, 4000, 10)
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=digits.class_names)})
+    rows = {"image": [digits.open(i) for i in some], "label": [digits.labels[i] for i in some]}
+    Dataset.from_dict(rows, features=features).to_parquet(place / "images.parquet")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A full disk at every write of every script. Truth: the run in which nothing fails.
 
 The n-th file that is opened for writing in the output folder cannot be opened, n = 1, 2, 3, ...; weights, which
-safetensors writes by itself, fail with its own error. The script must end with a message and not with a traceback, or go
-on without the file; the same command, without the fault, then gives what an undisturbed run gives.
+safetensors writes by itself, fail with its own error. The script must end with a message and no traceback, or go on
+without the file; the same command, without the fault, then gives what an undisturbed run gives.
 """
 
 import os
