@@ -22,7 +22,7 @@ test: $(STAMP)
 test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m 'slow or not slow'
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kill_and_resume.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kills.py
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -p misaligned
 	for setting in MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41; do \
 		echo "$$setting" && env OMP_NUM_THREADS=1 $$setting $(BIN)/python -m pytest $(WORKERS) || exit 1; \
