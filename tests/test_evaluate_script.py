@@ -199,7 +199,7 @@ def test_a_model_that_copies_is_found_out(evaluate, models, tmp_path, monkeypatc
     real = evaluate.load_real_images
     training = []
 
-    def remember(*args):
+    def remember(*args, **options):
         training.append(real(*args).training.images)
         return real(*args)
 

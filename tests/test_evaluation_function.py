@@ -35,6 +35,8 @@ from diffusers_ext.metrics import (
     student_interval,
 )
 from diffusers_ext.randomness import Seeds, Stream
+from diffusers_ext.reports.page import html_page
+from diffusers_ext.reports.plots import plots
 
 PIXELS = make_extractor("pixels", device="cpu")  # 64 of images of 8 x 8, the pixels themselves
 
@@ -215,6 +217,15 @@ def test_a_bound_without_the_ode_needs_no_solver_package(tmp_path, monkeypatch):
     for settings in ((1, 1, 0), (0, 1, 1), (-2, 1, 0), (0, 0, 0)):
         with pytest.raises(InputError, match="must be"):
             LikelihoodSettings(*settings)
+
+
+def test_images_that_are_trained_on_are_not_called_held_out(tmp_path):
+    settings = LikelihoodSettings(images=4, evaluations=2, ode_images=0)
+    without = RealImages.of(images(90, 1), reference="train")
+    for data, what in ((without, "training images"), (real(), "held-out images")):
+        found = cheap({"a": pipeline()}, tmp_path / what, data, likelihood=settings)
+        assert f"Bits per dimension of {what}" in markdown_table(found)
+        assert f"Mean square error of the predicted noise by noise level, of {what}" in html_page(found, plots(found))
 
 
 # --- its parts --------------------------------------------------------------------------------------------------------

@@ -39,8 +39,9 @@ def on_folder(script, small, tmp_path, monkeypatch):  # noqa: F811
 def test_what_was_found_is_said_at_the_start(on_folder, tmp_path, capsys):
     folder = write(tmp_path / "faces", *(f"{s}/{c}/{i}.png" for s in ("train", "test") for c in "ab" for i in range(4)))
     on_folder(folder)
-    said = "data: 8 images of faces, split train; values from 0 (black) to 255 (white); no classes; measured on 8 held"
-    assert said in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "data: 8 images of faces, split train, the first is 8 x 8 L; taken as 8 x 8, grey; values from 0 (bl" in said
+    assert "255 (white); no classes; measured on 8 held-out images" in said
     on_folder(folder, "--class_conditional", "--label_drop", 0.5, out="classes")
     assert "; 2 classes; measured on 8 held-out images" in capsys.readouterr().out
     assert json.loads((tmp_path / "classes" / "model_index.json").read_text())["null_class"] == 2

@@ -94,7 +94,7 @@ def batches(
     if count == 0:
         raise InputError(f"{n} images are fewer than a batch of {args.train_batch_size} for each of {world} processes")
     transform = make_transform(args, source, channels, resolution)
-    accelerator.print(describe(args, source, transform.value_range))
+    accelerator.print(describe(args, source, transform))
     if prompts is not None and not subject.takes_captions:
         raise InputError("--caption_column: the model takes no prompts")
     classes = subject.num_classes

@@ -109,7 +109,7 @@ def main() -> None:
     accelerator = make_accelerator()
     evaluation = evaluate(
         {name: load(args, path, accelerator.device) for name, path in args.models.items()},
-        partial(load_real_images, args),
+        partial(load_real_images, args, say=accelerator.print),
         args.output_dir,
         **args.options(),
         prompts=captions(args),

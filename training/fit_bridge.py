@@ -190,7 +190,7 @@ def main() -> None:
             if held_out is None:
                 raise InputError(f"--report needs held-out images, and not {named}: name them with --validation_split")
         transform = make_transform(args, source, channels, resolution)
-        print(describe(args, source, transform.value_range))
+        print(describe(args, source, transform))
         data = EncodedImages(args, subject, source, transform, args.max_bridge_samples, accelerator.device)
         bridge = fitted(args, data)
         with RunLock(out):

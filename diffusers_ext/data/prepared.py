@@ -14,7 +14,7 @@ from PIL import Image
 from .batches import Images, first_images
 from .contents import mark_of
 from .held_out import held_out_images
-from .images import Transform, ValueRange, find_value_range, parse_value_range
+from .images import Transform, find_value_range, parse_value_range
 from .labelling import with_labels
 from .sources import DataArguments, HeldOutArguments, HubStream, ImageSource
 
@@ -67,7 +67,7 @@ def prepare_data(
     held_out, name = held_out_images(args, source, num_classes, max_validation_samples)
     validation = first_images(held_out or own, max_validation_samples, transform)
     classes = own.class_names if num_classes is not None else None
-    described = f"{describe(args, source, transform.value_range)}; {'no' if classes is None else len(classes)} classes"
+    described = f"{describe(args, source, transform)}; {'no' if classes is None else len(classes)} classes"
     described += f"; measured on {len(validation.images):,} {name}"
     return RunData(own, transform, validation, name, mark_of(source, classes), described)
 
@@ -84,11 +84,19 @@ def make_transform(
     return Transform(resolution, channels, still or args.center_crop, args.random_flip and not still, found)
 
 
-def describe(args: DataArguments, source: ImageSource | HubStream, value_range: ValueRange | None) -> str:
-    """Say which images there are, and how their values are read."""
+def describe(args: DataArguments, source: ImageSource | HubStream, transform: Transform) -> str:
+    """Say which images there are, and how they are read."""
+    first, captions = "", getattr(args, "caption_column", None)
+    try:
+        image = next(_openers(source))()
+        first = f", the first is {image.width} x {image.height} {image.mode}"
+    except Exception:  # an unreadable image is reported when it is used
+        pass
     n = "a stream of images" if isinstance(source, HubStream) else f"{len(source):,} images"
-    low, high = (0.0, 255.0) if value_range is None else value_range
-    return f"data: {n} of {args.described}; values from {low:g} (black) to {high:g} (white)"
+    low, high = (0.0, 255.0) if transform.value_range is None else transform.value_range
+    taken = f"{transform.resolution} x {transform.resolution}, {'grey' if transform.channels == 1 else 'RGB'}"
+    said = f"data: {n} of {args.described}{first}; taken as {taken}; values from {low:g} (black) to {high:g} (white)"
+    return said + ("" if captions is None else f"; captions in column {captions}")
 
 
 def _openers(source: ImageSource | HubStream) -> Iterator[Callable[[], Image.Image]]:

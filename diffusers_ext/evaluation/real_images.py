@@ -11,7 +11,7 @@ the reference, as is common for FID; then all held-out images are the floor.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -23,7 +23,7 @@ from ..data.columns import NONE
 from ..data.held_out import load_validation_images
 from ..data.images import Transform
 from ..data.labelling import where_readable
-from ..data.prepared import make_transform
+from ..data.prepared import describe, make_transform
 from ..data.sources import HeldOutArguments, HubStream, ImageSource, View, load_images
 from ..errors import InputError
 from ..fields import arg
@@ -109,8 +109,10 @@ class RealImages:
         return _compared(_shuffled(training, training_labels, seed), unseen, reference, name)
 
 
-def load_real_images(args: MeasureArguments, channels: int, resolution: int) -> RealImages:
-    """Load the images that the arguments name, and divide them by `--reference`.
+def load_real_images(
+    args: MeasureArguments, channels: int, resolution: int, say: Callable[[str], None] = print
+) -> RealImages:
+    """Load the images that the arguments name, and divide them by `--reference`; `say` is told what was found.
 
     Raises:
         InputError: there are none or too few, or they are a stream.
@@ -126,7 +128,9 @@ def load_real_images(args: MeasureArguments, channels: int, resolution: int) -> 
         others, _ = where_readable(unseen[0], f"split {unseen[1]}", names)
         held_out = _read(others, args.max_validation_samples, transform, args.seed)
     name = shown(args.dataset_name or args.train_data_dir or "")
-    return _compared(_read(own, n, transform, args.seed), held_out, args.reference, name)
+    real = _compared(_read(own, n, transform, args.seed), held_out, args.reference, name)
+    say(f"{describe(args, source, transform)}; samples are compared with {real.described}")
+    return real
 
 
 def _compared(

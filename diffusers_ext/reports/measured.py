@@ -123,6 +123,7 @@ class Evaluation:
         floor: the measures of real images that are not in the reference, `num_floor` of them.
         models: name -> Hub name or folder.
         seed, command, versions: those of the run; a call from Python has no command.
+        likelihood_of: the images whose likelihood was measured: held-out ones, or "training images" if there are none.
         pictures: title -> sample grids and other pictures for people. They are not saved with the numbers.
     """
 
@@ -140,6 +141,7 @@ class Evaluation:
     versions: dict[str, str]
     cells: list[Cell] = field(default_factory=list)
     likelihoods: dict[str, Likelihood] = field(default_factory=dict)
+    likelihood_of: str = "held-out images"
     pictures: dict[str, Image.Image] = field(default_factory=dict, compare=False, repr=False)
 
     @property

@@ -110,7 +110,7 @@ def _captions(evaluation: Evaluation) -> dict[str, str]:
     return {
         _PLOTS[0]: f"Quality against evaluations of the network for one image. {about}",
         _PLOTS[1]: f"Quality against seconds for one image on the machine of this run. {about}",
-        _PLOTS[2]: f"Mean square error of the predicted noise by noise level, of held-out images.{ratio}",
+        _PLOTS[2]: f"Mean square error of the predicted noise by noise level, of {evaluation.likelihood_of}.{ratio}",
     }
 
 

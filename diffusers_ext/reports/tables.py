@@ -181,7 +181,7 @@ def _measures(evaluation: Evaluation) -> Table:
 
 def _likelihoods(evaluation: Evaluation) -> Table:
     made = Table(
-        "Bits per dimension of held-out images",
+        f"Bits per dimension of {evaluation.likelihood_of}",
         "Lower is better; ± half of the 95% interval over images. ODE: by the probability flow; bound: an upper bound, "
         "by denoising. Bold: the interval lies below all others of its column.",
         ["model", "ODE", "bound"],
