@@ -6,7 +6,7 @@ from diffusers import DiffusionPipeline
 
 from .bridges import Bridge
 from .calibration import ALL, CONDITIONAL, UNCONDITIONAL, Calibration, calibrate_denoiser, stop_calibrating
-from .interop import noise_schedule
+from .interop import live_config, noise_schedule
 from .pipelines.pipeline_short_time import ShortTimePipeline
 from .schedulers.scheduling_calibrated import CALIBRATED_SCHEDULERS, CalibratedScheduler, calibrated_class
 from .schedulers.scheduling_short_time import short_time_class
@@ -81,7 +81,7 @@ def short_time_pipeline(
             f"latents=bridge.sample(n, generator)"
         )
     kind = short_time_class(type(pipeline.scheduler).__name__)
-    scheduler = kind.from_config(pipeline.scheduler.config, max_diffusion_time=max_diffusion_time)
+    scheduler = kind.from_config(live_config(pipeline.scheduler), max_diffusion_time=max_diffusion_time)
     if bridge is not None:
         bridge.check(scheduler)
     return ShortTimePipeline(subject.network, scheduler, bridge, subject.null_class)

@@ -283,6 +283,31 @@ def require_vp(schedule: NoiseSchedule) -> VPSchedule:
     return schedule
 
 
+# What makes the noise levels and the prediction of a model: another class of scheduler must not use its own defaults.
+_OF_THE_MODEL = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+    *("prediction_type", "sigma_data"),
+)
+
+
+def live_config(scheduler: Any) -> dict[str, Any]:
+    """Return the configuration of a scheduler as it is now, for `from_config` of any class.
+
+    diffusers' `from_config` takes the new class's defaults for all entries that were left at their defaults once. It
+    then loses what a pipeline has changed since (Stable Diffusion sets `steps_offset` and `clip_sample`), and the noise
+    levels of the model where the defaults of the two classes differ (those of `HeunDiscreteScheduler` do). Here only
+    the entries that still have their defaults, and are not the model's, are left to the new class.
+    """
+    config, defaults = dict(scheduler.config), inspect.signature(type(scheduler).__init__).parameters
+    left = config.get("_use_default_values", [])
+    config["_use_default_values"] = [
+        name
+        for name in left
+        if name not in _OF_THE_MODEL and name in defaults and config.get(name) == defaults[name].default
+    ]
+    return config
+
+
 def stored_scheduler(scheduler: Any) -> dict[str, Any]:
     """Return what a fitted model stores of a scheduler: its nearest class in diffusers, and its configuration without
     the entries that diffusers adds."""

@@ -1,6 +1,7 @@
 """Calibrated stock pipelines, with tiny random weights. Truth: a pipeline's own loop written out by hand with one call
 of the network for each branch, other pipelines of diffusers, and what comes back from a folder."""
 
+import inspect
 import os
 
 import diffusers
@@ -28,6 +29,10 @@ from torch import Tensor
 
 from diffusers_ext import ClassConditionalPipeline, calibrate_denoiser, calibrate_pipeline
 from diffusers_ext.calibration import stop_calibrating
+from diffusers_ext.evaluation.schedulers import swap_scheduler
+from diffusers_ext.interop import live_config
+from diffusers_ext.schedulers.scheduling_calibrated import CALIBRATED_SCHEDULERS, calibrated_class
+from diffusers_ext.schedulers.scheduling_short_time import SHORT_TIME_SCHEDULERS, short_time_class
 
 BOTH = ("conditional", "unconditional")
 CLASSES = ("0", "1", "2", "3", "unconditional")
@@ -297,6 +302,44 @@ def test_the_configuration_of_the_scheduler_is_left_alone() -> None:
     calibrate_pipeline(pipe, table(pipe.scheduler, (4, 8, 8)))
     assert {k: v for k, v in pipe.scheduler.config.items() if k[0] != "_"} == config
     assert config["steps_offset"] == 0
+
+
+def without_private(config) -> dict:
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "LMSDiscreteScheduler"])
+def test_a_live_scheduler_is_copied_as_it_is(name) -> None:
+    """Stable Diffusion changes `steps_offset` and `clip_sample` of a scheduler that has other ones."""
+    pipe = stable(scheduler=getattr(diffusers, name)())
+    own = pipe.scheduler
+    kind = calibrated_class(name)
+    plain = pipe(**text(**SIZE)).images
+    pipe.scheduler = kind.from_scheduler(own, None)
+    assert without_private(pipe.scheduler.config) == without_private(own.config)
+    assert (plain == pipe(**text(**SIZE)).images).all()
+    assert without_private(swap_scheduler(pipe, name).config) == without_private(own.config)
+    if name in SHORT_TIME_SCHEDULERS:
+        short = short_time_class(name).from_config(live_config(own), max_diffusion_time=1.0)
+        assert without_private(short.config) == without_private(own.config) | {"max_diffusion_time": 1.0}
+
+
+@pytest.mark.parametrize("name", list(CALIBRATED_SCHEDULERS))
+def test_another_class_keeps_the_model_and_its_own_defaults(name) -> None:
+    """Heun's default betas, for one, are those of Stable Diffusion, and DDIM's are not."""
+    kind = calibrated_class(name)
+    own = DDIMScheduler(timestep_spacing="trailing")
+    try:
+        made = kind.from_scheduler(own, table(own, (2, 8, 8)))
+    except ValueError as error:
+        assert "family" in str(error) or "short-time" in str(error)  # noqa: PT017
+        return
+    set_by_hand = ("beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing")
+    takes = inspect.signature(kind.__init__).parameters
+    fresh = kind(**{k: own.config[k] for k in set_by_hand if k in takes})
+    assert {k: made.config[k] for k in takes if k in made.config} == {
+        k: v for k, v in fresh.config.items() if k in takes
+    }
 
 
 # errors leave the pipeline as it was

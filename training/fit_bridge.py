@@ -36,6 +36,7 @@ from diffusers_ext.diffusion_time import MIN_SAMPLES
 from diffusers_ext.errors import NOT_PUSHED, InputError, TrainingStopped, command
 from diffusers_ext.fields import arg
 from diffusers_ext.files import remove_partial, replacing, replacing_files
+from diffusers_ext.interop import live_config
 from diffusers_ext.randomness import Seeds, Stream
 from diffusers_ext.reports.bridge_card import write_bridge_card
 from diffusers_ext.reports.hub import HubArguments, make_pusher
@@ -88,10 +89,8 @@ def choose_scheduler(args: FitArguments, pipeline: DiffusionPipeline) -> Any:
     try:
         kind = short_time_class(name)
         if args.scheduler is not None:
-            # diffusers would replace settings that were left at their defaults by the other class's: other betas.
-            config = {key: value for key, value in own.config.items() if key != "_use_default_values"}
-            pipeline.scheduler = getattr(diffusers, name.removeprefix("ShortTime")).from_config(config)
-        scheduler = kind.from_config(pipeline.scheduler.config, max_diffusion_time=args.max_diffusion_time)
+            pipeline.scheduler = getattr(diffusers, name.removeprefix("ShortTime")).from_config(live_config(own))
+        scheduler = kind.from_config(live_config(pipeline.scheduler), max_diffusion_time=args.max_diffusion_time)
         if args.num_validation_images > 0:
             copy.deepcopy(scheduler).set_timesteps(args.num_inference_steps)
     except ValueError as error:

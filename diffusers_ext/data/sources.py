@@ -170,7 +170,7 @@ class HubImages:
             return Labels(np.zeros(len(self), dtype=int), [self.one_class])
         return None if self.columns.label is None else read_labels(self.rows, self.columns.label)
 
-    @property
+    @functools.cached_property
     def labels(self) -> Sequence[int] | None:
         return None if self.labelled is None else self.labelled.numbers.tolist()
 

@@ -23,7 +23,7 @@ from diffusers import DiffusionPipeline
 import diffusers_ext
 
 from ..errors import InputError
-from ..interop import noise_schedule
+from ..interop import live_config, noise_schedule
 from ..schedulers import CalibratedScheduler, ShortTimeScheduler
 from ..subjects import subject_of
 
@@ -88,9 +88,7 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, folder: str | None = 
         if issubclass(kind, CalibratedScheduler) and folder is not None:
             scheduler = kind.from_pretrained(folder, subfolder="scheduler", **settings)
         else:
-            # diffusers would replace settings that the user left at their defaults by the other class's: other betas.
-            config = {k: v for k, v in own.config.items() if k != "_use_default_values"}
-            scheduler = kind.from_config(config | settings)
+            scheduler = kind.from_config(live_config(own), **settings)
         fits = noise_schedule(scheduler).family == family
     except (TypeError, ValueError, OSError, NotImplementedError) as error:
         raise InputError(f"--schedulers: the pipeline cannot take {wanted}: {error}; {advice}") from error

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ..calibration import Calibration, subtract
 from ..files import write_file
-from ..interop import noise_schedule
+from ..interop import live_config, noise_schedule
 from .derived import by_name, derive
 from .scheduling_short_time import SHORT_TIME_SCHEDULERS, ShortTimeScheduler
 
@@ -69,7 +69,7 @@ class CalibratedScheduler(SchedulerMixin):
         """
         if isinstance(scheduler, ShortTimeScheduler) and not issubclass(cls, ShortTimeScheduler):
             raise ValueError(f"{cls.__name__} would sample from T = 1 on: use Calibrated{type(scheduler).__name__}")
-        return cls.from_config(scheduler.config).calibrate(calibration, guidance_scale)
+        return cls.from_config(live_config(scheduler)).calibrate(calibration, guidance_scale)
 
     def calibrate(self, calibration: Calibration | None, guidance_scale: float = 1.0) -> Any:
         """Use another calibration or guidance scale from now on; returns self. Raises as `from_scheduler`."""
