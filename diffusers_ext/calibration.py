@@ -33,7 +33,7 @@ everything under "Estimate" is ours.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from math import inf, log
 from typing import Any
@@ -250,7 +250,13 @@ def subtract(output: Tensor, offset: Tensor) -> Tensor:
     return torch.cat([output[:, :channels] - offset.to(output), output[:, channels:]], dim=1)
 
 
-def calibrate_denoiser(model: Any, calibration: Calibration, *, guidance: str | None = None) -> RemovableHandle:
+def calibrate_denoiser(
+    model: Any,
+    calibration: Calibration,
+    *,
+    guidance: str | None = None,
+    is_guided: Callable[[], bool] | None = None,
+) -> RemovableHandle:
     """Subtract the offset from every output of a network, by a forward hook.
 
     This is exact whatever the sampler does with the output, and is lost when the model is saved. Another call replaces
@@ -261,6 +267,7 @@ def calibrate_denoiser(model: Any, calibration: Calibration, *, guidance: str | 
         calibration: moved to the device of the model's output.
         guidance: `first_half` if the first half of each batch is unconditional, as in the text pipelines of diffusers
             with guidance; `None` if the class labels say it, or there is no guidance.
+        is_guided: asked at each call whether guidance is on; by default it always is.
 
     Returns:
         A handle; `handle.remove()` undoes it.
@@ -280,7 +287,8 @@ def calibrate_denoiser(model: Any, calibration: Calibration, *, guidance: str | 
         n, device = len(raw), raw.device
         calibration.to(device)
         time = torch.as_tensor(given["timestep"], dtype=torch.float32, device=device).expand(n)
-        halves = torch.arange(n, device=device) < n // 2 if guidance == "first_half" else None
+        by_halves = guidance == "first_half" and (is_guided is None or is_guided())
+        halves = torch.arange(n, device=device) < n // 2 if by_halves else None
         weights = calibration.row_weights(n, given.get("class_labels"), halves)
         raw = subtract(raw, calibration.offset(calibration.schedule.sigma(time / scale), weights))
         if isinstance(output, tuple):

@@ -8,16 +8,18 @@ from .bridges import Bridge
 from .calibration import ALL, CONDITIONAL, UNCONDITIONAL, Calibration, calibrate_denoiser, stop_calibrating
 from .interop import live_config, noise_schedule
 from .pipelines.pipeline_short_time import ShortTimePipeline
+from .ranges import require
 from .schedulers.scheduling_calibrated import CALIBRATED_SCHEDULERS, CalibratedScheduler, calibrated_class
 from .schedulers.scheduling_short_time import short_time_class
 from .subjects import subject_of
 from .subjects.base import NotKept
+from .subjects.guidance import ReadGuidance, exposes_guidance
 
 
 def calibrate_pipeline(
     pipeline: DiffusionPipeline,
     calibration: Calibration,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | None = None,
     route: str = "auto",
 ) -> DiffusionPipeline:
     """Subtract the mean error of a pipeline's model wherever it is used.
@@ -26,7 +28,10 @@ def calibrate_pipeline(
         pipeline: any pipeline with a scheduler and a `unet` or `transformer`; changed in place, unless the class itself
             would drop the scheduler (see below).
         calibration: a calibration that was measured on its model.
-        guidance_scale: that of the pipeline's calls; 1 is the conditional model, without guidance.
+        guidance_scale: that of the pipeline's calls. It is read from the pipeline at each step where that can be done
+            (`subjects.guidance`: Stable Diffusion and many others), also after callbacks; a calibrated scheduler that
+            is saved then has the last one. Of other pipelines it must be told if the table has a row for guidance;
+            1 or less is the conditional model, without guidance.
         route: `scheduler` swaps the scheduler for its calibrated subclass, which is saved with the pipeline; `model`
             puts a hook on the network, which is exact also with `guidance_rescale` and for tables by class, and is not
             saved; `auto` takes the first wherever it is exact: a linear combination of the rows that the table has.
@@ -36,7 +41,8 @@ def calibrate_pipeline(
         scheduler into a plain DDIMScheduler, so a `ClassConditionalPipeline` with the same network is returned instead.
 
     Raises:
-        ValueError: the calibration belongs to another model or setting, or the route does not exist for it.
+        ValueError: the calibration belongs to another model or setting, the route does not exist for it, or the
+            guidance scale must be told. Later, in a call, where the table has no rows for its guidance.
     """
     if route not in ("auto", "scheduler", "model"):
         raise ValueError(f"route {route!r} is not one of auto, scheduler, model")
@@ -44,10 +50,13 @@ def calibrate_pipeline(
     subject = subject_of(pipeline)
     network = subject.network
     rows, name = tuple(calibration.config.rows), type(pipeline.scheduler).__name__.removeprefix("Calibrated")
+    read = ReadGuidance(pipeline) if exposes_guidance(pipeline) else None
+    guidance_scale = _first_scale(pipeline, rows, guidance_scale, read)
     linear = rows == (CONDITIONAL, UNCONDITIONAL) or (rows == (ALL,) and guidance_scale == 1)
     if route == "model" or (route == "auto" and not (linear and name in CALIBRATED_SCHEDULERS)):
         by_halves = guidance_scale != 1 and calibration.config.null_class is None
-        calibrate_denoiser(network, calibration, guidance="first_half" if by_halves else None)
+        is_guided = None if read is None else read.is_on
+        calibrate_denoiser(network, calibration, guidance="first_half" if by_halves else None, is_guided=is_guided)
         if isinstance(pipeline.scheduler, CalibratedScheduler):
             pipeline.scheduler.calibrate(None)
         return pipeline
@@ -57,7 +66,28 @@ def calibrate_pipeline(
     except NotKept as error:
         raise ValueError(f"{error}: use route='model'") from error
     stop_calibrating(network)
+    if exposes_guidance(calibrated):
+        calibrated.scheduler.follow(ReadGuidance(calibrated))
     return calibrated
+
+
+def _first_scale(
+    pipeline: DiffusionPipeline, rows: tuple[str, ...], told: float | None, read: ReadGuidance | None
+) -> float:
+    """Return the guidance scale until a call of the pipeline has another one."""
+    if told is not None:
+        require("guidance_scale", told)
+        return told if type(pipeline).__module__.startswith("diffusers_ext") else max(told, 1.0)
+    if rows == (ALL,):
+        return 1.0
+    if read is not None:
+        return read.by_default
+    if rows == (CONDITIONAL, UNCONDITIONAL):
+        raise ValueError(
+            f"the guidance of a {type(pipeline).__name__} cannot be read from it: say guidance_scale, that of its "
+            f"calls (1 for none)"
+        )
+    return 1.0
 
 
 def short_time_pipeline(

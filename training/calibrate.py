@@ -5,10 +5,10 @@
     accelerate launch training/calibrate.py --pretrained_model_name_or_path stabilityai/stable-diffusion-2-1-base \
         --dataset_name you/captioned-photos --caption_column text --max_train_samples 2000 --output_dir sd-calibration
 
-Then, with the guidance scale that the pipeline is called with:
+Then, where the guidance scale is read from each call (of other pipelines, tell it: `guidance_scale=4.5`):
 
     calibration = Calibration.from_pretrained("sd-calibration")
-    pipe.scheduler = CalibratedPNDMScheduler.from_scheduler(pipe.scheduler, calibration, guidance_scale=7.5)
+    pipe = calibrate_pipeline(pipe, calibration)
 
 Repeat the command to continue a run that was stopped. `--help` lists every argument.
 """

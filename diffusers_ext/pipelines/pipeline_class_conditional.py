@@ -50,6 +50,16 @@ class ClassConditionalPipeline(DiffusionPipeline):
         embeddings = self.unet.config.num_class_embeds
         return embeddings if embeddings is None or self.config.null_class is None else embeddings - 1
 
+    @property
+    def guidance_scale(self) -> float:
+        """The scale of the present call, or of the last one."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the present call evaluates the null class, too."""
+        return self._guidance_scale != 1
+
     @torch.no_grad()
     def __call__(
         self,
@@ -90,6 +100,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         require("num_inference_steps", num_inference_steps, at_least=1)
         require("eta", eta, at_least=0)
         labels, n = self._batch(class_labels, batch_size, guidance_scale)
+        self._guidance_scale = guidance_scale
         self._check(n, generator, latents, output_type, callback_on_step_end_tensor_inputs)
 
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)

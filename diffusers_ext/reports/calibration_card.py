@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..calibration import ALL, CONDITIONAL, UNCONDITIONAL, Calibration
+from ..calibration import ALL, UNCONDITIONAL, Calibration
 from ..figures import agg_figure
 from ..files import replacing
 from ..schedulers.scheduling_calibrated import CALIBRATED_SCHEDULERS
@@ -113,12 +113,12 @@ def offsets_figure(calibration: Calibration) -> Any:
 def _example(calibration: Calibration, name: str) -> str:
     """Return an example that uses a calibrated scheduler where there is one, and `calibrate_pipeline` otherwise."""
     scheduler, rows = f"Calibrated{calibration.config.scheduler['_class_name']}", tuple(calibration.config.rows)
-    guided = ", guidance_scale=7.5" if UNCONDITIONAL in rows else ""
-    linear = rows in ((ALL,), (CONDITIONAL, UNCONDITIONAL))
+    linear = rows == (ALL,)
     if linear and scheduler.removeprefix("Calibrated") in CALIBRATED_SCHEDULERS:
-        what, use = scheduler, f"pipe.scheduler = {scheduler}.from_scheduler(pipe.scheduler, calibration{guided})"
+        what, use = scheduler, f"pipe.scheduler = {scheduler}.from_scheduler(pipe.scheduler, calibration)"
     else:
-        what, use = "calibrate_pipeline", f"pipe = calibrate_pipeline(pipe, calibration{guided})"
+        reads = "  # it reads the guidance scale of each call" if UNCONDITIONAL in rows else ""
+        what, use = "calibrate_pipeline", f"pipe = calibrate_pipeline(pipe, calibration){reads}"
     load = f'calibration = Calibration.from_pretrained("{name}")'
     return f"from diffusers_ext import {', '.join(sorted([what, 'Calibration']))}\n\n{load}\n{use}"
 

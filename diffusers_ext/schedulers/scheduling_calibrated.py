@@ -1,15 +1,18 @@
 r"""Stock schedulers that subtract a model's mean error from its output before each step.
 
     calibration = Calibration.from_pretrained("user/model-calibration")
-    pipe.scheduler = CalibratedDDIMScheduler.from_scheduler(pipe.scheduler, calibration, guidance_scale=7.5)
+    pipe = calibrate_pipeline(pipe, calibration)                    # where it can, it reads the scale of guidance
+    pipe.scheduler = CalibratedDDIMScheduler.from_scheduler(pipe.scheduler, calibration, guidance_scale=7.5)  # told
 
 The name of a class is `Calibrated` + the exact name of the stock scheduler (or of a short-time one) that it derives
 from. It overrides only `step`, `set_timesteps`, loading and saving. Without a calibration nothing changes, bit for
 bit.
 
 The output that reaches `step` under guidance is combined already, u + s (c - u), and diffusers does not pass s to the
-scheduler: give it to `from_scheduler`. This is exact where the combination is this linear one; for `guidance_rescale`
-and tables by class use `calibrate_denoiser`.
+scheduler. `calibrate_pipeline` lets the scheduler read it from the pipeline at each step (`follow`), where that can be
+done; elsewhere it is told. This is exact where the combination is this linear one; for `guidance_rescale` and tables by
+class use `calibrate_denoiser`. What reads the pipeline is neither copied nor saved with the scheduler: a copy uses the
+last scale.
 
 `save_pretrained` writes the tables into a folder `calibration.tables` beside the scheduler's configuration. (The dot
 keeps them out of the way of diffusers' download filter: a file of weights in `scheduler/` itself would make it leave
@@ -24,6 +27,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,7 @@ from torch import Tensor
 from ..calibration import Calibration, subtract
 from ..files import write_file
 from ..interop import live_config, noise_schedule
+from ..ranges import require
 from .derived import by_name, derive
 from .scheduling_short_time import SHORT_TIME_SCHEDULERS, ShortTimeScheduler
 
@@ -53,6 +58,7 @@ class CalibratedScheduler(SchedulerMixin):
 
     calibration: Calibration | None = None
     guidance_scale: float = 1.0
+    _read: Callable[[bool], float | None] | None = None
 
     @classmethod
     def from_scheduler(cls, scheduler: Any, calibration: Calibration | None, guidance_scale: float = 1.0) -> Any:
@@ -61,25 +67,48 @@ class CalibratedScheduler(SchedulerMixin):
         Args:
             scheduler: any stock scheduler whose configuration `from_config` takes.
             calibration: of the model; `None` for the stock behaviour.
-            guidance_scale: that of the pipeline's calls; 1 is the conditional model, without guidance.
+            guidance_scale: that of the pipeline's calls; 1 or less is the conditional model, without guidance, as in
+                diffusers.
 
         Raises:
             ValueError: the calibration belongs to another model, schedule or prediction type, or lacks the rows that
-                guidance needs; or the other scheduler is a short-time one, and this class is not.
+                guidance needs; the scale is not finite; or the other scheduler is a short-time one, and this class is
+                not.
         """
         if isinstance(scheduler, ShortTimeScheduler) and not issubclass(cls, ShortTimeScheduler):
             raise ValueError(f"{cls.__name__} would sample from T = 1 on: use Calibrated{type(scheduler).__name__}")
-        return cls.from_config(live_config(scheduler)).calibrate(calibration, guidance_scale)
+        require("guidance_scale", guidance_scale)
+        return cls.from_config(live_config(scheduler)).calibrate(calibration, max(guidance_scale, 1.0))
 
     def calibrate(self, calibration: Calibration | None, guidance_scale: float = 1.0) -> Any:
-        """Use another calibration or guidance scale from now on; returns self. Raises as `from_scheduler`."""
+        """Use another calibration or guidance scale s from now on; returns self. Raises as `from_scheduler`; here the
+        output is u + s (c - u) at every s."""
         if calibration is not None:
             self._schedule = noise_schedule(self)
             calibration.check(self._schedule)
             self._weights = calibration.guidance_weights(guidance_scale)
-        self.calibration, self.guidance_scale = calibration, guidance_scale
+        self.calibration, self.guidance_scale, self._read = calibration, guidance_scale, None
         self._times = self._offsets = torch.empty(0)
         return self
+
+    def follow(self, read: Callable[[bool], float | None]) -> None:
+        """Take the guidance scale from a function from now on: it gets whether a call begins, and returns the scale, or
+        `None` where it is not known."""
+        self._read = read
+
+    def _follow(self, begins: bool) -> None:
+        assert self.calibration is not None
+        scale = None if self._read is None else self._read(begins)
+        if scale is None or scale == self.guidance_scale:
+            return
+        self._weights, self.guidance_scale = self.calibration.guidance_weights(scale), scale
+        self._times = self._offsets = torch.empty(0)
+        if not begins:
+            self._remember_offsets()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the pipeline behind that is read: a copy is of the scheduler alone."""
+        return {name: value for name, value in self.__dict__.items() if name != "_read"}
 
     def _remember_offsets(self) -> None:
         """Compute the offsets of all timesteps at once, (timesteps, *shape)."""
@@ -123,11 +152,13 @@ class CalibratedScheduler(SchedulerMixin):
         """Set the timesteps as diffusers does, and compute their offsets."""
         super().set_timesteps(*args, **kwargs)
         if self.calibration is not None:
+            self._follow(begins=True)
             self._remember_offsets()
 
     def step(self, model_output: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         """Step as diffusers does, from the output minus its mean error."""
         if self.calibration is not None:
+            self._follow(begins=False)
             model_output = subtract(model_output, self.offset(timestep, model_output))
         return super().step(model_output, timestep, *args, **kwargs)
 
