@@ -284,7 +284,7 @@ def require_vp(schedule: NoiseSchedule) -> VPSchedule:
 
 
 # What makes the noise levels and the prediction of a model: another class of scheduler must not use its own defaults.
-_OF_THE_MODEL = (
+OF_THE_MODEL = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
     *("prediction_type", "sigma_data"),
 )
@@ -303,7 +303,7 @@ def live_config(scheduler: Any) -> dict[str, Any]:
     config["_use_default_values"] = [
         name
         for name in left
-        if name not in _OF_THE_MODEL and name in defaults and config.get(name) == defaults[name].default
+        if name not in OF_THE_MODEL and name in defaults and config.get(name) == defaults[name].default
     ]
     return config
 

@@ -1,6 +1,7 @@
 """`evaluate` as a library user calls it. Truth: images that the pipelines draw when they are called directly, and
 `diffusers_ext.metrics` of them."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, EDMEulerScheduler
 from PIL import Image
 from safetensors.torch import load_file
+from test_calibration import table
 from test_models import tiny_unet
 
-from diffusers_ext import ClassConditionalPipeline
+from diffusers_ext import ClassConditionalPipeline, calibrate_pipeline
 from diffusers_ext.errors import InputError
 from diffusers_ext.evaluation import (
     Drawing,
@@ -37,6 +39,7 @@ from diffusers_ext.metrics import (
 from diffusers_ext.randomness import Seeds, Stream
 from diffusers_ext.reports.page import html_page
 from diffusers_ext.reports.plots import plots
+from diffusers_ext.schedulers.scheduling_calibrated import calibrated_class
 
 PIXELS = make_extractor("pixels", device="cpu")  # 64 of images of 8 x 8, the pixels themselves
 
@@ -217,6 +220,26 @@ def test_a_bound_without_the_ode_needs_no_solver_package(tmp_path, monkeypatch):
     for settings in ((1, 1, 0), (0, 1, 1), (-2, 1, 0), (0, 0, 0)):
         with pytest.raises(InputError, match="must be"):
             LikelihoodSettings(*settings)
+
+
+def test_a_calibrated_scheduler_takes_the_scale_of_the_evaluation(tmp_path):
+    """Whatever scale it was saved with: the same images as by a hook on the network, which knows each row."""
+    kind = functools.partial(ClassConditionalPipeline, null_class=2)
+    calibration = table(DDIMScheduler(), (1, 8, 8), rows=("conditional", "unconditional"), size=0.3, null_class=2)
+    ours, hooked = (pipeline(kind=kind, num_class_embeds=3) for _ in range(2))
+    saved = calibrated_class("DDIMScheduler").from_scheduler(ours.scheduler, calibration, 7.5)
+    ours.scheduler = saved
+    calibrate_pipeline(hooked, calibration, route="model")
+    for scale in (1.0, 0.5, 3.0):
+        out = tmp_path / str(scale)
+        cheap({"a": ours, "b": hooked}, out, guidance_scale=scale, num_samples=40, nfe=[4])
+        a, b = (load_file(next((out / "drawn").glob(f"{name}-*/*0.safetensors")))["images"].float() for name in "ab")
+        assert (a - b).abs().max() <= 1
+        assert a.std() > 10
+    assert saved.guidance_scale == 7.5
+    ours.scheduler = calibrated_class("DDIMScheduler").from_scheduler(saved, table(DDIMScheduler(), (1, 8, 8)))
+    with pytest.raises(InputError, match=r"--guidance_scale 3\.0 with CalibratedDDIMScheduler: .* needs the rows"):
+        cheap({"a": ours}, tmp_path / "no", guidance_scale=3.0)
 
 
 def test_images_that_are_trained_on_are_not_called_held_out(tmp_path):

@@ -13,6 +13,7 @@ from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
+    DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
@@ -330,9 +331,26 @@ def test_settings_take_the_place_of_the_pipelines():
         swap_scheduler(pipeline, "DPMSolverMultistep", algorithm_type="none")
 
 
-def test_why_there_is_no_number_of_steps_is_said():
-    with pytest.raises(InputError, match=r"no image with 5 evaluations .*`mu` must be passed.*another of --schedulers"):
-        steps_for(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), 5)
+def test_what_fails_in_a_step_is_said_before_anything_is_drawn():
+    """The levels of Karras on the cosine schedule: diffusers looks for one beyond the end of its table."""
+    scheduler = DPMSolverMultistepScheduler(beta_schedule="squaredcos_cap_v2", use_karras_sigmas=True)
+    scheduler.set_timesteps(10)
+    with pytest.raises(InputError, match=r"no image with 10 evaluations .*IndexError.*another of --schedulers"):
+        steps_for(scheduler, 10)
+    assert steps_for(DPMSolverMultistepScheduler(beta_schedule="linear", use_karras_sigmas=True), 10) == 10
+
+
+@pytest.mark.parametrize(
+    "setting", [{"prediction_type": "sample"}, {"beta_schedule": "scaled_linear"}, {"beta_end": 0.1}]
+)
+def test_settings_that_change_what_the_network_means_are_refused(setting):
+    with pytest.raises(InputError, match=f"{next(iter(setting))} of DDIMScheduler: that is a fact about the model"):
+        swap_scheduler(exact_pipeline(), "DDIM", **setting)
+
+
+def test_schedulers_that_need_more_than_a_number_of_steps_are_tried_with_it():
+    assert steps_for(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), 5) == 5
+    assert steps_for(DDPMScheduler(variance_type="learned_range"), 5) == 5
 
 
 def test_a_scheduler_that_the_pipeline_cannot_take_is_refused_with_a_list():

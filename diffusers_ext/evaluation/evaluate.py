@@ -45,6 +45,7 @@ from ..interop import stored_scheduler
 from ..randomness import RULE
 from ..reports.measured import Cell, Evaluation, Likelihood
 from ..subjects import ImageFormat, Subject, subject_of
+from ..subjects.guidance import exposes_guidance
 from .measures import NO_QUALITY, Judge, LikelihoodSettings
 from .measures import likelihood as measure_likelihood
 from .real_images import MIN_IMAGES, MeasureArguments, RealImages
@@ -279,11 +280,23 @@ def _plan(
         options = options | {"resolution": resolution if subject.takes_captions else None}
         for words, (name, settings) in asked.items():
             scheduler = swap_scheduler(pipeline, name, sources[model], **settings)
+            _guide(scheduler, pipeline, options["guidance_scale"])
             label = ":".join([type(scheduler).__name__.removesuffix("Scheduler"), *words.split(":")[1:]])
             for steps in possible_steps(scheduler, nfe, say):
                 drawing = Drawing(model, pipeline, identity, scheduler, steps, label=label, **options)
                 planned.setdefault(drawing.name, drawing)
     return list(planned.values())
+
+
+def _guide(scheduler: Any, pipeline: DiffusionPipeline, guidance_scale: float) -> None:
+    """Tell a calibrated scheduler the scale of the drawings, which may be another one than it was saved with."""
+    if getattr(scheduler, "calibration", None) is None or not exposes_guidance(pipeline):
+        return
+    ours = type(pipeline).__module__.startswith(diffusers_ext.__name__)
+    try:
+        scheduler.calibrate(scheduler.calibration, guidance_scale if ours else max(guidance_scale, 1.0))
+    except ValueError as error:
+        raise InputError(f"--guidance_scale {guidance_scale} with {type(scheduler).__name__}: {error}") from error
 
 
 def _extractor(asked: str | Extractor | None, real: RealImages, device: torch.device) -> Extractor:

@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import diffusers
+import torch
 import yaml
 from diffusers import DiffusionPipeline
 
 import diffusers_ext
 
 from ..errors import InputError
-from ..interop import live_config, noise_schedule
+from ..interop import OF_THE_MODEL, live_config, noise_schedule
 from ..schedulers import CalibratedScheduler, ShortTimeScheduler
 from ..subjects import subject_of
 
@@ -84,6 +85,11 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, folder: str | None = 
     if unknown := sorted(settings.keys() - known):
         have = ", ".join(sorted(known))
         raise InputError(f"--schedulers: {wanted} has no setting {', '.join(unknown)}; it has {have}")
+    if changed := sorted(settings.keys() & set(OF_THE_MODEL)):
+        raise InputError(
+            f"--schedulers: {', '.join(changed)} of {wanted}: that is a fact about the model, which was trained with it, "
+            f"and no setting of a sampler: leave it away"
+        )
     try:
         if issubclass(kind, CalibratedScheduler) and folder is not None:
             scheduler = kind.from_pretrained(folder, subfolder="scheduler", **settings)
@@ -107,19 +113,43 @@ def steps_for(scheduler: Any, nfe: int) -> int:
     Raises:
         InputError: there is no such number.
     """
-    trial, why = copy.deepcopy(scheduler), ""
+    why = ""
     for steps in range(nfe, 0, -1):
         try:
-            trial.set_timesteps(steps)
-        except (ValueError, IndexError, ZeroDivisionError) as error:
-            why = f" ({error})"
+            needed = _tried(copy.deepcopy(scheduler), steps)
+        except (ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
+            why = f" ({type(error).__name__}: {error})"
             continue
-        if len(trial.timesteps) <= nfe:
+        if why and 2 * needed < nfe:
+            break
+        if needed <= nfe:
             return steps
     raise InputError(
         f"{type(scheduler).__name__} makes no image with {nfe} evaluations of the network{why}: try more with --nfe, "
         f"or another of --schedulers"
     )
+
+
+def _tried(scheduler: Any, steps: int) -> int:
+    """Make all steps with a network whose output is 0, and return their number: some combinations of settings fail in
+    the last step only.
+
+    Raises:
+        ValueError, IndexError, ZeroDivisionError, RuntimeError: the scheduler cannot make them.
+    """
+    dynamic = scheduler.config.get("use_dynamic_shifting", False)  # the pipeline computes mu from the size of the image
+    scheduler.set_timesteps(steps, **({"mu": 1.0} if dynamic else {}))
+    calibration = getattr(scheduler, "calibration", None)
+    sample = torch.ones(1, *((3, 8, 8) if calibration is None else calibration.config.shape))
+    learned = str(scheduler.config.get("variance_type")).startswith("learned")
+    output = torch.cat([torch.zeros_like(sample)] * (2 if learned else 1), 1)
+    generator = torch.Generator().manual_seed(0)
+    takes = inspect.signature(scheduler.step).parameters
+    for t in scheduler.timesteps:
+        scaled = getattr(scheduler, "scale_model_input", lambda x, _: x)(sample, t)
+        options = {"generator": generator} if "generator" in takes else {}
+        sample = scheduler.step(output.to(scaled), t, sample, **options).prev_sample
+    return len(scheduler.timesteps)
 
 
 def possible_steps(scheduler: Any, nfe: Sequence[int], say: Callable[[str], None] = print) -> list[int]:
