@@ -87,8 +87,8 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, folder: str | None = 
         raise InputError(f"--schedulers: {wanted} has no setting {', '.join(unknown)}; it has {have}")
     if changed := sorted(settings.keys() & set(OF_THE_MODEL)):
         raise InputError(
-            f"--schedulers: {', '.join(changed)} of {wanted}: that is a fact about the model, which was trained with it, "
-            f"and no setting of a sampler: leave it away"
+            f"--schedulers: {', '.join(changed)} of {wanted}: that is a fact about the model, which was trained with "
+            f"it, and no setting of a sampler: leave it away"
         )
     try:
         if issubclass(kind, CalibratedScheduler) and folder is not None:
