@@ -19,6 +19,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from math import inf
 from typing import Any, ClassVar
 
 import diffusers
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from .noise_levels import log_linear_sigmas, log_normal_sigmas
 from .process import GaussianProcess, Process, ReflectedProcess
 from .randomness import randint
+from .ranges import require
 from .score import Denoiser, ReflectedModel, ScoreModel, preconditioning
 
 VP_SCHEDULERS = frozenset(
@@ -132,6 +134,9 @@ class EDMSchedule(NoiseSchedule):
 
     Args:
         prediction_type, num_train_timesteps, sigma_min, sigma_max, sigma_data: of `NoiseSchedule`.
+
+    Raises:
+        ValueError: not 0 < sigma_min < sigma_max < inf, or not 0 < sigma_data < inf; or as `NoiseSchedule`.
     """
 
     family = "edm"
@@ -144,6 +149,9 @@ class EDMSchedule(NoiseSchedule):
         sigma_max: float,
         sigma_data: float,
     ) -> None:
+        if not 0 < sigma_min < sigma_max < inf:
+            raise ValueError(f"sigma_min must be above 0 and below sigma_max, got {sigma_min} and {sigma_max}")
+        require("sigma_data", sigma_data, above=0)
         self.sigma_data = sigma_data
         super().__init__(prediction_type, num_train_timesteps, sigma_min, sigma_max)
 
@@ -165,9 +173,18 @@ class TableSchedule(NoiseSchedule):
     Args:
         sigmas: noise level of each trained timestep, increasing, float64.
         prediction_type, num_train_timesteps: of `NoiseSchedule`.
+
+    Raises:
+        ValueError: fewer than two levels, or such that are not positive, finite and increasing; or as `NoiseSchedule`.
     """
 
     def __init__(self, prediction_type: str, num_train_timesteps: int, sigmas: Tensor) -> None:
+        increase = (sigmas[:1] > 0).all() & sigmas.isfinite().all() & (sigmas.diff() > 0).all()
+        if not (len(sigmas) >= 2 and bool(increase)):
+            raise ValueError(
+                "the noise levels of the timesteps must be positive, finite and increasing: betas (beta_start, "
+                "beta_end, trained_betas) must be above 0 and below 1, but for a last one of 1"
+            )
         super().__init__(prediction_type, num_train_timesteps, sigmas[0].item(), sigmas[-1].item())
         self.sigmas = sigmas
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -333,14 +350,21 @@ def stock_schedule(scheduler: Any) -> NoiseSchedule:
         return EDMSchedule(config.prediction_type, config.num_train_timesteps, *bounds, config.sigma_data)
     n, vp = config.get("num_train_timesteps", 1000), names & VP_SCHEDULERS
     flow = names & FLOW_SCHEDULERS or (vp and config.prediction_type == "flow_prediction")
+    if vp and bool(flow) != config.get("use_flow_sigmas", False):
+        raise ValueError(
+            f"the settings of this {type(scheduler).__name__} contradict each other: prediction_type="
+            f"{config.prediction_type!r} and use_flow_sigmas={config.get('use_flow_sigmas', 'not known to it')}; flow "
+            f"matching needs flow_prediction and use_flow_sigmas=True, all else neither"
+        )
     if flow and not config.get("invert_sigmas", False):
         return FlowSchedule(n)
     if not vp or config.get("timestep_type", "discrete") != "discrete":
         raise ValueError(_unsupported(scheduler))
     abar = scheduler.alphas_cumprod.detach().to("cpu", torch.float64)
     sigmas = ((1 - abar) / abar).sqrt()
-    zero_snr = config.get("rescale_betas_zero_snr", False)  # some schedulers put a tiny abar for 0
-    return VPSchedule(config.prediction_type, n, sigmas[:-1] if zero_snr else sigmas[sigmas.isfinite()])
+    # The last level may be infinite; for a zero terminal SNR some schedulers put a tiny abar for 0.
+    last_is_infinite = config.get("rescale_betas_zero_snr", False) or bool(sigmas[-1] == inf)
+    return VPSchedule(config.prediction_type, n, sigmas[:-1] if last_is_infinite else sigmas)
 
 
 def _unsupported(scheduler: Any) -> str:

@@ -484,3 +484,35 @@ def test_double_channels_are_cut_only_when_they_are_a_learned_variance() -> None
     h = torch.randn(2, 3, 4, 4, generator=seeded())
     assert torch.equal(Network(doubled)(h, torch.zeros(2)), h)
     assert torch.equal(Network(lambda x, t: 2 * x)(h, torch.zeros(2)), 2 * h)
+
+
+# --- settings that contradict each other ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (lambda: DDIMScheduler(beta_start=0.0, beta_end=0.0), "must be positive, finite and increasing"),
+        (lambda: DDIMScheduler(trained_betas=[0.1, 0.0, 0.1]), "must be positive, finite and increasing"),
+        (lambda: DDIMScheduler(beta_end=1.5), "must be positive, finite and increasing"),
+        (lambda: DDIMScheduler(trained_betas=[0.1, float("nan"), 0.1]), "must be positive, finite and increasing"),
+        (lambda: DDIMScheduler(trained_betas=[0.1]), "must be positive, finite and increasing"),
+        (lambda: DDIMScheduler(prediction_type="flow_prediction"), "use_flow_sigmas=not known to it"),
+        (lambda: diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "use_flow_sigmas=False"),
+        (
+            lambda: diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True),
+            "prediction_type='epsilon' and use_flow_sigmas=True",
+        ),
+        (lambda: EDMEulerScheduler(sigma_min=2.0, sigma_max=1.0), "sigma_min must be above 0 and below sigma_max"),
+        (lambda: EDMEulerScheduler(sigma_min=0.0), "sigma_min must be above 0"),
+        (lambda: EDMEulerScheduler(sigma_data=-0.5), "sigma_data must be above 0"),
+    ],
+)
+def test_settings_that_contradict_are_refused(scheduler, message):
+    with pytest.raises(ValueError, match=message):
+        noise_schedule(scheduler())
+
+
+def test_a_last_beta_of_one_is_a_level_without_an_end():
+    levels = noise_schedule(DDIMScheduler(trained_betas=[0.1, 0.5, 1.0])).sigmas
+    torch.testing.assert_close(levels, torch.tensor([1 / 9, 0.55 / 0.45], dtype=torch.float64).sqrt())
