@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 os.environ["MKL_CBWR"] = "COMPATIBLE"  # the mode of MKL in which runs have the same bits
 SCRIPTS = Path(__file__).resolve().parents[1] / "training"
 TRAIN = (
@@ -53,9 +55,12 @@ def shell(job: str, place: Path, out: Path) -> list[str]:
 
 def results(out: Path) -> dict[str, object]:
     """What a script leaves: weights and samples by file, an evaluation but for its times, the losses of every step."""
-    files = (f for f in out.rglob("*.*") if f.suffix in (".safetensors", ".npz"))
-    kept = (f for f in files if not any(part.startswith((".", "state")) for part in f.relative_to(out).parts))
-    found: dict[str, object] = {str(f.relative_to(out)): f.read_bytes() for f in kept}
+    kept = (
+        f
+        for f in out.rglob("*.safetensors")
+        if not any(part.startswith((".", "state")) for part in f.relative_to(out).parts)
+    )
+    found: dict[str, object] = {str(f.relative_to(out)): contents(f) for f in kept}
     for file in out.glob("results.json"):
         cells = json.loads(file.read_text())["cells"]
         found["cells"] = [{name: value for name, value in cell.items() if "second" not in name} for cell in cells]
@@ -63,6 +68,11 @@ def results(out: Path) -> dict[str, object]:
         records = map(json.loads, log.read_text().splitlines())
         found["losses"] = [(r["step"], r["denoising"]) for r in records if "denoising" in r]
     return found
+
+
+def contents(file: Path) -> dict[str, bytes]:
+    """The tensors of a file, without its notes: drawn images have the seconds that they took."""
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
 
 
 def kill(words: list[str], out: Path, seconds: float, draw: random.Random) -> str | None:

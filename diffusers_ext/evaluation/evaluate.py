@@ -40,7 +40,7 @@ from ..data.batches import Images
 from ..errors import InputError
 from ..extractors import Extractor, default_extractor, make_extractor
 from ..fields import arg
-from ..files import shown
+from ..files import remove_partial, shown
 from ..interop import stored_scheduler
 from ..randomness import RULE
 from ..reports.measured import Cell, Evaluation, Likelihood
@@ -183,6 +183,11 @@ def evaluate(
         _check_shape(real, image_format)
         chosen = _extractor(extractor, real, drawings[0].device) if rank == 0 else None
         drawn = _folder(folder / "drawn")
+        if rank == 0:
+            for left in (folder, drawn, folder / "samples"):
+                remove_partial(left)
+        if accelerator is not None:
+            accelerator.wait_for_everyone()
         _draw(drawings, drawn, rank, world)
         likely = _with_likelihood(drawings, settings, real, say)
         measure = partial(_likelihood, images=real.unseen, settings=settings, batch_size=batch_size, seed=seed)
