@@ -83,7 +83,11 @@ def drawn(monkeypatch):
 
 def test_the_numbers_are_those_of_the_images_that_the_pipelines_draw(tmp_path, drawn):
     models, data = {"a": pipeline(0), "b": pipeline(1)}, real()
+    for folder in ("drawn", "samples"):  # of a killed process
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / ".partial-1-x.png").touch()
     found = cheap(models, tmp_path, data, schedulers=["DDIM"], nfe=[3, 2, 3], seed=5)
+    assert list(tmp_path.rglob(".partial-*")) == []
     assert [(c.model, c.scheduler, c.steps, c.nfe) for c in found.cells] == [
         (model, "DDIM", steps, steps) for model in ("a", "b") for steps in (2, 3)
     ]
