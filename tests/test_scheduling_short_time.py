@@ -209,9 +209,35 @@ def test_a_time_out_of_range_is_refused(time) -> None:
 def test_what_has_no_short_times_is_refused() -> None:
     with pytest.raises(ValueError, match="family vp"):
         short("DPMSolverMultistep", 0.5, use_flow_sigmas=True, prediction_type="flow_prediction")
-    with pytest.raises(ValueError, match=r"begin at 700.*599"):
+    with pytest.raises(ValueError, match=r"must start before .*: 600"):  # diffusers' own
         short("DDPM", 0.6).set_timesteps(timesteps=[700, 400, 100])
     short("DDPM", 0.6).set_timesteps(timesteps=[599, 400, 100])
+
+
+BEYOND = [700, 400, 100]
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "config", "message"),
+    [
+        ("EulerDiscrete", ((None, None, BEYOND), {}), {}, r"begin at 700, after the last one of \[0, T\], 599"),
+        ("EulerDiscrete", ((), {"timesteps": BEYOND}), {}, "begin at 700"),
+        ("DPMSolverMultistep", ((None, None, None, BEYOND), {}), {}, "begin at 700"),
+        ("EulerDiscrete", ((), {"sigmas": [300.0, 1.0, 0.0]}), {}, r"begin at 300, above that of T, 6\.135"),
+        ("EulerDiscrete", ((5,), {}), {"use_karras_sigmas": True, "sigma_max": 80.0}, "begin at 80, above that of T"),
+    ],
+)
+def test_a_grid_beyond_t_is_refused_whichever_way_it_is_set(name, grid, config, message) -> None:
+    given, named = grid
+    with pytest.raises(ValueError, match=message):
+        short(name, 0.6, **config).set_timesteps(*given, **named)
+
+
+def test_grids_within_t_are_not() -> None:
+    scheduler = short("EulerDiscrete", 0.6)
+    scheduler.set_timesteps(timesteps=[599, 400, 100])
+    scheduler.set_timesteps(sigmas=[6.1, 1.0, 0.1, 0.0])
+    short("EulerDiscrete", 0.6, use_karras_sigmas=True).set_timesteps(7)
 
 
 def tiny_stable_diffusion(scheduler) -> StableDiffusionPipeline:

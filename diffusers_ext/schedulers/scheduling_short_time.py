@@ -83,14 +83,26 @@ class ShortTimeScheduler(SchedulerMixin):
             self.__dict__.update(whole)
 
     def set_timesteps(self, num_inference_steps: int | None = None, *args: Any, **kwargs: Any) -> None:
-        """Set the timesteps as diffusers does, on [0, T]."""
-        given = kwargs.get("timesteps")
-        if self._cut and given is not None and max(given) >= (n := self._cut["_internal_dict"].num_train_timesteps):
-            raise ValueError(f"timesteps begin at {max(given)}, after the last one of [0, T], {n - 1}")
+        """Set the timesteps as diffusers does, on [0, T].
+
+        Raises:
+            ValueError: a grid that was given, or the configuration, goes beyond T; or as diffusers does.
+        """
         with self._on_short_times():
             super().set_timesteps(num_inference_steps, *args, **kwargs)
+        if self._cut:
+            self._require_short_times()
         if self._cut and num_inference_steps is not None and len(self.timesteps) > num_inference_steps:
             self._drop_timestep_below_0(num_inference_steps)
+
+    def _require_short_times(self) -> None:
+        """Check the grid that diffusers has made, however it was asked for."""
+        first, last = float(self.timesteps.max()), self._cut["_internal_dict"].num_train_timesteps - 1
+        if not first <= last:
+            raise ValueError(f"timesteps begin at {first:g}, after the last one of [0, T], {last}")
+        sigmas, highest = getattr(self, "sigmas", None), (self._start_scale**2 - 1) ** 0.5
+        if sigmas is not None and not float(sigmas.max()) <= highest * (1 + 1e-3):
+            raise ValueError(f"the noise levels begin at {float(sigmas.max()):g}, above that of T, {highest:g}")
 
     def _drop_timestep_below_0(self, num_inference_steps: int) -> None:
         """Drop the timestep -1 that diffusers' `trailing` adds by rounding, for 7 steps of 600 trained ones, say."""
