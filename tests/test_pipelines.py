@@ -390,7 +390,7 @@ CONDITIONAL = [
     ({"class_labels": 0, "batch_size": 0}, "batch_size|class_labels"),
     ({"class_labels": [0, 1], "generator": [torch.Generator()]}, "1 generators for 2 images"),
     ({"class_labels": 0, "latents": torch.zeros(2, 3, 8, 8)}, r"\(2, 3, 8, 8\), the model needs \(1, 3, 8, 8\)"),
-    ({"class_labels": 0, "output_type": "jpg"}, "'jpg' is not one of pil, np, pt"),
+    ({"class_labels": 0, "output_type": "jpg"}, "'jpg' is not one of pil, np, pt, latent"),
     ({"class_labels": 0, "callback_on_step_end_tensor_inputs": ["noise"]}, "noise.*latents"),
 ]
 
@@ -422,3 +422,54 @@ def test_guidance_without_a_null_class_is_refused_until_it_is_named() -> None:
     noise = torch.randn(1, 3, 8, 8, generator=seeded())
     expected = images(class_pipeline(), 0, guidance_scale=2.0, latents=noise)
     assert torch.equal(images(pipe, 0, guidance_scale=2.0, latents=noise), expected)
+
+
+# --- what users of diffusers' pipelines expect ------------------------------------------------------------------------
+
+
+def test_a_latent_is_the_schedulers_last_sample() -> None:
+    pipe = class_pipeline()
+    latent = pipe([0, 1], num_inference_steps=3, generator=seeded(), output_type="latent").images
+    image = pipe([0, 1], num_inference_steps=3, generator=seeded(), output_type="pt").images
+    assert latent.abs().max() > 1
+    torch.testing.assert_close((latent / 2 + 0.5).clamp(0, 1), image)
+
+
+def test_a_callback_may_end_the_steps() -> None:
+    pipe, steps = class_pipeline(), []
+
+    def interrupt(pipe, step, timestep, tensors):
+        steps.append(step)
+        pipe._interrupt = step == 1
+        return {}
+
+    early = pipe([0], num_inference_steps=5, generator=seeded(), output_type="latent", callback_on_step_end=interrupt)
+    assert (steps, pipe.num_timesteps, pipe.interrupt) == ([0, 1], 5, True)
+    seen = []
+
+    def keep(pipe, step, timestep, tensors):
+        seen.append(tensors["latents"])
+        return {}
+
+    pipe([0], num_inference_steps=5, generator=seeded(), callback_on_step_end=keep)
+    assert len(seen) == 5
+    assert torch.equal(early.images, seen[1])
+
+
+def test_a_callback_may_change_the_guidance_of_the_next_steps() -> None:
+    pipe, scales = class_pipeline(), [3.0, 3.0, 1.0, 0.5]
+
+    def change(pipe, step, timestep, tensors):
+        pipe._guidance_scale = scales[min(step + 1, 3)]
+        return {}
+
+    options = {"num_inference_steps": 4, "generator": seeded(), "output_type": "latent"}
+    ours = pipe([0, 1], guidance_scale=3.0, callback_on_step_end=change, **options).images
+    assert pipe.guidance_scale == 0.5
+    scheduler, x = pipe.scheduler, torch.randn(2, *ours.shape[1:], generator=seeded())
+    scheduler.set_timesteps(4)
+    with torch.no_grad():
+        for t, w in zip(scheduler.timesteps, scales, strict=True):
+            given, null = (pipe.unet(x, t, class_labels=torch.tensor(y)).sample for y in ([0, 1], [4, 4]))
+            x = scheduler.step(null + w * (given - null), t, x).prev_sample
+    torch.testing.assert_close(ours, x, rtol=0, atol=1e-4)

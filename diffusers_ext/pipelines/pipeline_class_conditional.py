@@ -56,6 +56,16 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return self._guidance_scale
 
     @property
+    def num_timesteps(self) -> int:
+        """The number of timesteps of the present call, or of the last one."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has ended the steps of the call."""
+        return self._interrupt
+
+    @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the present call evaluates the null class, too."""
         return self._guidance_scale != 1
@@ -88,10 +98,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 by the scheduler's `init_noise_sigma`.
             eta: passed on to schedulers whose `step` takes it (DDIM).
             output_type: `pil`, `np` (batch, height, width, channels) or `pt` (batch, channels, height, width), in
-                [0, 1].
+                [0, 1]; `latent`: the scheduler's last sample as it is.
             return_dict: return an `ImagePipelineOutput` and not a tuple.
             callback_on_step_end: called after each step as (pipeline, step, timestep, tensors); returns a dict, which
-                may hold new `latents`.
+                may hold new `latents`. It may change `pipeline._guidance_scale` for the next steps, and end the steps
+                by `pipeline._interrupt = True`.
             callback_on_step_end_tensor_inputs: the names of the tensors that the callback gets; there is `latents`.
 
         Raises:
@@ -100,7 +111,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
         require("num_inference_steps", num_inference_steps, at_least=1)
         require("eta", eta, at_least=0)
         labels, n = self._batch(class_labels, batch_size, guidance_scale)
-        self._guidance_scale = guidance_scale
         self._check(n, generator, latents, output_type, callback_on_step_end_tensor_inputs)
 
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
@@ -108,8 +118,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
         offered = {"generator": generator, "eta": eta}
         takes = inspect.signature(self.scheduler.step).parameters
         options = {name: value for name, value in offered.items() if name in takes}
+        self._num_timesteps, self._interrupt = len(self.scheduler.timesteps), False
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            output = self._predict(sample, t, labels, guidance_scale)
+            if self._interrupt:
+                break
+            output = self._predict(sample, t, labels, self._guidance_scale)
             sample = self.scheduler.step(output.to(sample.dtype), t, sample, **options).prev_sample
             if callback_on_step_end is not None:
                 tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, sample)
@@ -126,6 +139,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return latents.to(device, precise) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def _finish(self, sample: Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple[Any]:
+        if output_type == "latent":
+            self.maybe_free_model_hooks()
+            return ImagePipelineOutput(images=sample) if return_dict else (sample,)
         images: Any = self._in_unit_range(sample).clamp(0, 1)
         images = images.to(self.unet.dtype) if output_type == "pt" else images.cpu().permute(0, 2, 3, 1).numpy()
         if output_type == "pil":
@@ -153,6 +169,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def _batch(self, class_labels: Any, batch_size: int | None, guidance_scale: float) -> tuple[Tensor | None, int]:
         """Return the labels, `None` for an unconditional model, and the number of images."""
         require("guidance_scale", guidance_scale)
+        self._guidance_scale = guidance_scale
         require("batch_size", batch_size, at_least=1)
         labels = self._labels(class_labels, batch_size, guidance_scale)
         return labels, len(labels) if labels is not None else batch_size if batch_size is not None else 1
@@ -191,7 +208,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError(f"{len(generator)} generators for {n} images: pass one, or one for each")
         if latents is not None and tuple(latents.shape) != self._shape(n):
             raise ValueError(f"latents have shape {tuple(latents.shape)}, the model needs {self._shape(n)}")
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type {output_type!r} is not one of pil, np, pt")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type {output_type!r} is not one of pil, np, pt, latent")
         if unknown := set(callback_tensors) - set(self._callback_tensor_inputs):
             raise ValueError(f"callback_on_step_end_tensor_inputs: {sorted(unknown)} unknown, there is only latents")

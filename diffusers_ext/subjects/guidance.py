@@ -31,6 +31,7 @@ AT_EACH_STEP = _pipelines("""
     StableDiffusion3Img2Img StableDiffusion3Inpaint StableDiffusion3 StableDiffusionControlNet
     StableDiffusionDepth2Img StableDiffusionImg2Img StableDiffusionInpaint StableDiffusion
     StableDiffusionXLImg2Img StableDiffusionXLInpaint StableDiffusionXL
+    ClassConditional ShortTime
 """)
 AT_THE_CALL = _pipelines("""
     AnimateDiffControlNet AnimateDiff AnimateDiffSparseControlNet AnimateDiffVideoToVideoControlNet
@@ -43,7 +44,6 @@ AT_THE_CALL = _pipelines("""
     StableDiffusionXLControlNetImg2Img StableDiffusionXLControlNetInpaint StableDiffusionXLControlNet
     StableDiffusionXLControlNetUnionImg2Img StableDiffusionXLControlNetUnionInpaint
     StableDiffusionXLControlNetUnion StableDiffusionXLControlNetXS WanAnimate WanVideoToVideo
-    ClassConditional ShortTime
 """)
 
 
