@@ -13,7 +13,7 @@ from .schedulers.scheduling_calibrated import CALIBRATED_SCHEDULERS, CalibratedS
 from .schedulers.scheduling_short_time import short_time_class
 from .subjects import subject_of
 from .subjects.base import NotKept
-from .subjects.guidance import ReadGuidance, exposes_guidance
+from .subjects.guidance import ReadGuidance, exposes_guidance, puts_unconditional_first
 
 
 def calibrate_pipeline(
@@ -33,8 +33,9 @@ def calibrate_pipeline(
             is saved then has the last one. Of other pipelines it must be told if the table has a row for guidance;
             1 or less is the conditional model, without guidance.
         route: `scheduler` swaps the scheduler for its calibrated subclass, which is saved with the pipeline; `model`
-            puts a hook on the network, which is exact also with `guidance_rescale` and for tables by class, and is not
-            saved; `auto` takes the first wherever it is exact: a linear combination of the rows that the table has.
+            puts a hook on the network, which is exact also with `guidance_rescale` and for tables by class, is not
+            saved, and with guidance needs to know the layout of the batch (`subjects.guidance`); `auto` takes the first
+            wherever it is exact: a linear combination of the rows that the table has.
 
     Returns:
         The pipeline, calibrated by this route alone: an earlier calibration is undone. `DDIMPipeline` turns every
@@ -55,6 +56,11 @@ def calibrate_pipeline(
     linear = rows == (CONDITIONAL, UNCONDITIONAL) or (rows == (ALL,) and guidance_scale == 1)
     if route == "model" or (route == "auto" and not (linear and name in CALIBRATED_SCHEDULERS)):
         by_halves = guidance_scale != 1 and calibration.config.null_class is None
+        if by_halves and UNCONDITIONAL in rows and not puts_unconditional_first(pipeline):
+            raise ValueError(
+                f"which rows of a batch are unconditional is not known of a {type(pipeline).__name__}, so that no hook "
+                f"can calibrate its guidance: use route='scheduler', with a scheduler that has a calibrated class"
+            )
         is_guided = None if read is None else read.is_on
         calibrate_denoiser(network, calibration, guidance="first_half" if by_halves else None, is_guided=is_guided)
         if isinstance(pipeline.scheduler, CalibratedScheduler):

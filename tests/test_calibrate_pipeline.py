@@ -153,6 +153,10 @@ def test_a_stock_pipeline_is_calibrated_saved_and_loaded(name, tmp_path) -> None
     assert_same_images(loaded(**call()).images, images)
     # by the other route the same, up to rounding
     hooked = quiet(make())
+    if name == "SD3":  # with skip-layer guidance it calls its network twice
+        with pytest.raises(ValueError, match="is not known of a StableDiffusion3Pipeline"):
+            calibrate_pipeline(hooked, calibration, guidance_scale, route="model")
+        return
     calibrate_pipeline(hooked, calibration, guidance_scale, route="model")
     assert abs(hooked(**call()).images - images).max() < 1e-3
     assert abs(images - plain).max() > 5 * abs(hooked(**call()).images - images).max()

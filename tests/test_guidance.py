@@ -17,7 +17,7 @@ from test_calibration import seeded, table, tiny_dit
 from diffusers_ext import calibrate_pipeline
 from diffusers_ext.calibration import subtract
 from diffusers_ext.schedulers.scheduling_calibrated import calibrated_class
-from diffusers_ext.subjects.guidance import AT_EACH_STEP, AT_THE_CALL, exposes_guidance
+from diffusers_ext.subjects.guidance import AT_EACH_STEP, AT_THE_CALL, UNCONDITIONAL_FIRST, exposes_guidance
 
 # --- the lists --------------------------------------------------------------------------------------------------------
 
@@ -58,6 +58,22 @@ def test_the_lists_are_those_of_the_source(name):
     assert properties["do_classifier_free_guidance"].startswith("return self._guidance_scale > 1")
     own = ("self.guidance_scale", "self._guidance_scale") if name in AT_EACH_STEP else ("guidance_scale",)
     assert scale_in_source(kind) in own
+
+
+@pytest.mark.parametrize("name", sorted(UNCONDITIONAL_FIRST))
+def test_the_first_half_of_a_batch_is_unconditional_in_the_source(name):
+    """The one call of the network is cut into halves, and the first one is the u of u + s (c - u)."""
+    (call,) = (m for m in classes_in_source()[name].body if isinstance(m, ast.FunctionDef) and m.name == "__call__")
+    networks = ("self.unet", "self.transformer")
+    assert sum(isinstance(n, ast.Call) and ast.unparse(n.func) in networks for n in ast.walk(call)) == 1
+    halves, unconditional = set(), set()
+    for node in ast.walk(call):
+        match node:
+            case ast.Assign([ast.Tuple([first, _])], ast.Call(ast.Attribute(_, "chunk"), [ast.Constant(2)])):
+                halves.add(ast.unparse(first))
+            case ast.BinOp(u, ast.Add(), ast.BinOp(scale, ast.Mult(), _)) if "guidance_scale" in ast.unparse(scale):
+                unconditional.add(ast.unparse(u))
+    assert halves & unconditional
 
 
 # --- the contract -----------------------------------------------------------------------------------------------------

@@ -47,9 +47,25 @@ AT_THE_CALL = _pipelines("""
 """)
 
 
+_NOT_IN_ONE_BATCH = _pipelines("""
+    BriaFibo2 Chroma ChromaImg2Img ChromaInpaint ChronoEdit CogView4 CogView4Control Flux2Klein Flux2KleinInpaint
+    GlmImage Helios JoyImageEdit Kandinsky6TI2VA KandinskyV22Prior LongCatImage LongCatImageEdit Lumina Lumina2
+    SkyReelsV2 SkyReelsV2DiffusionForcing SkyReelsV2DiffusionForcingImageToVideo
+    SkyReelsV2DiffusionForcingVideoToVideo SkyReelsV2ImageToVideo StableDiffusion3 WanAnimate WanVideoToVideo
+    ClassConditional ShortTime
+""")
+UNCONDITIONAL_FIRST = (AT_EACH_STEP | AT_THE_CALL) - _NOT_IN_ONE_BATCH
+"""With guidance these call the network once a step, with the unconditional rows in the first half of the batch."""
+
+
 def exposes_guidance(pipeline: DiffusionPipeline) -> bool:
     """Return whether the scale of a pipeline's guidance can be read from it."""
     return _kind(pipeline) is not None
+
+
+def puts_unconditional_first(pipeline: DiffusionPipeline) -> bool:
+    """Return whether the layout of a guided batch is known, see `UNCONDITIONAL_FIRST`."""
+    return _kind(pipeline) in UNCONDITIONAL_FIRST
 
 
 def _kind(pipeline: DiffusionPipeline) -> str | None:
