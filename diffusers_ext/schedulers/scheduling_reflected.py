@@ -35,7 +35,7 @@ from math import inf
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -69,6 +69,13 @@ def _stock(network: dict[str, Any]) -> DDPMScheduler:
         return DDPMScheduler.from_config(network)
     except NotImplementedError as error:
         raise ValueError(f"diffusers knows no beta_schedule {network.get('beta_schedule')!r}") from error
+
+
+def _trained(network: dict[str, Any]) -> NoiseSchedule:
+    """Return the schedule of a variance-preserving network, or of one of flow matching."""
+    if network.get("prediction_type") == "flow_prediction":
+        return noise_schedule(FlowMatchEulerDiscreteScheduler(network["num_train_timesteps"]))
+    return noise_schedule(_stock(network))
 
 
 class ReflectedScheduler(SchedulerMixin, ConfigMixin):
@@ -125,8 +132,8 @@ class ReflectedScheduler(SchedulerMixin, ConfigMixin):
         require("num_train_timesteps", num_train_timesteps, at_least=2)
         self.process = ReflectedProcess(low, high)
         if beta_schedule is not None or trained_betas is not None:
-            trained = _stock({name: self.config[name] for name in _OF_THE_NETWORK})
-            self.alphas_cumprod, self.schedule = trained.alphas_cumprod, noise_schedule(trained)
+            network = {name: self.config[name] for name in _OF_THE_NETWORK}
+            self.alphas_cumprod, self.schedule = _stock(network).alphas_cumprod, _trained(network)
         elif prediction_type == "epsilon":
             self.schedule = ReflectedSchedule(num_train_timesteps, sigma_min, sigma_max, self.process)
         else:
@@ -159,7 +166,7 @@ class ReflectedScheduler(SchedulerMixin, ConfigMixin):
             config = {name: config[name] for name in _OF_THE_NETWORK if config.get(name) is not None}
             if not config.keys() & {"beta_schedule", "trained_betas"}:
                 raise ValueError(f"{cls.__name__} cannot run a network whose scheduler has no table of betas")
-            trained = noise_schedule(_stock(config))
+            trained = _trained(config)
             config["sigma_min"] = max(own["sigma_min"].default, trained.sigma_min)
             config["sigma_max"] = min(own["sigma_max"].default, trained.sigma_max)
         return super().from_config(config, **kwargs)
