@@ -157,7 +157,8 @@ class Calibration(ModelMixin, ConfigMixin):
             return torch.tensor([guidance_scale, 1 - guidance_scale])
         raise ValueError(
             f"guidance_scale={guidance_scale} needs the rows ({CONDITIONAL}, {UNCONDITIONAL}), and the table has "
-            f"{rows}: use calibrate_denoiser, or measure both"
+            f"{rows}: measure both (calibrate.py: --caption_column, for models of prompts), or, for tables by class, "
+            f"use calibrate_denoiser"
         )
 
     def row_weights(self, n: int, class_labels: Tensor | None = None, unconditional: Tensor | None = None) -> Tensor:

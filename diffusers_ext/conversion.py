@@ -50,6 +50,11 @@ def calibrate_pipeline(
     calibration.check(noise_schedule(pipeline.scheduler))
     subject = subject_of(pipeline)
     network = subject.network
+    if subject.second_network is not None:
+        raise ValueError(
+            f"a {type(pipeline).__name__} has two networks, each with a mean error of its own, and a calibration is "
+            f"that of one"
+        )
     rows, name = tuple(calibration.config.rows), type(pipeline.scheduler).__name__.removeprefix("Calibrated")
     read = ReadGuidance(pipeline) if exposes_guidance(pipeline) else None
     guidance_scale = _first_scale(pipeline, rows, guidance_scale, read)

@@ -308,6 +308,15 @@ def test_the_configuration_of_the_scheduler_is_left_alone() -> None:
     assert config["steps_offset"] == 0
 
 
+def test_a_pipeline_of_two_networks_is_refused() -> None:
+    pipe = stable()
+    pipe.unet_2 = tiny_text_unet()
+    own = pipe.scheduler
+    with pytest.raises(ValueError, match="a StableDiffusionPipeline has two networks, each with"):
+        calibrate_pipeline(pipe, table(own, (4, 8, 8)))
+    assert pipe.scheduler is own
+
+
 def without_private(config) -> dict:
     return {name: value for name, value in config.items() if not name.startswith("_")}
 

@@ -434,7 +434,8 @@ def test_the_network_is_told_what_the_pipeline_tells_it(make, network, monkeypat
             torch.testing.assert_close(mine.float(), theirs.float(), msg=f"{name} {key}")
 
 
-def test_latents_are_drawn_from_the_seed_alone(calibrate, captioned, tmp_path):
+def test_latents_are_drawn_from_the_seed_alone(calibrate, captioned, tmp_path, capsys):
+    """Without captions, which is said before the work: the table is of no use for guidance."""
     tiny_stable_diffusion(tmp_path / "parts").save_pretrained(tmp_path / "sd")
     tables = []
     for i in range(2):
@@ -445,6 +446,9 @@ def test_latents_are_drawn_from_the_seed_alone(calibrate, captioned, tmp_path):
         )
         tables.append(Calibration.from_pretrained(tmp_path / str(i)).offsets)
     torch.testing.assert_close(*tables, rtol=1e-4, atol=1e-5)
+    assert capsys.readouterr().out.startswith("without --caption_column the mean error is that of the empty prompt")
+    with pytest.raises(ValueError, match=r"needs the rows .*calibrate\.py: --caption_column"):
+        Calibration.from_pretrained(tmp_path / "0").guidance_weights(7.5)
 
 
 def test_a_name_that_the_hub_does_not_take_ends_with_a_message(calibrate, tmp_path):

@@ -199,6 +199,11 @@ def main() -> None:
     subject.train_at(resolution)
     if args.per_class and subject.num_classes is None:
         raise InputError("--per_class: the model takes no class labels")
+    if subject.takes_captions and args.caption_column is None:
+        accelerator.print(
+            "without --caption_column the mean error is that of the empty prompt: the table holds for calls without "
+            "guidance only (guidance_scale of 1 or less). For guidance, name the captions of the images"
+        )
     data = batches(args, subject, accelerator, channels, resolution)
     pusher = make_pusher(args, out, accelerator.is_main_process)
 

@@ -91,6 +91,11 @@ class Subject:
         return getattr(self.pipeline, self.name)
 
     @property
+    def second_network(self) -> Any:
+        """Another network beside `network`, which some pipelines evaluate at other noise levels (Wan 2.2)."""
+        return getattr(self.pipeline, f"{self.name}_2", None)
+
+    @property
     def autoencoder(self) -> Any:
         return getattr(self.pipeline, "vae", None) or getattr(self.pipeline, "vqvae", None)
 
