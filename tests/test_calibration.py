@@ -251,7 +251,7 @@ def test_guidance_weighs_the_two_rows_as_it_weighs_the_two_outputs() -> None:
     assert both.guidance_weights(0.0).tolist() == [0.0, 1.0]
     assert single.guidance_weights(1.0).tolist() == [1.0]
     for refused, scale in ((single, 2.0), (classes, 1.0), (classes, 2.0)):
-        with pytest.raises(ValueError, match="measure both .*use calibrate_denoiser"):
+        with pytest.raises(ValueError, match=r"measure both .*use calibrate_denoiser"):
             refused.guidance_weights(scale)
 
 
