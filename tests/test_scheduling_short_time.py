@@ -233,11 +233,16 @@ def test_a_grid_beyond_t_is_refused_whichever_way_it_is_set(name, grid, config, 
         short(name, 0.6, **config).set_timesteps(*given, **named)
 
 
-def test_grids_within_t_are_not() -> None:
+def test_grids_within_t_are_taken_as_they_are() -> None:
     scheduler = short("EulerDiscrete", 0.6)
     scheduler.set_timesteps(timesteps=[599, 400, 100])
+    assert scheduler.timesteps.tolist() == [599, 400, 100]
     scheduler.set_timesteps(sigmas=[6.1, 1.0, 0.1, 0.0])
-    short("EulerDiscrete", 0.6, use_karras_sigmas=True).set_timesteps(7)
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor([6.1, 1.0, 0.1, 0.0]))
+    scheduler = short("EulerDiscrete", 0.6, use_karras_sigmas=True)
+    scheduler.set_timesteps(7)
+    assert len(scheduler.timesteps) == 7
+    assert scheduler.sigmas[0].item() == pytest.approx(scheduler.schedule_of_network().sigma_max, rel=1e-3)
 
 
 def tiny_stable_diffusion(scheduler) -> StableDiffusionPipeline:
