@@ -32,47 +32,7 @@ from .process import GaussianProcess, Process, ReflectedProcess
 from .randomness import randint
 from .ranges import require
 from .score import Denoiser, ReflectedModel, ScoreModel, preconditioning
-
-VP_SCHEDULERS = frozenset(
-    (
-        "CogVideoXDDIMScheduler",
-        "CogVideoXDPMScheduler",
-        "DDIMInverseScheduler",
-        "DDIMParallelScheduler",
-        "DDIMScheduler",
-        "DDPMParallelScheduler",
-        "DDPMScheduler",
-        "DEISMultistepScheduler",
-        "DPMSolverMultistepInverseScheduler",
-        "DPMSolverMultistepScheduler",
-        "DPMSolverSDEScheduler",
-        "DPMSolverSinglestepScheduler",
-        "EulerAncestralDiscreteScheduler",
-        "EulerDiscreteScheduler",
-        "HeunDiscreteScheduler",
-        "KDPM2AncestralDiscreteScheduler",
-        "KDPM2DiscreteScheduler",
-        "LCMScheduler",
-        "LMSDiscreteScheduler",
-        "PNDMScheduler",
-        "SASolverScheduler",
-        "TCDScheduler",
-        "UniPCMultistepScheduler",
-    )
-)
-FLOW_SCHEDULERS = frozenset(
-    (
-        "FlowMatchEulerDiscreteScheduler",
-        "FlowMatchHeunDiscreteScheduler",
-        "FlowMatchLCMScheduler",
-    )
-)
-EDM_SCHEDULERS = frozenset(
-    (
-        "EDMDPMSolverMultistepScheduler",
-        "EDMEulerScheduler",
-    )
-)
+from .stock import EDM_SCHEDULERS, FLOW_SCHEDULERS, VP_SCHEDULERS
 
 # These networks multiply their time by 1000 themselves.
 _TIME_IN_UNIT_INTERVAL = ("AuraFlow", "Chroma", "Flux", "LongCatImage", "NucleusMoE", "OvisImage", "QwenImage")

@@ -237,7 +237,7 @@ def is_hooked(pipe) -> bool:
         (BOTH, 3.0, DDIMScheduler(), True),
         (CLASSES, 1.0, DDIMScheduler(), False),
         (CLASSES, 3.0, DDIMScheduler(), False),
-        (BOTH, 3.0, diffusers.LCMScheduler(), False),
+        (BOTH, 3.0, diffusers.DDIMParallelScheduler(), False),
     ],
 )
 def test_the_scheduler_is_swapped_wherever_that_is_exact(rows, guidance_scale, scheduler, by_scheduler) -> None:
@@ -345,7 +345,9 @@ def test_another_class_keeps_the_model_and_its_own_defaults(name) -> None:
     try:
         made = kind.from_scheduler(own, table(own, (2, 8, 8)))
     except ValueError as error:
-        assert "family" in str(error) or "short-time" in str(error)  # noqa: PT017
+        # CogVideoX's schedulers shift the betas by a setting that others do not have
+        reason = "betas" if "CogVideoX" in name else "family"
+        assert reason in str(error) or "short-time" in str(error)  # noqa: PT017
         return
     set_by_hand = ("beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing")
     takes = inspect.signature(kind.__init__).parameters
@@ -369,11 +371,11 @@ def test_another_class_keeps_the_model_and_its_own_defaults(name) -> None:
         ({"calibration": table(DDIMScheduler(), (2, 8, 8), rows=CLASSES), "route": "scheduler"}, "needs the rows"),
         (
             {
-                "pipeline": class_pipeline(diffusers.LCMScheduler()),
-                "calibration": table(diffusers.LCMScheduler(), (2, 8, 8)),
+                "pipeline": class_pipeline(diffusers.DDIMParallelScheduler()),
+                "calibration": table(diffusers.DDIMParallelScheduler(), (2, 8, 8)),
                 "route": "scheduler",
             },
-            "no calibrated LCMScheduler",
+            "no calibrated DDIMParallelScheduler",
         ),
     ],
 )

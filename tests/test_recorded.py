@@ -24,9 +24,10 @@ RECORD = Path(__file__).parent / "data" / "recorded.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 # Differences are shares of the largest number of a list. Under other instruction sets and another mode of MKL none was
-# above 2e-5. The exception is an adaptive solver, which may then accept another step: 2e-3. Another stream of random
+# above 2e-5. The exceptions are an adaptive solver, which may then accept another step: 2e-3, and a KL near 0, which is
+# the small difference of two large numbers: 6e-4. Another stream of random
 # numbers, each of them, and a loss that is larger by 2% were seen to be beyond these bounds.
-RTOL, LOOSE = 5e-4, {"ode": 1e-2}
+RTOL, LOOSE = 5e-4, {"ode": 1e-2, "kl": 5e-3}
 
 
 def unet(**config):

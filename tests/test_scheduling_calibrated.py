@@ -11,7 +11,7 @@ import pytest
 import stranger
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, EulerDiscreteScheduler
-from diffusers.utils import logging
+from diffusers.utils import is_torchsde_available, logging
 from hub_server import HubServer
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from oracles import image_mixture
@@ -21,10 +21,13 @@ from torch import Tensor
 import diffusers_ext
 from diffusers_ext import Calibration, ClassConditionalPipeline, calibrate_denoiser
 from diffusers_ext.schedulers.scheduling_calibrated import CALIBRATED_SCHEDULERS, calibrated_class
+from diffusers_ext.stock import VP_SCHEDULERS, swapped_in
 
 SHAPE = (2, 3, 4)
 BOTH = ("conditional", "unconditional")
 FEW = {"num_train_timesteps": 100, "beta_end": 0.2}
+SEEDED = {"DPMSolverSDEScheduler": {"noise_sampler_seed": 0}, "KDPM2DiscreteScheduler": FEW}
+SEEDED["KDPM2AncestralDiscreteScheduler"] = FEW
 SETTINGS = {
     "DDIMScheduler": [{}, {"timestep_spacing": "trailing", "prediction_type": "v_prediction"}],
     "DDPMScheduler": [{}, {"prediction_type": "sample", "variance_type": "fixed_large"}],
@@ -49,14 +52,21 @@ SETTINGS = {
     "KDPM2DiscreteScheduler": [{**FEW}, {**FEW, "use_karras_sigmas": True}],
     "KDPM2AncestralDiscreteScheduler": [{**FEW}],
     "LMSDiscreteScheduler": [{}, {"use_karras_sigmas": True, "prediction_type": "v_prediction"}],
+    "SASolverScheduler": [{}, {"prediction_type": "v_prediction"}],
+    "LCMScheduler": [{}],
+    "TCDScheduler": [{}, {"prediction_type": "v_prediction"}],
+    "CogVideoXDDIMScheduler": [{}, {"prediction_type": "v_prediction", "snr_shift_scale": 1.0}],
+    "CogVideoXDPMScheduler": [{}, {"prediction_type": "v_prediction", "snr_shift_scale": 1.0}],
+    **({"DPMSolverSDEScheduler": [{"noise_sampler_seed": 0}]} if is_torchsde_available() else {}),
+    "FlowMatchHeunDiscreteScheduler": [{}, {"shift": 3.0}],
+    "FlowMatchLCMScheduler": [{}],
     "EDMEulerScheduler": [{}, {"prediction_type": "v_prediction", "sigma_data": 0.8}],
     "EDMDPMSolverMultistepScheduler": [{}],
     "FlowMatchEulerDiscreteScheduler": [{}, {"shift": 3.0}, {"use_karras_sigmas": True}],
-    "ShortTimeDDIMScheduler": [{}, {"max_diffusion_time": 0.6, "prediction_type": "v_prediction"}],
-    "ShortTimeDDPMScheduler": [{}, {"max_diffusion_time": 0.6}],
-    "ShortTimeDPMSolverMultistepScheduler": [{}, {"max_diffusion_time": 0.6, "use_karras_sigmas": True}],
-    "ShortTimeEulerDiscreteScheduler": [{}, {"max_diffusion_time": 0.6, "use_karras_sigmas": True}],
-    "ShortTimeUniPCMultistepScheduler": [{}, {"max_diffusion_time": 0.6}],
+    **{
+        f"ShortTime{name}": [{**SEEDED.get(name, {})}, {**SEEDED.get(name, {}), "max_diffusion_time": 0.6}]
+        for name in swapped_in(VP_SCHEDULERS)
+    },
 }
 EVERY = [(name, i) for name, settings in SETTINGS.items() for i in range(len(settings))]
 
@@ -76,14 +86,28 @@ def trajectory(scheduler, change=None, steps: int = 7, start: int = 0) -> list:
     if start and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start * scheduler.order)
     x = torch.randn(2, *SHAPE, generator=seeded()) * getattr(scheduler, "init_noise_sigma", 1.0)
-    g, samples = seeded(1), []
-    takes = inspect.signature(scheduler.step).parameters
+    step, samples = steps_of(scheduler, seeded(1)), []
     for t in scheduler.timesteps[start * scheduler.order :]:
         output = raw(scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x, t)
-        options = {"generator": g} if "generator" in takes else {}
-        x = scheduler.step(output if change is None else change(output, t), t, x, **options).prev_sample
+        x = step(output if change is None else change(output, t), t, x)
         samples.append(x)
     return samples
+
+
+def steps_of(scheduler, generator=None):
+    """The scheduler's `step` as (output, t, x) -> the next x, called as its pipelines do."""
+    takes = inspect.signature(scheduler.step).parameters
+    options = {"generator": generator} if "generator" in takes else {}
+    last: dict = {"x0": None, "t": None}
+
+    def step(output: Tensor, t, x: Tensor) -> Tensor:
+        if "old_pred_original_sample" in takes:  # CogVideoX's DPM scheduler
+            back, last["t"] = last["t"], t
+            x, last["x0"] = scheduler.step(output, last["x0"], t, back, x, **options, return_dict=False)
+            return x
+        return scheduler.step(output, t, x, **options).prev_sample
+
+    return step
 
 
 def assert_same(ours: list, theirs: list, scale: float = 1.0) -> None:
@@ -110,8 +134,10 @@ def test_it_is_one_of_the_stock_class_with_the_same_signatures(name) -> None:
 
 
 def test_other_schedulers_have_no_calibrated_class() -> None:
-    with pytest.raises(ValueError, match=r"no calibrated LCMScheduler; there are those of .*DDIMScheduler"):
-        calibrated_class("LCMScheduler")
+    with pytest.raises(
+        ValueError, match=r"no calibrated SCMScheduler: it is of distilled .*; there are those of .*DDI"
+    ):
+        calibrated_class("SCMScheduler")
 
 
 @pytest.mark.parametrize(("name", "i"), EVERY)

@@ -16,7 +16,7 @@ from typing import get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DDPMPipeline, PNDMScheduler
+from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DDPMPipeline, EDMEulerScheduler
 from PIL import Image
 from test_models import tiny_unet
 
@@ -62,10 +62,10 @@ def place(tmp_path_factory):
     for name, unet, scheduler in (
         ("model", tiny_unet(), DDIMScheduler()),
         ("other", tiny_unet(), DDIMScheduler()),
-        ("pndm", tiny_unet(), PNDMScheduler(skip_prk_steps=True)),
+        ("edm", tiny_unet(), EDMEulerScheduler()),
         ("colour", tiny_unet(in_channels=3, out_channels=3), DDIMScheduler()),
     ):
-        kind = DDPMPipeline if name == "pndm" else DDIMPipeline
+        kind = DDPMPipeline if name == "edm" else DDIMPipeline
         one = kind(unet, DDIMScheduler())
         one.register_modules(scheduler=scheduler)
         one.save_pretrained(place / name)
@@ -412,14 +412,14 @@ FITS = [
     ("train_reflected", [*MODEL, *DIGITS], "this script trains models of a ReflectedScheduler"),
     ("train_reflected", [*SCRATCH, "--algorithm_type", "euler"], "algorithm_type 'euler' is not one of"),
     ("train_reflected", [*SCRATCH, "--scheduler", "DDIMScheduler"], "DDIMScheduler"),
-    ("train_short_time", ["--pretrained_model_name_or_path", "{place}/pndm", *DIGITS], "no short-time PNDMScheduler"),
+    ("train_short_time", ["--pretrained_model_name_or_path", "{place}/edm", *DIGITS], "no short-time EDM"),
     ("train_short_time", [*MODEL, *DIGITS, "--max_diffusion_time", "1e-5"], "max_diffusion_time"),
     ("train_consistency", [*SCRATCH, "--resume_from_checkpoint", "{place}/nowhere"], "no checkpoint there"),
     ("train_consistency", [*SCRATCH, "--output_dir", "{place}/run"], "holds another run"),
     ("train_consistency", [*SCRATCH, "--report_to", "paper"], "paper"),
     ("train_consistency", [*SCRATCH, "--dataset_name", "{place}/images", "--streaming"], "--max_train_steps"),
-    ("fit_bridge", ["--pretrained_model_name_or_path", "{place}/pndm", *DIGITS], "PNDMScheduler|--scheduler"),
-    ("fit_bridge", [*MODEL, *DIGITS, "--scheduler", "PNDMScheduler"], "no short-time PNDMScheduler"),
+    ("fit_bridge", ["--pretrained_model_name_or_path", "{place}/edm", *DIGITS], "EDMEulerScheduler|--scheduler"),
+    ("fit_bridge", [*MODEL, *DIGITS, "--scheduler", "EDMEulerScheduler"], "no short-time EDMEulerScheduler"),
     ("fit_bridge", [*MODEL, *DIGITS, "--scheduler", "DDIM"], "no short-time DDIM;"),
     ("fit_bridge", ["--pretrained_model_name_or_path", "{place}/reflected", *DIGITS], "ReflectedScheduler"),
     ("fit_bridge", [*MODEL, *DIGITS, "--max_diffusion_time", "1e-5"], "reach a timestep"),

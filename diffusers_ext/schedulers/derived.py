@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,12 @@ def derive(prefix: str, family: Any, stock: Any) -> Any:
     members = {"__module__": family.__module__, "__doc__": doc} | {name: keep_signature(name) for name in WRAPPED}
     kind = type(f"{prefix}{stock.__name__}", (family, stock), members)
     return kind
+
+
+def position_in_step(name: str, stock: Any) -> int:
+    """Return the position of an argument of the stock scheduler's `step`, after the network's output: CogVideoX's DPM
+    scheduler has others before `timestep`."""
+    return list(inspect.signature(stock.step).parameters).index(name) - 2
 
 
 def by_name(family: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import SchedulerMixin
 from diffusers.utils import logging
@@ -42,7 +41,8 @@ from ..calibration import Calibration, subtract
 from ..files import write_file
 from ..interop import live_config, noise_schedule
 from ..ranges import require
-from .derived import by_name, derive
+from ..stock import EDM_SCHEDULERS, FLOW_SCHEDULERS, VP_SCHEDULERS, require_known, swapped_in
+from .derived import by_name, derive, position_in_step
 from .scheduling_short_time import SHORT_TIME_SCHEDULERS, ShortTimeScheduler
 
 logger = logging.get_logger(__name__)
@@ -59,6 +59,7 @@ class CalibratedScheduler(SchedulerMixin):
     calibration: Calibration | None = None
     guidance_scale: float = 1.0
     _read: Callable[[bool], float | None] | None = None
+    _timestep_at = 0
 
     @classmethod
     def from_scheduler(cls, scheduler: Any, calibration: Calibration | None, guidance_scale: float = 1.0) -> Any:
@@ -155,12 +156,13 @@ class CalibratedScheduler(SchedulerMixin):
             self._follow(begins=True)
             self._remember_offsets()
 
-    def step(self, model_output: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+    def step(self, model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Step as diffusers does, from the output minus its mean error."""
         if self.calibration is not None:
             self._follow(begins=False)
+            timestep = kwargs["timestep"] if "timestep" in kwargs else args[self._timestep_at]
             model_output = subtract(model_output, self.offset(timestep, model_output))
-        return super().step(model_output, timestep, *args, **kwargs)
+        return super().step(model_output, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save as diffusers does, with the tables beside the configuration."""
@@ -221,28 +223,18 @@ def save_tables(calibration: Calibration, scheduler_folder: str | os.PathLike, g
     write_file(file, json.dumps(json.loads(file.read_text()) | {"guidance_scale": guidance_scale}, indent=2) + "\n")
 
 
-_STOCK = (
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EDMDPMSolverMultistepScheduler",
-    "EDMEulerScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "FlowMatchEulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "UniPCMultistepScheduler",
-)
+def _make(stock: Any) -> Any:
+    kind = derive("Calibrated", CalibratedScheduler, stock)
+    kind._timestep_at = position_in_step("timestep", stock)
+    return kind
+
 
 CALIBRATED_SCHEDULERS: dict[str, Any] = {
-    stock.__name__: derive("Calibrated", CalibratedScheduler, stock)
-    for stock in (*(getattr(diffusers, name) for name in _STOCK), *SHORT_TIME_SCHEDULERS.values())
+    name: _make(stock)
+    for name, stock in (
+        *swapped_in(VP_SCHEDULERS, FLOW_SCHEDULERS, EDM_SCHEDULERS).items(),
+        *by_name(SHORT_TIME_SCHEDULERS).items(),
+    )
 }
 """The calibrated class of each stock or short-time scheduler, by the name of that scheduler."""
 
@@ -255,6 +247,5 @@ def calibrated_class(name: str) -> Any:
     Raises:
         ValueError: there is none; the message names those there are.
     """
-    if name not in CALIBRATED_SCHEDULERS:
-        raise ValueError(f"there is no calibrated {name}; there are those of {', '.join(CALIBRATED_SCHEDULERS)}")
+    require_known(name, "calibrated", CALIBRATED_SCHEDULERS)
     return CALIBRATED_SCHEDULERS[name]

@@ -27,16 +27,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import SchedulerMixin
 from diffusers.configuration_utils import FrozenDict
 
-from ..interop import NoiseSchedule, require_vp, stock_schedule
+from ..interop import NoiseSchedule, VPSchedule, require_vp, stock_schedule
+from ..stock import VP_SCHEDULERS, require_known, swapped_in
 from .derived import by_name, derive
 
 TABLES = ("betas", "alphas", "alphas_cumprod", "alpha_t", "sigma_t", "lambda_t")
 """The stock schedulers' tables by trained timestep, which are cut at T."""
+GRIDS = ("timesteps", "sigmas")
+"""The arguments of `set_timesteps` by which a grid is given."""
 
 
 class ShortTimeScheduler(SchedulerMixin):
@@ -47,68 +49,89 @@ class ShortTimeScheduler(SchedulerMixin):
 
     Raises:
         ValueError: T is out of range, or T < 1 and the schedule is not variance preserving; and in `set_timesteps`,
-            if timesteps are given that begin after T.
+            if the timesteps begin after T, or, where they were not given, before it.
     """
 
     timesteps: Any
     sigmas: Any
+    order: int
+    num_inference_steps: int
+    _short: VPSchedule | None = None
+    _whole_config: Any = None
 
     def schedule_of_network(self) -> NoiseSchedule:
         """Return the schedule of the network up to T, for `diffusers_ext.noise_schedule`."""
-        whole, max_diffusion_time = stock_schedule(self), self.config.max_diffusion_time
-        return whole if max_diffusion_time == 1 else require_vp(whole).shortened(max_diffusion_time)
+        return stock_schedule(self) if self._short is None else self._short
 
     def _shorten(self, max_diffusion_time: float) -> None:
+        """Cut the tables at T, once; the configuration stays that of the whole model."""
         self.register_to_config(max_diffusion_time=max_diffusion_time)
-        self._cut: dict[str, Any] = {}
         if max_diffusion_time == 1:
             return
-        schedule = require_vp(self.schedule_of_network())
-        n = len(schedule.sigmas)
-        config = dict(self.config) | {"num_train_timesteps": n}
-        if config.get("timestep_spacing") == "leading":
-            config["timestep_spacing"] = "trailing"
-        self._cut = {name: getattr(self, name)[:n] for name in TABLES if hasattr(self, name)}
-        self._cut["_internal_dict"] = FrozenDict(config)
-        self._start_scale = (1 + schedule.sigma_max**2) ** 0.5
+        self._short = require_vp(stock_schedule(self)).shortened(max_diffusion_time)
+        for name in TABLES:
+            if hasattr(self, name):
+                setattr(self, name, getattr(self, name)[: len(self._short.sigmas)])
+        self._start_scale = (1 + self._short.sigma_max**2) ** 0.5
 
     @contextmanager
     def _on_short_times(self) -> Iterator[None]:
-        """A context in which this is the stock scheduler of a model that was trained on the timesteps up to T alone."""
-        whole = {name: getattr(self, name) for name in self._cut}
-        self.__dict__.update(self._cut)
+        """A context in which the configuration, too, is that of a model that was trained on [0, T] alone."""
+        whole = self.config
+        if self._short is None:
+            yield
+            return
+        if self._whole_config is not whole:  # pipelines change it
+            spacing = {"timestep_spacing": "trailing"} if whole.get("timestep_spacing") == "leading" else {}
+            self._short_config = FrozenDict({**whole, "num_train_timesteps": len(self._short.sigmas), **spacing})
+            self._whole_config = whole
+        self._internal_dict = self._short_config
         try:
             yield
         finally:
-            self.__dict__.update(whole)
+            self._internal_dict = whole
 
     def set_timesteps(self, num_inference_steps: int | None = None, *args: Any, **kwargs: Any) -> None:
         """Set the timesteps as diffusers does, on [0, T].
 
         Raises:
-            ValueError: a grid that was given, or the configuration, goes beyond T; or as diffusers does.
+            ValueError: the grid goes beyond T, or, if it was not given, does not begin there; or as diffusers does.
         """
         with self._on_short_times():
             super().set_timesteps(num_inference_steps, *args, **kwargs)
-        if self._cut:
-            self._require_short_times()
-        if self._cut and num_inference_steps is not None and len(self.timesteps) > num_inference_steps:
-            self._drop_timestep_below_0(num_inference_steps)
+        if self._short is not None:
+            given = any(kwargs.get(name) is not None for name in GRIDS) or num_inference_steps is None
+            self._drop_timesteps_below_0()
+            self._require_short_times(given)
 
-    def _require_short_times(self) -> None:
+    def _require_short_times(self, given: bool) -> None:
         """Check the grid that diffusers has made, however it was asked for."""
-        first, last = float(self.timesteps.max()), self._cut["_internal_dict"].num_train_timesteps - 1
+        assert self._short is not None
+        first, last = float(self.timesteps.max()), len(self._short.sigmas) - 1
         if not first <= last:
             raise ValueError(f"timesteps begin at {first:g}, after the last one of [0, T], {last}")
-        sigmas, highest = getattr(self, "sigmas", None), (self._start_scale**2 - 1) ** 0.5
+        sigmas, highest = getattr(self, "sigmas", None), self._short.sigma_max
         if sigmas is not None and not float(sigmas.max()) <= highest * (1 + 1e-3):
             raise ValueError(f"the noise levels begin at {float(sigmas.max()):g}, above that of T, {highest:g}")
+        if not given and not first >= last - 0.5:
+            raise ValueError(
+                f"timesteps begin at {first:g}, before the last one of [0, T], {last}, where x_T is: use "
+                f"timestep_spacing='trailing', or, with original_inference_steps, one that divides {last + 1}"
+            )
 
-    def _drop_timestep_below_0(self, num_inference_steps: int) -> None:
+    def _drop_timesteps_below_0(self) -> None:
         """Drop the timestep -1 that diffusers' `trailing` adds by rounding, for 7 steps of 600 trained ones, say."""
-        self.timesteps, self.num_inference_steps = self.timesteps[:num_inference_steps], num_inference_steps
+        if (n := int((self.timesteps < 0).sum())) == 0:
+            return
+        if self.order != 1:
+            raise ValueError(
+                f"{self.num_inference_steps} steps of {len(self._short.sigmas)} trained ones are rounded to a timestep "  # type: ignore[union-attr]
+                f"below 0: use another number of steps, or timestep_spacing='linspace'"
+            )
+        self.timesteps = self.timesteps[:-n]
+        self.num_inference_steps = min(self.num_inference_steps, len(self.timesteps))
         if hasattr(self, "sigmas"):
-            self.sigmas = torch.cat([self.sigmas[:num_inference_steps], self.sigmas[-1:]])
+            self.sigmas = torch.cat([self.sigmas[: len(self.timesteps)], self.sigmas[-1:]])
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Step as diffusers does, on [0, T]."""
@@ -129,21 +152,12 @@ def _make(stock: Any) -> Any:
     kind.__init__ = __init__
     if isinstance(inspect.getattr_static(stock, "init_noise_sigma", None), property):
         kind.init_noise_sigma = property(
-            lambda self: self._start_scale if self._cut else stock.init_noise_sigma.fget(self)
+            lambda self: self._start_scale if self._short is not None else stock.init_noise_sigma.fget(self)
         )
     return kind
 
 
-SHORT_TIME_SCHEDULERS: dict[str, Any] = {
-    stock: _make(getattr(diffusers, stock))
-    for stock in (
-        "DDIMScheduler",
-        "DDPMScheduler",
-        "DPMSolverMultistepScheduler",
-        "EulerDiscreteScheduler",
-        "UniPCMultistepScheduler",
-    )
-}
+SHORT_TIME_SCHEDULERS: dict[str, Any] = {name: _make(stock) for name, stock in swapped_in(VP_SCHEDULERS).items()}
 """The short-time class of each stock scheduler, by the stock scheduler's name."""
 
 globals().update(by_name(SHORT_TIME_SCHEDULERS))
@@ -156,6 +170,5 @@ def short_time_class(name: str) -> Any:
         ValueError: there is none; the message names those there are.
     """
     stock = name.removeprefix("ShortTime")
-    if stock not in SHORT_TIME_SCHEDULERS:
-        raise ValueError(f"there is no short-time {stock}; there are those of {', '.join(SHORT_TIME_SCHEDULERS)}")
+    require_known(stock, "short-time", SHORT_TIME_SCHEDULERS)
     return SHORT_TIME_SCHEDULERS[stock]
