@@ -10,34 +10,48 @@ from typing import Any
 import diffusers
 
 
-def _schedulers(names: str) -> frozenset[str]:
-    return frozenset(f"{name}Scheduler" for name in names.split())
+def class_names(suffix: str, names: str) -> frozenset[str]:
+    """Return the names of classes from a text that leaves their common suffix out."""
+    return frozenset(f"{name}{suffix}" for name in names.split())
 
 
-VP_SCHEDULERS = _schedulers("""
+VP_SCHEDULERS = class_names(
+    "Scheduler",
+    """
     CogVideoXDDIM CogVideoXDPM DDIM DDIMInverse DDIMParallel DDPM DDPMParallel DEISMultistep DPMSolverMultistep
     DPMSolverMultistepInverse DPMSolverSDE DPMSolverSinglestep EulerAncestralDiscrete EulerDiscrete HeunDiscrete
     KDPM2AncestralDiscrete KDPM2Discrete LCM LMSDiscrete PNDM SASolver TCD UniPCMultistep
-""")
-FLOW_SCHEDULERS = _schedulers("FlowMatchEulerDiscrete FlowMatchHeunDiscrete FlowMatchLCM")
-EDM_SCHEDULERS = _schedulers("EDMDPMSolverMultistep EDMEuler")
+""",
+)
+FLOW_SCHEDULERS = class_names("Scheduler", "FlowMatchEulerDiscrete FlowMatchHeunDiscrete FlowMatchLCM")
+EDM_SCHEDULERS = class_names("Scheduler", "EDMDPMSolverMultistep EDMEuler")
 
-NOT_SWAPPED_IN = _schedulers("DDIMInverse DDIMParallel DDPMParallel DPMSolverMultistepInverse")
-"""They go from images to noise, or take all steps at once: only their noise levels are known."""
 
-UNKNOWN = {
-    name: reason
-    for reason, names in {
+def _with_reason(names_by_reason: dict[str, str]) -> dict[str, str]:
+    return {name: reason for reason, names in names_by_reason.items() for name in class_names("Scheduler", names)}
+
+
+NOT_SWAPPED_IN = _with_reason(
+    {
+        "goes from images to noise": "DDIMInverse DPMSolverMultistepInverse",
+        "takes all steps at once": "DDIMParallel DDPMParallel",
+    }
+)
+"""Schedulers of known noise levels that there are no subclasses of, with the reason."""
+
+UNKNOWN = _with_reason(
+    {
         "is of discrete data": "Amused BlockRefinement DiscreteDDIM EntropyBound VQDiffusion",
-        "is of distilled models that have no noise to predict": "CMStochasticIterative FlowMapEulerDiscrete Piflow SCM",
-        "has times or noise levels of its own": """
-            CosineDPMSolverMultistep DDPMWuerstchen IPNDM KarrasVe LTXEulerAncestralRF MiniMaxH3 ScoreSdeVe""",
-        "changes the sample between the stages of a call": "Helios HeliosDMD RFD4Proteina RePaint",
-        "takes outputs of an unCLIP prior": "UnCLIP",
-    }.items()
-    for name in sorted(_schedulers(names))
-}
-"""The other schedulers, with the reason why there is no subclass of them."""
+        "is of distilled models": "CMStochasticIterative FlowMapEulerDiscrete HeliosDMD Piflow SCM",
+        "has noise levels, times or steps of its own": """
+            CosineDPMSolverMultistep DDPMWuerstchen Helios IPNDM KarrasVe LTXEulerAncestralRF MiniMaxH3 RFD4Proteina
+            RePaint ScoreSdeVe UnCLIP""",
+    }
+)
+"""The other schedulers, with the reason why their models cannot be used here."""
+
+NEEDS = {"DPMSolverSDEScheduler": "torchsde", "LMSDiscreteScheduler": "scipy"}
+"""Libraries without which diffusers has a scheduler by name only."""
 
 
 def stock_class(name: str) -> Any:
@@ -48,7 +62,7 @@ def stock_class(name: str) -> Any:
 
 def swapped_in(*families: frozenset[str]) -> dict[str, Any]:
     """Return the classes of the families that pipelines sample with and that can be imported, by their names."""
-    names = sorted(frozenset().union(*families) - NOT_SWAPPED_IN)
+    names = sorted(frozenset().union(*families) - NOT_SWAPPED_IN.keys())
     return {name: kind for name in names if (kind := stock_class(name)) is not None}
 
 
@@ -56,14 +70,18 @@ def require_known(name: str, made: str, known: dict[str, Any]) -> None:
     """Refuse a scheduler that there is no subclass of.
 
     Args:
-        made: what the subclass would be called, for the message.
+        made: the kind of subclass, for the message.
+        known: the subclasses by the names of their stock schedulers.
 
     Raises:
         ValueError: the message has the reason, and names those there are.
     """
     if name in known:
         return
-    reason = f": it {UNKNOWN[name]}" if name in UNKNOWN else ""
-    if name in VP_SCHEDULERS and stock_class(name) is None:
-        reason = f": install {'torchsde' if 'SDE' in name else 'scipy'}"
+    if name in NEEDS:
+        reason = f": install {NEEDS[name]}"
+    elif name in FLOW_SCHEDULERS | EDM_SCHEDULERS:
+        reason = ": it is not variance-preserving"
+    else:
+        reason = f": it {why}" if (why := (NOT_SWAPPED_IN | UNKNOWN).get(name)) else ""
     raise ValueError(f"there is no {made} {name}{reason}; there are those of {', '.join(known)}")

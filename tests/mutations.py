@@ -102,9 +102,24 @@ MUTATIONS = [
         "tests/test_scheduling_calibrated.py -k 'each_step and DDIM'",
     ),
     Mutation(
+        "the argument of a step", ".index(name) - 2", ".index(name) - 1", "tests/test_scheduling_calibrated.py -k CogV"
+    ),
+    Mutation(
+        "short-time tables",
+        "getattr(self, name)[: len(self._short.sigmas)]",
+        "getattr(self, name)[: len(self._short.sigmas) + 1]",
+        "tests/test_scheduling_short_time.py -k first_timesteps",
+    ),
+    Mutation(
+        "settings of short times",
+        "if self._whole_config is not whole:",
+        "if self._whole_config is None:",
+        "tests/test_scheduling_short_time.py -k pipeline_changes",
+    ),
+    Mutation(
         "short-time schedulers",
-        "self._start_scale = (1 + schedule.sigma_max**2) ** 0.5",
-        "self._start_scale = 1 + schedule.sigma_max",
+        "self._start_scale = (1 + self._short.sigma_max**2) ** 0.5",
+        "self._start_scale = 1 + self._short.sigma_max",
         "tests/test_scheduling_short_time.py -k 'start_of_euler or EulerDiscrete'",
     ),
     Mutation(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import stranger
+from mutations import MUTATIONS, place_of
 
 import diffusers_ext
 
@@ -140,3 +141,9 @@ def test_functions_and_classes_are_short(path):
             if isinstance(node, ast.FunctionDef) and ast.get_docstring(node):
                 lines -= first.end_lineno - first.lineno + 1
             assert lines <= (250 if isinstance(node, ast.ClassDef) else 60), f"{node.name}: {lines} lines"
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.part)
+def test_each_mutation_still_has_its_place(mutation):
+    """Otherwise `tests/mutations.py` ends before it has tried one."""
+    assert (ROOT / place_of(mutation.snippet)).is_file()

@@ -100,6 +100,16 @@ def test_a_grid_that_does_not_begin_at_the_start_is_refused() -> None:
         short("HeunDiscrete", 0.6, timestep_spacing="trailing").set_timesteps(7)
 
 
+def test_a_setting_that_diffusers_changes_itself_holds() -> None:
+    """An odd number of steps of a second-order solver makes it set `lower_order_final`."""
+    ours, theirs = short("DPMSolverSinglestep", 0.6, lower_order_final=False), of_the_first("DPMSolverSinglestep", 600)
+    for each in (ours, theirs):
+        each.register_to_config(lower_order_final=False)
+        each.set_timesteps(5)
+    assert ours.config.lower_order_final == theirs.config.lower_order_final is True
+    assert ours.config.num_train_timesteps == 1000
+
+
 def test_settings_that_a_pipeline_changes_hold() -> None:
     """Stable Diffusion switches `clip_sample` off in the configuration of the scheduler that it is given."""
     ours = short("DDIM", 0.6, clip_sample=True)

@@ -28,17 +28,19 @@ def test_every_scheduler_of_diffusers_is_decided_on_once():
 
 def test_all_that_pipelines_sample_with_have_subclasses():
     known = VP_SCHEDULERS | FLOW_SCHEDULERS | EDM_SCHEDULERS
-    assert {n for n in CALIBRATED_SCHEDULERS if n[:9] != "ShortTime"} == known - NOT_SWAPPED_IN
-    assert set(SHORT_TIME_SCHEDULERS) == VP_SCHEDULERS - NOT_SWAPPED_IN
+    assert {n for n in CALIBRATED_SCHEDULERS if n[:9] != "ShortTime"} == known - NOT_SWAPPED_IN.keys()
+    assert set(SHORT_TIME_SCHEDULERS) == VP_SCHEDULERS - NOT_SWAPPED_IN.keys()
 
 
 def test_a_refusal_says_why():
     with pytest.raises(
-        ValueError, match=r"no short-time IPNDMScheduler: it has times or noise levels of its own; there"
+        ValueError, match=r"no short-time IPNDMScheduler: it has noise levels, times or steps of its own; there"
     ):
         short_time_class("IPNDMScheduler")
-    with pytest.raises(ValueError, match="no calibrated DDIMInverseScheduler; there are"):
+    with pytest.raises(ValueError, match="no calibrated DDIMInverseScheduler: it goes from images to noise; there"):
         calibrated_class("DDIMInverseScheduler")
+    with pytest.raises(ValueError, match="no short-time EDMEulerScheduler: it is not variance-preserving; there are"):
+        short_time_class("EDMEulerScheduler")
 
 
 def test_without_an_optional_library_only_its_scheduler_is_missing():

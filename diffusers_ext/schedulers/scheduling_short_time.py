@@ -37,8 +37,6 @@ from .derived import by_name, derive
 
 TABLES = ("betas", "alphas", "alphas_cumprod", "alpha_t", "sigma_t", "lambda_t")
 """The stock schedulers' tables by trained timestep, which are cut at T."""
-GRIDS = ("timesteps", "sigmas")
-"""The arguments of `set_timesteps` by which a grid is given."""
 
 
 class ShortTimeScheduler(SchedulerMixin):
@@ -88,8 +86,10 @@ class ShortTimeScheduler(SchedulerMixin):
         self._internal_dict = self._short_config
         try:
             yield
-        finally:
-            self._internal_dict = whole
+        finally:  # what diffusers has changed meanwhile (DPMSolverSinglestep does) holds
+            short = self._short_config
+            changed = {name: value for name, value in self.config.items() if value is not short.get(name)}
+            self._internal_dict = FrozenDict({**whole, **changed}) if changed else whole
 
     def set_timesteps(self, num_inference_steps: int | None = None, *args: Any, **kwargs: Any) -> None:
         """Set the timesteps as diffusers does, on [0, T].
@@ -100,12 +100,16 @@ class ShortTimeScheduler(SchedulerMixin):
         with self._on_short_times():
             super().set_timesteps(num_inference_steps, *args, **kwargs)
         if self._short is not None:
-            given = any(kwargs.get(name) is not None for name in GRIDS) or num_inference_steps is None
             self._drop_timesteps_below_0()
-            self._require_short_times(given)
+            whole_grid = num_inference_steps is not None and kwargs.get("strength", 1.0) == 1.0
+            self._require_short_times(whole_grid)
 
-    def _require_short_times(self, given: bool) -> None:
-        """Check the grid that diffusers has made, however it was asked for."""
+    def _require_short_times(self, whole_grid: bool) -> None:
+        """Check the grid that diffusers has made, however it was asked for.
+
+        Args:
+            whole_grid: only a number of steps was given, so that the grid must begin at T.
+        """
         assert self._short is not None
         first, last = float(self.timesteps.max()), len(self._short.sigmas) - 1
         if not first <= last:
@@ -113,7 +117,7 @@ class ShortTimeScheduler(SchedulerMixin):
         sigmas, highest = getattr(self, "sigmas", None), self._short.sigma_max
         if sigmas is not None and not float(sigmas.max()) <= highest * (1 + 1e-3):
             raise ValueError(f"the noise levels begin at {float(sigmas.max()):g}, above that of T, {highest:g}")
-        if not given and not first >= last - 0.5:
+        if whole_grid and not first >= last - 0.5:
             raise ValueError(
                 f"timesteps begin at {first:g}, before the last one of [0, T], {last}, where x_T is: use "
                 f"timestep_spacing='trailing', or, with original_inference_steps, one that divides {last + 1}"

@@ -17,13 +17,11 @@ import weakref
 from diffusers import DiffusionPipeline
 
 from ..ranges import require
+from ..stock import class_names
 
-
-def _pipelines(names: str) -> frozenset[str]:
-    return frozenset(f"{name}Pipeline" for name in names.split())
-
-
-AT_EACH_STEP = _pipelines("""
+AT_EACH_STEP = class_names(
+    "Pipeline",
+    """
     AltDiffusionImg2Img AltDiffusion AnimateDiffSDXL BriaFibo2 Bria CogView3Plus CogView4Control CogView4 GlmImage
     HiDreamImage JoyImageEdit JoyImageEditPlus Kandinsky6TI2VA KandinskyV22Img2Img KandinskyV22Inpaint
     KandinskyV22 KandinskyV22Prior KolorsImg2Img Kolors LTXCondition LTXImageToVideo LTX LongCatImageEdit
@@ -32,8 +30,11 @@ AT_EACH_STEP = _pipelines("""
     StableDiffusionDepth2Img StableDiffusionImg2Img StableDiffusionInpaint StableDiffusion
     StableDiffusionXLImg2Img StableDiffusionXLInpaint StableDiffusionXL
     ClassConditional ShortTime
-""")
-AT_THE_CALL = _pipelines("""
+""",
+)
+AT_THE_CALL = class_names(
+    "Pipeline",
+    """
     AnimateDiffControlNet AnimateDiff AnimateDiffSparseControlNet AnimateDiffVideoToVideoControlNet
     AnimateDiffVideoToVideo AnyFlowFAR AnyFlow ChromaImg2Img ChromaInpaint Chroma ChronoEdit EasyAnimateControl
     EasyAnimateInpaint EasyAnimate ErnieImage Flux2KleinInpaint Flux2Klein Helios HunyuanDiTControlNet HunyuanDiT
@@ -44,16 +45,20 @@ AT_THE_CALL = _pipelines("""
     StableDiffusionXLControlNetImg2Img StableDiffusionXLControlNetInpaint StableDiffusionXLControlNet
     StableDiffusionXLControlNetUnionImg2Img StableDiffusionXLControlNetUnionInpaint
     StableDiffusionXLControlNetUnion StableDiffusionXLControlNetXS WanAnimate WanVideoToVideo
-""")
+""",
+)
 
 
-_NOT_IN_ONE_BATCH = _pipelines("""
+_NOT_IN_ONE_BATCH = class_names(
+    "Pipeline",
+    """
     BriaFibo2 Chroma ChromaImg2Img ChromaInpaint ChronoEdit CogView4 CogView4Control Flux2Klein Flux2KleinInpaint
     GlmImage Helios JoyImageEdit Kandinsky6TI2VA KandinskyV22Prior LongCatImage LongCatImageEdit Lumina Lumina2
     SkyReelsV2 SkyReelsV2DiffusionForcing SkyReelsV2DiffusionForcingImageToVideo
     SkyReelsV2DiffusionForcingVideoToVideo SkyReelsV2ImageToVideo StableDiffusion3 WanAnimate WanVideoToVideo
     ClassConditional ShortTime
-""")
+""",
+)
 UNCONDITIONAL_FIRST = (AT_EACH_STEP | AT_THE_CALL) - _NOT_IN_ONE_BATCH
 """With guidance these call the network once a step, with the unconditional rows in the first half of the batch."""
 
