@@ -21,6 +21,7 @@ from .interop import NoiseSchedule, denoiser_from, noise_schedule, score_model_f
 from .likelihood import Elbo, bits_per_dim, boundary_flux, dequantize, elbo, log_likelihood
 from .losses import DiscriminatorLoss, consistency_loss, discriminator_loss, observation_loss, score_matching_loss
 from .mean_error import estimate_calibration
+from .networks import NetworkConvention
 from .noise_levels import (
     karras_sigmas,
     log_linear_sigmas,
@@ -50,6 +51,7 @@ __all__ = [
     "GaussianBridge",
     "GaussianProcess",
     "MixtureBridge",
+    "NetworkConvention",
     "NoiseLevelDiscriminator",
     "NoiseSchedule",
     "Process",

@@ -44,7 +44,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .interop import NoiseSchedule, VPSchedule, stored_schedule, time_scale, unwrap
+from .interop import NoiseSchedule, VPSchedule, stored_schedule
+from .networks import NetworkConvention, convention_of, unwrap
 from .process import GaussianProcess
 from .ranges import require
 
@@ -257,6 +258,7 @@ def calibrate_denoiser(
     *,
     guidance: str | None = None,
     is_guided: Callable[[], bool] | None = None,
+    convention: NetworkConvention | None = None,
 ) -> RemovableHandle:
     """Subtract the offset from every output of a network, by a forward hook.
 
@@ -269,18 +271,21 @@ def calibrate_denoiser(
         guidance: `first_half` if the first half of each batch is unconditional, as in the text pipelines of diffusers
             with guidance; `None` if the class labels say it, or there is no guidance.
         is_guided: asked at each call whether guidance is on; by default it always is.
+        convention: as for `denoiser_from`.
 
     Returns:
         A handle; `handle.remove()` undoes it.
 
     Raises:
-        ValueError: `guidance` is unknown, or the table has no rows for it; and in a call, where shapes do not fit.
+        ValueError: `guidance` is unknown, or the table has no rows for it, or the convention of the network is not
+            known; and in a call, where shapes do not fit.
     """
     rows = tuple(calibration.config.rows)
     if guidance not in (None, "first_half") or (guidance is not None and UNCONDITIONAL not in rows):
         raise ValueError(f"guidance={guidance!r} must be None, or 'first_half' with a row {UNCONDITIONAL!r} in {rows}")
     network = unwrap(model)
-    signature, scale = inspect.signature(network.forward), time_scale(network)
+    signature = inspect.signature(network.forward)
+    means, n_timesteps = convention or convention_of(network), calibration.schedule.num_train_timesteps
 
     def hook(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
@@ -291,7 +296,8 @@ def calibrate_denoiser(
         by_halves = guidance == "first_half" and (is_guided is None or is_guided())
         halves = torch.arange(n, device=device) < n // 2 if by_halves else None
         weights = calibration.row_weights(n, given.get("class_labels"), halves)
-        raw = subtract(raw, calibration.offset(calibration.schedule.sigma(time / scale), weights))
+        sigma = calibration.schedule.sigma(means.timestep(time, n_timesteps))
+        raw = subtract(raw, means.sign * calibration.offset(sigma, weights))
         if isinstance(output, tuple):
             return (raw, *output[1:])
         output.sample = raw

@@ -1,7 +1,7 @@
 r"""From a diffusers model and its scheduler to (x, sigma), and back: the only place that knows timesteps.
 
 A scheduler's configuration says three things about a network: the scale of its input, what its output predicts, and the
-time it is given. With x = x0 + sigma n,
+time it is given (which some pipelines change on the way, see `networks`). With x = x0 + sigma n,
 
     family   scheduler's sample      time given to the network                                 sigma at that time
     vp       x / (1 + sigma^2)^1/2   index in the noise table, interpolated in log sigma      ((1 - abar_t)/abar_t)^1/2
@@ -25,17 +25,15 @@ from typing import Any, ClassVar
 import diffusers
 import torch
 from diffusers import SchedulerMixin
-from torch import Tensor, nn
+from torch import Tensor
 
+from .networks import Network, NetworkConvention
 from .noise_levels import log_linear_sigmas, log_normal_sigmas
 from .process import GaussianProcess, Process, ReflectedProcess
 from .randomness import randint
 from .ranges import require
 from .score import Denoiser, ReflectedModel, ScoreModel, preconditioning
 from .stock import EDM_SCHEDULERS, FLOW_SCHEDULERS, VP_SCHEDULERS
-
-# These networks multiply their time by 1000 themselves.
-_TIME_IN_UNIT_INTERVAL = ("AuraFlow", "Chroma", "Flux", "LongCatImage", "NucleusMoE", "OvisImage", "QwenImage")
 
 
 class NoiseSchedule(ABC):
@@ -336,82 +334,33 @@ def _unsupported(scheduler: Any) -> str:
     )
 
 
-class Network(nn.Module):
-    """One calling convention for diffusers' models: network(model_input, time, **cond) -> raw output.
-
-    Takes `UNet2DModel`, `UNet2DConditionModel`, transformers (`hidden_states`, `timestep` by name) and any module or
-    function called as (x, t, **cond). The input is cast to the model's dtype, the output back to that of the input;
-    the variance channels of a model with learned variance are dropped.
-    """
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-        inner = unwrap(model)
-        if type(inner).__name__.startswith("ZImage"):
-            raise ValueError(f"{type(inner).__name__} counts its time from the noise: it is not supported")
-        parameters = inspect.signature(inner.forward if isinstance(inner, nn.Module) else inner).parameters
-        self._sample = next((name for name in ("sample", "hidden_states") if name in parameters), "")
-        self._by_name = self._sample != "" and "timestep" in parameters
-        self._options = {"return_dict": False} if "return_dict" in parameters else {}
-        self._time_scale = time_scale(inner)
-
-    def forward(self, model_input: Tensor, time: Tensor, **cond: Any) -> Tensor:
-        time = (time * self._time_scale).expand(len(model_input))
-        cast = model_input.to(_dtype(self.model) or model_input.dtype)
-        if self._by_name:
-            output = self.model(**{self._sample: cast, "timestep": time}, **cond, **self._options)
-        else:
-            output = self.model(cast, time, **cond, **self._options)
-        output = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-        channels = model_input.shape[1]
-        if output.shape != model_input.shape and output.shape[1] == 2 * channels:
-            output = output[:, :channels]
-        return output.to(model_input.dtype)
-
-
-def time_scale(model: Any) -> float:
-    """Return the factor of the time that a network expects: 1/1000 for those that multiply it by 1000 themselves."""
-    return 1e-3 if type(unwrap(model)).__name__.startswith(_TIME_IN_UNIT_INTERVAL) else 1.0
-
-
-def unwrap(model: Any) -> Any:
-    """Return the model inside DistributedDataParallel, FSDP, DeepSpeed or torch.compile."""
-    while True:
-        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
-def _dtype(model: Any) -> torch.dtype | None:
-    if not isinstance(model, nn.Module):
-        return None
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-
-
-def score_model_from(model: Any, scheduler: Any) -> ScoreModel:
+def score_model_from(model: Any, scheduler: Any, convention: NetworkConvention | None = None) -> ScoreModel:
     """Turn a diffusers model and its scheduler into a function of (x, sigma): a `ReflectedModel` or a `Denoiser`.
 
     Args, Raises: as `denoiser_from`.
     """
     schedule = noise_schedule(scheduler)
     if isinstance(schedule.process, ReflectedProcess):
-        return ReflectedModel(Network(model), schedule.time, schedule.process)
-    return denoiser_from(model, scheduler)
+        network = Network(model, schedule.num_train_timesteps, convention)
+        return ReflectedModel(network, schedule.time, schedule.process)
+    return denoiser_from(model, scheduler, convention)
 
 
-def denoiser_from(model: Any, scheduler: Any) -> Denoiser:
+def denoiser_from(model: Any, scheduler: Any, convention: NetworkConvention | None = None) -> Denoiser:
     """Turn a diffusers model and its scheduler into the denoiser D(x, sigma, **cond).
 
     Args:
-        model: the network, wrapped (DDP, compiled, ...) or not; see `Network`.
+        model: the network, wrapped (DDP, compiled, ...) or not; see `networks.Network`.
         scheduler: the stock scheduler that belongs to it, or a subclass.
+        convention: what the network is told at a timestep and what its output means; by default that of its class,
+            see `diffusers_ext.networks`.
 
     Raises:
-        ValueError: the scheduler or its prediction type is not supported; the message names those that are.
+        ValueError: the scheduler or its prediction type is not supported, or the convention of the network is not
+            known; the message names those that are.
     """
     schedule = noise_schedule(scheduler)
     if isinstance(schedule.process, ReflectedProcess):
         raise ValueError("a model of a reflected process has a score and no denoiser: use score_model_from")
-    return Denoiser(Network(model), schedule.coefficients, schedule.time)
+    network = Network(model, schedule.num_train_timesteps, convention)
+    return Denoiser(network, schedule.coefficients, schedule.time)

@@ -27,7 +27,8 @@ from tqdm.auto import tqdm
 
 from .calibration import ALL, CONDITIONAL, UNCONDITIONAL, Calibration, require_gaussian
 from .files import replacing
-from .interop import NoiseSchedule, denoiser_from, noise_schedule, stored_scheduler, unwrap
+from .interop import NoiseSchedule, denoiser_from, noise_schedule, stored_scheduler
+from .networks import NetworkConvention, unwrap
 from .noise_levels import log_linear_sigmas
 from .randomness import RULE, Seeds, Stream, randn_like
 from .ranges import require
@@ -114,6 +115,7 @@ def estimate_calibration(
     save_every: int = 10,
     measured_on: Mapping[str, Any] | None = None,
     progress: bool = True,
+    convention: NetworkConvention | None = None,
 ) -> Calibration:
     """Measure the mean error of `model` over data.
 
@@ -140,6 +142,7 @@ def estimate_calibration(
             are detected by their first batch.
         measured_on: stored with the result, for people.
         progress: show a progress bar.
+        convention: as for `denoiser_from`.
 
     Returns:
         The calibration, the same on all processes; on the CPU.
@@ -154,9 +157,8 @@ def estimate_calibration(
     if null_class is not None:
         unconditional = {"class_labels": torch.tensor([null_class])}
     sigmas, rows = _levels(schedule, num_levels), _rows(num_classes, unconditional is not None)
-    measurement = _Measurement(
-        denoiser_from(model, scheduler), sigmas, rows, unconditional, control_variate, antithetic, seed, accelerator
-    )
+    denoiser = denoiser_from(model, scheduler, convention)
+    measurement = _Measurement(denoiser, sigmas, rows, unconditional, control_variate, antithetic, seed, accelerator)
     run = {
         "model": _fingerprint(model) if state_path is not None else None,
         "scheduler": stored_scheduler(scheduler),
@@ -165,7 +167,7 @@ def estimate_calibration(
         "random_rule": RULE,
         "seed": seed,
         "process": [measurement.rank, measurement.world],
-        "estimator": [control_variate, antithetic],
+        "estimator": [control_variate, antithetic, *([convention] if convention is not None else [])],
     }
     sums = _sums_over_data(measurement, batches, run, state_path, tolerance, max_samples, save_every, progress)
     settings = {

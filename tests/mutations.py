@@ -51,6 +51,11 @@ MUTATIONS = [
     ),
     Mutation("solvers", "* (slope + slope_next) / 2", "* slope_next", "tests/test_solvers.py -k 'order or heun'"),
     Mutation("interop", "output = output[:, :channels]", "output = output[:, channels:]", "tests/test_interop.py"),
+    Mutation("signs of networks", "means.sign * calibration", "calibration", "tests/test_networks.py -k x0"),
+    Mutation("times of networks", "return n - t if self.from_end else t", "return t", "tests/test_networks.py -k x0"),
+    Mutation(
+        "units of networks", "NetworkConvention(1000)", "NetworkConvention(None)", "tests/test_networks.py -k source"
+    ),
     Mutation(
         "losses",
         "_mean_of_elements(residual_1 * residual_2)",

@@ -16,7 +16,7 @@ ORDER = [
     {"fields", "hypercube", "stock"},
     {"process"},
     {"score"},
-    {"noise_levels"},
+    {"noise_levels", "networks"},
     {"solvers"},
     {"interop"},
     {"losses", "discriminator", "extractors", "metrics", "likelihood", "calibration", "bridges"},

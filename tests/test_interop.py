@@ -26,7 +26,8 @@ from oracles import along, host_units, image_mixture, network_of
 from torch import Tensor, nn
 
 from diffusers_ext import denoiser_from, euler, noise_schedule, sample, score_matching_loss
-from diffusers_ext.interop import Network, require_vp
+from diffusers_ext.interop import require_vp
+from diffusers_ext.networks import Network
 from diffusers_ext.stock import EDM_SCHEDULERS, FLOW_SCHEDULERS, VP_SCHEDULERS
 
 LAW = image_mixture(2, 3)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files import replacing_files
-from ..interop import unwrap
+from ..networks import unwrap
 from ..randomness import rand
 
 Condition = dict[str, Any]

@@ -15,7 +15,7 @@ from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
 from diffusers.models.embeddings import LabelEmbedding
 
 from ..errors import InputError
-from ..interop import Network
+from ..networks import Network
 from ..pipelines import ClassConditionalPipeline
 from .base import Condition, ImageFormat, Rows, Subject
 

@@ -16,7 +16,7 @@ from ..data.batches import Position
 from ..data.contents import changes
 from ..errors import InputError
 from ..files import remove_written
-from ..interop import unwrap
+from ..networks import unwrap
 from ..randomness import Seeds
 from .arguments import TrainingArguments
 from .best import NAME as BEST
