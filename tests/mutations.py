@@ -135,9 +135,15 @@ MUTATIONS = [
     ),
     Mutation(
         "pipelines",
-        "return null + guidance_scale * (output - null)",
-        "return output + guidance_scale * (output - null)",
+        "output = null + guidance_scale * (output - null)",
+        "output = output + guidance_scale * (output - null)",
         "tests/test_pipelines.py -k guidance",
+    ),
+    Mutation(
+        "variance",
+        "torch.cat([output, variance[: len(output)]], 1)",
+        "torch.cat([output, variance[-len(output) :]], 1)",
+        "tests/test_pipelines.py -k variance",
     ),
     Mutation(
         "data",

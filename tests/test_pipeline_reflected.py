@@ -354,7 +354,8 @@ def test_its_arguments_are_those_of_the_other_pipeline_and_the_tolerances() -> N
     ours, theirs = (
         dict(inspect.signature(k.__call__).parameters) for k in (ReflectedPipeline, ClassConditionalPipeline)
     )
-    assert list(ours) == [*theirs, "rtol", "atol"]
+    *own, options = theirs
+    assert list(ours) == [*own, "rtol", "atol", options]
     assert all(ours[name] == theirs[name] for name in theirs)
 
 
@@ -373,6 +374,8 @@ OWN = [
     ({"atol": -1.0, "rtol": 1.0}, "atol must be above 0"),
     ({"rtol": float("nan")}, "rtol must be above 0"),
     ({"rtol": 1e-3, "callback_on_step_end": print}, "no steps to call back from"),
+    ({"rtol": 1e-3, "s_churn": 1}, r"makes no steps of the scheduler: it takes no \['s_churn'\]"),
+    ({"s_churn": 1}, r"\['s_churn'\] are no arguments of this pipeline, nor of ReflectedScheduler.step, .* no more"),
     ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
     ({"num_inference_steps": 1001}, "num_inference_steps must be at least 1 and at most 1000, got 1001"),
 ]

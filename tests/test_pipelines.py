@@ -1,6 +1,7 @@
 """`ClassConditionalPipeline`. Truth: diffusers' own `DDIMPipeline` bit for bit, the exact probability-flow map of
 Gaussian data under every scheduler, and sampling loops written out by hand."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -37,6 +38,8 @@ from diffusers_ext import (
     ShortTimeDDIMScheduler,
     ShortTimePipeline,
 )
+from diffusers_ext.interop import stored_scheduler
+from diffusers_ext.pipelines.pipeline_class_conditional import READ_VARIANCE
 
 REPOSITORY = Path(__file__).parent.parent
 SHAPE = (1, 4, 4)
@@ -473,3 +476,140 @@ def test_a_callback_may_change_the_guidance_of_the_next_steps() -> None:
             given, null = (pipe.unet(x, t, class_labels=torch.tensor(y)).sample for y in ([0, 1], [4, 4]))
             x = scheduler.step(null + w * (given - null), t, x).prev_sample
     torch.testing.assert_close(ours, x, rtol=0, atol=1e-4)
+
+
+def test_options_of_the_step_reach_it_as_in_diffusers() -> None:
+    scheduler = DDIMScheduler(clip_sample=True, clip_sample_range=0.3)
+    options = {"batch_size": 2, "num_inference_steps": 4, "use_clipped_model_output": True}
+    stock = quiet(DDIMPipeline(tiny_unet(), scheduler))(generator=seeded(), output_type="np", **options).images
+    pipe = quiet(ClassConditionalPipeline(tiny_unet(), scheduler))
+    assert np.array_equal(pipe(generator=seeded(), output_type="np", **options).images, stock)
+    without = pipe(generator=seeded(), output_type="np", **options | {"use_clipped_model_output": False}).images
+    assert np.abs(without - stock).max() > 0.01
+
+
+@pytest.mark.parametrize("option", ["use_cliped_model_output", "sample", "model_output"])
+def test_an_unknown_option_is_refused_with_those_there_are(option: str) -> None:
+    with pytest.raises(ValueError, match=rf"{option}.*DDIMScheduler.step, which takes use_clipped_model_output, varia"):
+        class_pipeline()(0, num_inference_steps=1, **{option: True})
+
+
+class LearnedVariance(OracleUNet):
+    """A network of C channels that returns 2 C: the prediction, and a variance that depends on the class."""
+
+    @register_to_config
+    def __init__(self, in_channels: int = 3, out_channels: int = 6, num_class_embeds: int = 3, sample_size: int = 8):
+        diffusers.ModelMixin.__init__(self)
+        self.dummy = nn.Parameter(torch.zeros(()))
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> UNet2DOutput:
+        y = class_labels.reshape(-1, 1, 1, 1)
+        prediction, variance = (0.5 + 0.1 * y) * sample, 0.1 + 0.1 * y + 0.2 * sample.sin() ** 2
+        if self.config.out_channels == self.config.in_channels:
+            return UNet2DOutput(sample=prediction)
+        return UNet2DOutput(sample=torch.cat([prediction, variance], 1))
+
+
+def learned(scheduler, channels: int, out: int) -> ClassConditionalPipeline:
+    return quiet(ClassConditionalPipeline(LearnedVariance(channels, out), scheduler, null_class=2))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+@pytest.mark.parametrize("kind", [DDPMScheduler, diffusers.DDPMParallelScheduler])
+def test_ddpm_reads_the_variance_of_the_conditional_model(kind, variance_type, guidance_scale, channels) -> None:
+    scheduler = kind(variance_type=variance_type, clip_sample=False)
+    pipe = learned(scheduler, channels, 2 * channels)
+    options = {"num_inference_steps": 3, "guidance_scale": guidance_scale, "output_type": "latent"}
+    ours = pipe([0, 1], generator=seeded(), **options).images
+
+    x, generator, y = torch.randn(2, channels, 8, 8, generator=(g := seeded())), g, torch.tensor([0, 1])
+    stock = kind(variance_type=variance_type, clip_sample=False)
+    stock.set_timesteps(3)
+    for t in stock.timesteps:
+        (given, variance), null = pipe.unet(x, t, y).sample.chunk(2, 1), pipe.unet(x, t, y * 0 + 2).sample[:, :channels]
+        output = torch.cat([null + guidance_scale * (given - null), variance], 1)
+        x = stock.step(output, t, x, generator=generator).prev_sample
+    assert ours.shape == (2, channels, 8, 8)
+    torch.testing.assert_close(ours, x)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDPMScheduler(),
+        DDIMScheduler(),
+        EulerDiscreteScheduler(),
+        UniPCMultistepScheduler(),
+        diffusers.DPMSolverMultistepScheduler(),
+        diffusers.DPMSolverMultistepScheduler(variance_type="learned_range"),
+    ],
+    ids=lambda scheduler: f"{type(scheduler).__name__} {scheduler.config.get('variance_type')}",
+)
+def test_other_schedulers_get_the_prediction_alone(scheduler, channels: int) -> None:
+    options = {"num_inference_steps": 4, "guidance_scale": 2.5, "output_type": "latent"}
+    both, alone = (
+        learned(scheduler, channels, out)([0, 1], generator=seeded(), **options).images
+        for out in (2 * channels, channels)
+    )
+    assert both.shape == (2, channels, 8, 8)
+    assert torch.equal(both, alone)
+
+
+def test_schedulers_that_read_the_variance_are_those_of_which_the_source_says_so() -> None:
+    names = [name for name in dir(diffusers) if name.endswith("Scheduler")]
+    kinds = [getattr(diffusers, name) for name in names if not name.startswith(("Calibrated", "ShortTime"))]
+    kinds = [kind for kind in kinds if hasattr(kind, "step")]
+    reads = {kind.__name__ for kind in kinds if "predicted_variance" in inspect.getsource(kind.step)}
+    assert reads == {kind.__name__ for kind in READ_VARIANCE}
+
+
+def test_networks_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"variance_type='learned' needs a UNet that predicts.* with 6 output channels"
+    ):
+        learned(DDPMScheduler(variance_type="learned"), 3, 3)(0, num_inference_steps=1)
+    with pytest.raises(ValueError, match="takes 3 channels and returns 4: it is no model of images"):
+        learned(DDPMScheduler(), 3, 4)(0, num_inference_steps=1)
+
+
+@pytest.mark.parametrize("kind", [ClassConditionalPipeline, ShortTimePipeline, ReflectedPipeline])
+def test_callbacks_of_each_pipeline_are_those_of_diffusers(kind) -> None:
+    """They may read every tensor that is offered, replace the sample, and raise the scale of guidance."""
+    scheduler = {ShortTimePipeline: ShortTimeDDIMScheduler(), ReflectedPipeline: ReflectedScheduler()}
+    pipe = quiet(kind(tiny_unet(5), scheduler.get(kind, DDIMScheduler()), null_class=4))
+    offered = kind._callback_tensor_inputs
+
+    def raise_and_clear(pipe, step, timestep, tensors):
+        assert tensors.keys() == set(offered)
+        pipe._guidance_scale += 1.0
+        last = step == pipe.num_timesteps - 1
+        return {"latents": torch.full_like(tensors["latents"], 0.25)} if last else {}
+
+    drawn = pipe(
+        [0, 1],
+        guidance_scale=2.0,
+        num_inference_steps=3,
+        output_type="latent",
+        callback_on_step_end=raise_and_clear,
+        callback_on_step_end_tensor_inputs=list(offered),
+    ).images
+    assert (drawn == 0.25).all()
+    assert pipe.guidance_scale == 2.0 + pipe.num_timesteps
+
+
+def test_the_precision_of_a_pipeline_is_that_of_its_network(tmp_path) -> None:
+    """A bridge stays in float32, where its directions are orthonormal."""
+    scheduler = ShortTimeDDIMScheduler(max_diffusion_time=0.6)
+    bridge = GaussianBridge((3, 8, 8), 0.6, stored_scheduler(scheduler), 4)
+    pipe = ShortTimePipeline(tiny_unet(), scheduler, bridge)
+    assert pipe.dtype == torch.float32
+    pipe.save_pretrained(tmp_path)
+    for half in (pipe.to(torch.float16), ShortTimePipeline.from_pretrained(tmp_path, torch_dtype=torch.float16)):
+        assert (half.dtype, half.unet.dtype) == (torch.float16, torch.float16)
+        assert half.bridge.directions.dtype == torch.float32
+    options = {"batch_size": 2, "num_inference_steps": 2, "output_type": "pt"}
+    exact = quiet(ShortTimePipeline.from_pretrained(tmp_path))(generator=seeded(), **options).images
+    torch.testing.assert_close(quiet(half)(generator=seeded(), **options).images.float(), exact, rtol=0, atol=0.01)

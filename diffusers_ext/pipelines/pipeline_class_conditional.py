@@ -6,6 +6,11 @@ schedulers that scale their samples (Euler, EDM): it ignores `init_noise_sigma` 
 Classifier-free guidance: output = output_null + guidance_scale (output_class - output_null); 1 is the conditional
 model.
 
+A model with learned variance has twice as many output channels as input channels. The second half goes to schedulers
+whose `step` reads it (DDPM), as the conditional model predicts it, without guidance; the others get the first half.
+
+The network may be in half precision, `pipe.dtype`: the chain is kept in float32.
+
 Reference: Classifier-Free Diffusion Guidance (Ho, Salimans, 2022, arXiv 2207.12598); its weight w is
 guidance_scale - 1.
 """
@@ -13,15 +18,28 @@ guidance_scale - 1.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import (
+    DDPMParallelScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    SchedulerMixin,
+    UnCLIPScheduler,
+    UNet2DModel,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..ranges import require
+
+READ_VARIANCE = (DDPMScheduler, DDPMParallelScheduler, UnCLIPScheduler)
+"""The schedulers whose `step` reads the variance channels, where their `variance_type` is a learned one."""
+
+_OF_EACH_STEP = {"self", "model_output", "timestep", "sample", "generator", "eta", "return_dict"}
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
@@ -43,6 +61,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if null_class is not None and (embeddings is None or not 0 <= null_class < embeddings):
             raise ValueError(f"null_class={null_class} is not one of the {embeddings or 0} classes of the UNet")
         self.register_to_config(null_class=null_class)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the network."""
+        return self.unet.dtype
 
     @property
     def num_classes(self) -> int | None:
@@ -84,6 +107,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **step_options: Any,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw images.
 
@@ -104,6 +128,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 may hold new `latents`. It may change `pipeline._guidance_scale` for the next steps, and end the steps
                 by `pipeline._interrupt = True`.
             callback_on_step_end_tensor_inputs: the names of the tensors that the callback gets; there is `latents`.
+            step_options: more arguments of the scheduler's `step`: `use_clipped_model_output`, `s_churn`, ...
 
         Raises:
             ValueError: an argument contradicts the model or another argument; the message says how.
@@ -112,12 +137,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
         require("eta", eta, at_least=0)
         labels, n = self._batch(class_labels, batch_size, guidance_scale)
         self._check(n, generator, latents, output_type, callback_on_step_end_tensor_inputs)
+        self._check_step(step_options)
 
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         sample = self._start(n, labels, generator, latents)
         offered = {"generator": generator, "eta": eta}
         takes = inspect.signature(self.scheduler.step).parameters
-        options = {name: value for name, value in offered.items() if name in takes}
+        options = {name: value for name, value in offered.items() if name in takes} | step_options
         self._num_timesteps, self._interrupt = len(self.scheduler.timesteps), False
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             if self._interrupt:
@@ -156,10 +182,24 @@ class ClassConditionalPipeline(DiffusionPipeline):
         scale = getattr(self.scheduler, "scale_model_input", lambda x, _: x)
         model_input = scale(sample, t).to(self.unet.dtype)
         if guidance_scale == 1.0 or labels is None:
-            return self.unet(model_input, t, class_labels=labels).sample
-        both = torch.cat([labels, torch.full_like(labels, self.config.null_class)])
-        output, null = self.unet(torch.cat([model_input] * 2), t, class_labels=both).sample.chunk(2)
-        return null + guidance_scale * (output - null)
+            output, variance = self._split(self.unet(model_input, t, class_labels=labels).sample)
+        else:
+            both = torch.cat([labels, torch.full_like(labels, self.config.null_class)])
+            outputs, variance = self._split(self.unet(torch.cat([model_input] * 2), t, class_labels=both).sample)
+            output, null = outputs.chunk(2)
+            output = null + guidance_scale * (output - null)
+        return torch.cat([output, variance[: len(output)]], 1) if self._reads_variance else output
+
+    def _split(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Split the channels of the network's output into the prediction and the variance, which may be empty."""
+        channels = self.unet.config.in_channels
+        return output[:, :channels], output[:, channels:]
+
+    @property
+    def _reads_variance(self) -> bool:
+        """Whether the scheduler's `step` reads the variance channels."""
+        learned = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
+        return learned and isinstance(self.scheduler, READ_VARIANCE)
 
     def _shape(self, n: int) -> tuple[int, ...]:
         size = self.unet.config.sample_size
@@ -212,3 +252,19 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError(f"output_type {output_type!r} is not one of pil, np, pt, latent")
         if unknown := set(callback_tensors) - set(self._callback_tensor_inputs):
             raise ValueError(f"callback_on_step_end_tensor_inputs: {sorted(unknown)} unknown, there is only latents")
+        taken, given = self.unet.config.in_channels, self.unet.config.get("out_channels", self.unet.config.in_channels)
+        if given not in (taken, 2 * taken):
+            raise ValueError(f"the UNet takes {taken} channels and returns {given}: it is no model of images")
+        if self._reads_variance and given == taken:
+            raise ValueError(
+                f"the scheduler's variance_type={self.scheduler.config.variance_type!r} needs a UNet that predicts the "
+                f"variance, with {2 * taken} output channels, and it has {given}: use variance_type='fixed_small'"
+            )
+
+    def _check_step(self, step_options: Mapping[str, Any]) -> None:
+        takes = inspect.signature(self.scheduler.step).parameters.keys() - _OF_EACH_STEP
+        if unknown := step_options.keys() - takes:
+            raise ValueError(
+                f"{sorted(unknown)} are no arguments of this pipeline, nor of {type(self.scheduler).__name__}.step, "
+                f"which takes {', '.join(sorted(takes)) or 'no more'}"
+            )

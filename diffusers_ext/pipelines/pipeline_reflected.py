@@ -57,12 +57,13 @@ class ReflectedPipeline(ClassConditionalPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         rtol: float | None = None,
         atol: float | None = None,
+        **step_options: Any,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw images.
 
         Args:
             class_labels, batch_size, guidance_scale, generator, eta, output_type, return_dict, callback_on_step_end,
-                callback_on_step_end_tensor_inputs: as in `ClassConditionalPipeline`.
+                callback_on_step_end_tensor_inputs, step_options: as in `ClassConditionalPipeline`.
             num_inference_steps: steps of the scheduler; the adaptive solver ignores it.
             latents: points of the box (batch_size, channels, height, width) to start from, uniform ones by default.
             rtol, atol: with one of them or both, solve the probability flow adaptively (Dormand-Prince, of torchdiffeq)
@@ -90,10 +91,13 @@ class ReflectedPipeline(ClassConditionalPipeline):
                 return_dict=return_dict,
                 callback_on_step_end=callback_on_step_end,
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+                **step_options,
             )
         require("rtol", rtol, above=0)
         require("atol", atol, above=0)
         tolerances = [tolerance for tolerance in (rtol, atol) if tolerance is not None]
+        if step_options:
+            raise ValueError(f"the adaptive solver makes no steps of the scheduler: it takes no {sorted(step_options)}")
         if callback_on_step_end is not None:
             raise ValueError("the adaptive solver has no steps to call back from: callback_on_step_end must be None")
         labels, n = self._batch(class_labels, batch_size, guidance_scale)
