@@ -30,7 +30,13 @@ from .noise_levels import (
     lower_sigma,
     min_snr_weight,
 )
-from .pipelines import ClassConditionalPipeline, ReflectedPipeline, ShortTimePipeline
+from .pipelines import (
+    SHORT_TIME_TEXT_PIPELINES,
+    ClassConditionalPipeline,
+    ReflectedPipeline,
+    ShortTimePipeline,
+    short_time_text,
+)
 from .process import GaussianProcess, Process, ReflectedProcess
 from .schedulers import FAMILIES, ReflectedScheduler
 from .score import Denoiser, ReflectedModel, ScoreModel
@@ -102,7 +108,12 @@ globals().update(FAMILIES)
 
 
 def __getattr__(name: str) -> Any:
-    """Tells type checkers that there are more names than they see: the schedulers of the families."""
+    """Return a short-time text-to-image pipeline, which is made when it is first asked for.
+
+    It also tells type checkers that there are more names than they see: the schedulers of the families.
+    """
+    if name in SHORT_TIME_TEXT_PIPELINES:
+        return getattr(short_time_text, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -110,7 +121,7 @@ def _register() -> None:
     """Let diffusers save our classes as ["diffusers_ext", name] and find them again by that name.
 
     diffusers looks components up in `LOADABLE_CLASSES[package]`, whose base classes must be attributes of the package,
-    and a pipeline's own class in its own namespace.
+    and a pipeline's own class in its own namespace: there `__getattr__` is asked for the names that it does not have.
     """
     bases = (ModelMixin, SchedulerMixin, DiffusionPipeline)
     methods = ["save_pretrained", "from_pretrained"]
@@ -124,6 +135,7 @@ def _register() -> None:
         value = globals()[name]
         if isinstance(value, type) and issubclass(value, bases) and not hasattr(diffusers, name):
             setattr(diffusers, name, value)
+    diffusers.__getattr__ = __getattr__
 
 
 _register()

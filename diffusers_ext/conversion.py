@@ -7,7 +7,6 @@ from diffusers import DiffusionPipeline
 from .bridges import Bridge
 from .calibration import ALL, CONDITIONAL, UNCONDITIONAL, Calibration, calibrate_denoiser, stop_calibrating
 from .interop import live_config, noise_schedule
-from .pipelines.pipeline_short_time import ShortTimePipeline
 from .ranges import require
 from .schedulers.scheduling_calibrated import CALIBRATED_SCHEDULERS, CalibratedScheduler, calibrated_class
 from .schedulers.scheduling_short_time import short_time_class
@@ -103,26 +102,26 @@ def _first_scale(
 
 def short_time_pipeline(
     pipeline: DiffusionPipeline, max_diffusion_time: float, bridge: Bridge | None = None
-) -> ShortTimePipeline:
+) -> DiffusionPipeline:
     """Make a pipeline that samples the same network on [0, T] alone.
 
     Args:
-        pipeline: any pipeline with a `UNet2DModel` of images and a scheduler that has a short-time class; the network
-            is shared.
+        pipeline: any pipeline with a `UNet2DModel` of images; or text-to-image by Stable Diffusion 1 and 2, Stable
+            Diffusion XL or PixArt. Its scheduler must have a short-time class. The networks are shared.
         max_diffusion_time: T in (0, 1].
-        bridge: a bridge that was fitted at T; `None` starts from N(0, I).
+        bridge: a bridge that was fitted at T, for text-to-image to the latents of one size; `None` starts from N(0, I).
+
+    Returns:
+        A `ShortTimePipeline`, or, for text-to-image, the stock pipeline's short-time class
+        (`pipelines.short_time_text`), which is called as the stock pipeline is.
 
     Raises:
-        ValueError: the pipeline has no such network or scheduler, T is out of range, or the bridge belongs to another.
+        ValueError: there is no such class of the pipeline or the scheduler, T is out of range, or the bridge belongs to
+            another model.
     """
     subject = subject_of(pipeline)
-    if not subject.of_pixels:
-        raise ValueError(
-            f"{type(pipeline).__name__} has no UNet2DModel of images: give it a short-time scheduler, and call it with "
-            f"latents=bridge.sample(n, generator)"
-        )
     kind = short_time_class(type(pipeline.scheduler).__name__)
     scheduler = kind.from_config(live_config(pipeline.scheduler), max_diffusion_time=max_diffusion_time)
     if bridge is not None:
         bridge.check(scheduler)
-    return ShortTimePipeline(subject.network, scheduler, bridge, subject.null_class)
+    return subject.on_short_times(scheduler, bridge)

@@ -140,6 +140,12 @@ MUTATIONS = [
         "tests/test_pipelines.py -k guidance",
     ),
     Mutation(
+        "short-time text",
+        "latents = draw_start(self.bridge, batch_size, generator).to(device, dtype)",
+        "latents = draw_start(self.bridge, batch_size, generator).to(device, dtype) / self.scheduler.init_noise_sigma",
+        "tests/test_short_time_text.py -k stock_pipeline",
+    ),
+    Mutation(
         "variance",
         "torch.cat([output, variance[: len(output)]], 1)",
         "torch.cat([output, variance[-len(output) :]], 1)",

@@ -54,9 +54,18 @@ class ShortTimePipeline(ClassConditionalPipeline):
             classes = self.bridge.config.num_classes
             if classes is not None and labels is None:
                 raise ValueError(f"the bridge has {classes} classes, and the UNet takes no labels")
-            if isinstance(generator, list):
-                each = [None] * n if labels is None else labels.split(1)
-                latents = torch.cat([self.bridge.sample(1, g, y) for g, y in zip(generator, each, strict=True)])
-            else:
-                latents = self.bridge.sample(n, generator, labels)
+            latents = draw_start(self.bridge, n, generator, labels)
         return super()._start(n, labels, generator, latents)
+
+
+def draw_start(bridge: Bridge, n: int, generator: Any, labels: Tensor | None = None) -> Tensor:
+    """Draw x_T from a bridge, (n, *shape).
+
+    Args:
+        generator: one generator, or a list with one for each of the n samples.
+        labels: (n,) classes, for a class-conditional bridge.
+    """
+    if not isinstance(generator, list):
+        return bridge.sample(n, generator, labels)
+    each = [None] * n if labels is None else labels.split(1)
+    return torch.cat([bridge.sample(1, g, y) for g, y in zip(generator, each, strict=True)])

@@ -21,6 +21,7 @@ and a line in `subject_of`.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -228,19 +229,19 @@ class Subject:
             for parameter, averaged in zip(self.trainable(trained).values(), average, strict=True):
                 parameter.data.copy_(averaged)
         own = {self.name: trained.eval(), "scheduler": copy.deepcopy(self.pipeline.scheduler)}
-        copied = type(self.pipeline)(**self.pipeline.components | own | self._settings())
+        copied = type(self.pipeline)(**self._arguments(**own))
         copied.set_progress_bar_config(disable=True)
         return type(self)(copied, self.name)
 
-    def _settings(self) -> dict[str, Any]:
-        """Return the arguments of the pipeline's class that are not components."""
-        return {}
+    def _arguments(self, **own: Any) -> dict[str, Any]:
+        """Return the arguments of the pipeline's class: its components and settings, with some of its own."""
+        names, config = inspect.signature(type(self.pipeline).__init__).parameters, self.pipeline.config
+        return {name: config[name] for name in names if name in config} | self.pipeline.components | own
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 
     def sampler(self) -> DiffusionPipeline:
-        """Return the pipeline, or, where it samples wrongly with some schedulers, one with the same network that does
-        not."""
+        """Return the pipeline, or one of the same network that samples rightly with more schedulers."""
         return self.pipeline
 
     def with_scheduler(self, scheduler: Any) -> DiffusionPipeline:
@@ -250,8 +251,7 @@ class Subject:
         Raises:
             NotKept: there is no pipeline that keeps it.
         """
-        own = {"scheduler": copy.copy(scheduler)}
-        kept = type(self.pipeline)(**self.pipeline.components | own | self._settings())
+        kept = type(self.pipeline)(**self._arguments(scheduler=copy.copy(scheduler)))
         if type(kept.scheduler) is not type(scheduler):
             return self._keeping(scheduler)
         self.pipeline.scheduler = scheduler
@@ -259,6 +259,14 @@ class Subject:
 
     def _keeping(self, scheduler: Any) -> DiffusionPipeline:
         raise NotKept(f"{type(self.pipeline).__name__} does not keep a {type(scheduler).__name__}")
+
+    def on_short_times(self, scheduler: Any, bridge: Any) -> DiffusionPipeline:
+        """Return a pipeline of the same network that starts from the draws of a bridge; refused if there is none."""
+        raise InputError(
+            f"there is no class of {type(self.pipeline).__name__} that starts from a bridge. Give the pipeline a "
+            f"{type(scheduler).__name__}, and call it with latents=bridge.sample(n, generator), x_T: pipelines of "
+            f"diffusers multiply latents by the scheduler's init_noise_sigma"
+        )
 
     def refusal_of(self, scheduler: Any) -> str | None:
         """Return why the pipeline samples wrongly with a scheduler; `None` if it does not."""

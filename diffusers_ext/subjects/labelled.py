@@ -16,7 +16,7 @@ from diffusers.models.embeddings import LabelEmbedding
 
 from ..errors import InputError
 from ..networks import Network
-from ..pipelines import ClassConditionalPipeline
+from ..pipelines import ClassConditionalPipeline, ShortTimePipeline
 from .base import Condition, ImageFormat, Rows, Subject
 
 
@@ -108,9 +108,6 @@ class LabelledUNet(Labelled):
         finally:
             self.network.register_to_config(sample_size=own)
 
-    def _settings(self) -> dict[str, Any]:
-        return {"null_class": self.null_class} if isinstance(self.pipeline, ClassConditionalPipeline) else {}
-
 
 class Pixels(LabelledUNet):
     """A `UNet2DModel` of images."""
@@ -121,6 +118,9 @@ class Pixels(LabelledUNet):
         if type(self.pipeline) in (DDPMPipeline, DDIMPipeline):
             return ClassConditionalPipeline(self.network, self.pipeline.scheduler)
         return self.pipeline
+
+    def on_short_times(self, scheduler: Any, bridge: Any) -> DiffusionPipeline:
+        return ShortTimePipeline(self.network, scheduler, bridge, self.null_class)
 
     def _keeping(self, scheduler: Any) -> DiffusionPipeline:
         return ClassConditionalPipeline(self.network, scheduler, self.null_class)

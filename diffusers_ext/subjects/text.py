@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..errors import InputError
+from ..pipelines.short_time_text import STOCK, short_time_text_class
 from .base import Condition, ImageFormat, Rows, Subject
 
 
@@ -42,6 +44,11 @@ class TextToImage(Subject):
     def _encoded(self, *prompts: list[str] | None) -> tuple[Tensor, ...]:
         options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         return self.pipeline.encode_prompt(*prompts, device=self.pipeline.device, **options)
+
+    def on_short_times(self, scheduler: Any, bridge: Any) -> DiffusionPipeline:
+        if (name := type(self.pipeline).__name__.removeprefix("ShortTime")) not in STOCK:
+            return super().on_short_times(scheduler, bridge)
+        return short_time_text_class(name)(**self._arguments(scheduler=scheduler, bridge=bridge))
 
     def call(
         self,
