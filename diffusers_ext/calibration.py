@@ -21,8 +21,14 @@ that alone leaves a remainder half of the time, so it is scaled by 0 unless it p
 sum of each of 16 groups of samples has either sign with the same probability, whatever its covariance: o^ is kept where
 at most a share `significance` of the 2^15 ways to choose the signs makes |o^|^2 as large as it is.
 
+**Other sizes.** The mean P o of o over the positions (the pixels of an image), one number for each channel, is the mean
+error of samples of every size, if what the model does wrong is not tied to a place. It keeps the share |P o|^2 / |o|^2,
+and its noise is smaller by far: where it keeps nearly all, it is the better table at the measured size, too. Both are
+measured at once, and each has a noise floor, a test and a factor of its own.
+
 Shapes: o is (rows, *shape) at each level, with one row for each condition: of all data, or of each class, and one more
-of the unconditional model where it is used for guidance.
+of the unconditional model where it is used for guidance. `shape` is (C, H, W) of images, (C, F, H, W) of videos,
+(tokens, C) of packed latents. P o has length 1 in place of the positions.
 
 This does not hold for a reflected process, whose score has another mean.
 
@@ -35,7 +41,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from math import inf, log
+from math import inf, log, prod
 from typing import Any
 
 import torch
@@ -51,7 +57,19 @@ from .ranges import require
 
 ALL, CONDITIONAL, UNCONDITIONAL = "all", "conditional", "unconditional"
 
+PER_POSITION, PER_CHANNEL = "position", "channel"
+
 _HANDLE = "_mean_error_hook"
+
+
+def position_axes(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the axes of the positions in a sample of this shape, without the batch dimension."""
+    return (0,) if len(shape) == 2 else tuple(range(1, len(shape)))
+
+
+def per_channel_shape(shape: Sequence[int]) -> list[int]:
+    """Return the shape of the mean over positions."""
+    return [1 if axis in position_axes(shape) else length for axis, length in enumerate(shape)]
 
 
 class Calibration(ModelMixin, ConfigMixin):
@@ -66,15 +84,19 @@ class Calibration(ModelMixin, ConfigMixin):
         null_class: the class label that stands for "no class", where there is one.
         measured_on: a note for people on how it was measured: model, data, seed, settings.
         guidance_scale: that of the scheduler beside which the tables are saved.
+        per: which table is used at the measured size: `position`, or `channel`, the mean over positions.
+        has_channels: whether the mean over positions was measured, too; other sizes need it.
 
     Attributes:
         offsets: o^ in eps, (levels, rows, *shape).
         shrinkage: the factors of the offsets when they are used, (levels, rows), from 0 to 1.
         noise_floor, squared_norm: E|o^ - o|^2 and the estimate of |o|^2 without bias, (levels, rows).
+        channel_offsets, channel_shrinkage, channel_noise_floor, channel_squared_norm: the same of P o, the squares
+            summed over all positions.
         num_samples: the number of samples of each offset, (levels, rows).
 
     Raises:
-        ValueError: sigmas are not at least two, positive and increasing.
+        ValueError: sigmas are not at least two, positive and increasing, or `per` is unknown or was not measured.
     """
 
     @register_to_config
@@ -87,14 +109,19 @@ class Calibration(ModelMixin, ConfigMixin):
         null_class: int | None = None,
         measured_on: Mapping[str, Any] | None = None,
         guidance_scale: float = 1.0,
+        per: str = PER_POSITION,
+        has_channels: bool = False,
     ) -> None:
         super().__init__()
+        if per not in (PER_POSITION, PER_CHANNEL) or (per == PER_CHANNEL and not has_channels):
+            raise ValueError(f"per={per!r} is no table of those that were measured")
         if len(sigmas) < 2 or not (all(a < b for a, b in pairwise(sigmas)) and sigmas[0] > 0 and sigmas[-1] < inf):
             raise ValueError(f"sigmas must be at least two, positive and increasing, got {sigmas}")
         table = (len(sigmas), len(rows))
-        self.register_buffer("offsets", torch.zeros(*table, *shape))
-        for name in ("shrinkage", "noise_floor", "squared_norm"):
-            self.register_buffer(name, torch.zeros(table))
+        for kind, values in (("", shape), ("channel_", per_channel_shape(shape)))[: 1 + has_channels]:
+            self.register_buffer(f"{kind}offsets", torch.zeros(*table, *values))
+            for name in ("shrinkage", "noise_floor", "squared_norm"):
+                self.register_buffer(f"{kind}{name}", torch.zeros(table))
         self.register_buffer("num_samples", torch.zeros(table, dtype=torch.long))
         self._schedule: NoiseSchedule | None = None
         self._levels: dict[torch.device, Tensor] = {}
@@ -113,10 +140,35 @@ class Calibration(ModelMixin, ConfigMixin):
             require_gaussian(self._schedule)
         return self._schedule
 
+    def table(self, name: str, per: str | None = None) -> Tensor:
+        """Return one of the attributes `offsets`, `shrinkage`, `noise_floor`, `squared_norm`.
+
+        Args:
+            per: of which table; by default the one that is used at the measured size.
+        """
+        return getattr(self, name if (per or self.config.per) == PER_POSITION else f"channel_{name}")
+
     @property
     def std_error(self) -> Tensor:
-        """The standard error of the offsets, (levels, rows), in eps: root mean square over the coordinates."""
-        return (self.noise_floor.float() / self.offsets[0, 0].numel()).sqrt()
+        """The standard error of the offsets in use, (levels, rows), in eps: root mean square over coordinates."""
+        return (self.table("noise_floor").float() / prod(self.config.shape)).sqrt()
+
+    def per_for(self, shape: Sequence[int]) -> str:
+        """Return which table is used for samples of a shape, without the batch dimension: `position` or `channel`.
+
+        Raises:
+            ValueError: the positions are others than those that were measured, and there are no offsets per channel.
+        """
+        own, axes = self.config.shape, position_axes(self.config.shape)
+        alike = len(shape) == len(own)
+        if alike and self.config.per == PER_POSITION and all(shape[axis] == own[axis] for axis in axes):
+            return PER_POSITION
+        if not (alike and self.config.has_channels):
+            raise ValueError(
+                f"the calibration is of outputs of shape {tuple(own)}, this one has {tuple(shape)}"
+                + (": measure it again, to have the offsets per channel that other sizes need" if alike else "")
+            )
+        return PER_CHANNEL
 
     def check(self, schedule: NoiseSchedule, shape: Sequence[int] | None = None) -> None:
         """Check that this was made for a model with such a schedule, and samples of such a shape.
@@ -138,8 +190,10 @@ class Calibration(ModelMixin, ConfigMixin):
                 differ.append("the noise schedule (zero terminal SNR) is another one")
             if not torch.allclose(own.sigmas[:n], schedule.sigmas[:n], rtol=1e-4):
                 differ.append("the noise schedule (betas) is another one")
-        if shape is not None and tuple(shape) != tuple(self.config.shape):
+        if shape is not None and per_channel_shape(shape) != per_channel_shape(self.config.shape):
             differ.append(f"samples have the shape {tuple(shape)}, it was measured with {tuple(self.config.shape)}")
+        elif shape is not None:
+            self.per_for(shape)
         if differ:
             raise ValueError(f"this calibration belongs to another model or setting: {'; '.join(differ)}")
 
@@ -184,15 +238,18 @@ class Calibration(ModelMixin, ConfigMixin):
             row = torch.where(unconditional, len(rows) - 1, row)
         return torch.nn.functional.one_hot(row, len(rows)).float()
 
-    def offset(self, sigma: Tensor, weights: Tensor) -> Tensor:
+    def offset(self, sigma: Tensor, weights: Tensor, per: str | None = None) -> Tensor:
         """Return the offset of the network's raw output, (B, *shape), which is to be subtracted from it.
 
         Args:
             sigma: (B,); beyond the levels of the table the offset is that of its end.
             weights: the weights of the rows, (rows,) or (B, rows).
+            per: the table, see `per_for`; by default that of the measured size. Per channel, the offset has length 1
+                in place of the positions.
         """
-        (n_levels, n_rows), shape = self.offsets.shape[:2], self.offsets.shape[2:]
-        device = self.offsets.device
+        offsets = self.table("offsets", per)
+        (n_levels, n_rows), shape = offsets.shape[:2], offsets.shape[2:]
+        device = offsets.device
         if device not in self._levels:
             self._levels[device] = torch.tensor(self.config.sigmas, dtype=torch.float32, device=device)
         levels = self._levels[device]
@@ -203,24 +260,32 @@ class Calibration(ModelMixin, ConfigMixin):
         # A sum over the two ends and the rows: (B, 2, rows) entries of the table, each with its share.
         ends = torch.stack([low, low + 1], 1)
         shares = torch.stack([1 - fraction, fraction], 1) * (-sigma / c_out)[:, None]
-        shares = (
-            shares[..., None] * weights.to(levels).expand(len(sigma), n_rows)[:, None] * self.shrinkage[ends].float()
-        )
+        shrinkage = self.table("shrinkage", per)[ends].float()
+        shares = shares[..., None] * weights.to(levels).expand(len(sigma), n_rows)[:, None] * shrinkage
         entries = ends[..., None] * n_rows + torch.arange(n_rows, device=device)
-        table = self.offsets.float().reshape(n_levels * n_rows, -1)
+        table = offsets.float().reshape(n_levels * n_rows, -1)
         total = torch.nn.functional.embedding_bag(
             entries.flatten(1), table, per_sample_weights=shares.flatten(1), mode="sum"
         )
         return total.reshape(-1, *shape)
 
-    def likelihood_gain(self) -> Tensor:
+    def likelihood_gain(self, per: str | None = None) -> Tensor:
         """Return by how much subtracting o raises the likelihood bound, (rows,), in bits per dimension.
 
         It is int |o|^2 dln(sigma), computed from `squared_norm`, without bias (and so perhaps negative).
+
+        Args:
+            per: the table; by default that of the measured size.
         """
-        log_sigmas = torch.tensor(self.config.sigmas, device=self.squared_norm.device).log()
-        dimensions = self.offsets[0, 0].numel()
-        return torch.trapezoid(self.squared_norm.float(), log_sigmas, dim=0) / (dimensions * log(2))
+        squared_norm = self.table("squared_norm", per).float()
+        log_sigmas = torch.tensor(self.config.sigmas, device=squared_norm.device).log()
+        return torch.trapezoid(squared_norm, log_sigmas, dim=0) / (prod(self.config.shape) * log(2))
+
+    def kept_per_channel(self) -> Tensor:
+        """Return int |P o|^2 / int |o|^2 over ln(sigma), (rows,): the share that offsets per channel keep of the whole,
+        from 0 to 1; NaN where no |o|^2 was found."""
+        whole, kept = self.likelihood_gain(PER_POSITION), self.likelihood_gain(PER_CHANNEL)
+        return torch.where(whole > 0, (kept / whole).clamp(0, 1), torch.nan)
 
 
 def require_gaussian(schedule: NoiseSchedule) -> None:
@@ -242,14 +307,20 @@ def subtract(output: Tensor, offset: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes do not fit.
     """
-    if output.shape[1:] == offset.shape[1:]:
+    if output.shape[1:] == offset.shape[1:] or _fits(offset.shape[1:], output.shape[1:]):
         return output - offset.to(output)
     channels = offset.shape[1]
-    if output.shape[2:] != offset.shape[2:] or output.shape[1] != 2 * channels:
+    first, rest = output[:, :channels], output[:, channels:]
+    if output.shape[1] != 2 * channels or not _fits(offset.shape[1:], first.shape[1:]):
         raise ValueError(
             f"the calibration is of outputs of shape {tuple(offset.shape[1:])}, this one has {tuple(output.shape[1:])}"
         )
-    return torch.cat([output[:, :channels] - offset.to(output), output[:, channels:]], dim=1)
+    return torch.cat([first - offset.to(output), rest], dim=1)
+
+
+def _fits(offset: Sequence[int], output: Sequence[int]) -> bool:
+    """Return whether an offset is that of an output, or one for each of its channels."""
+    return list(offset) == list(output) or list(offset) == per_channel_shape(output)
 
 
 def calibrate_denoiser(
@@ -297,7 +368,7 @@ def calibrate_denoiser(
         halves = torch.arange(n, device=device) < n // 2 if by_halves else None
         weights = calibration.row_weights(n, given.get("class_labels"), halves)
         sigma = calibration.schedule.sigma(means.timestep(time, n_timesteps))
-        raw = subtract(raw, means.sign * calibration.offset(sigma, weights))
+        raw = subtract(raw, means.sign * calibration.offset(sigma, weights, calibration.per_for(raw.shape[1:])))
         if isinstance(output, tuple):
             return (raw, *output[1:])
         output.sample = raw

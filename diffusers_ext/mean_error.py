@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .calibration import ALL, CONDITIONAL, UNCONDITIONAL, Calibration, require_gaussian
+from .calibration import (
+    ALL,
+    CONDITIONAL,
+    PER_CHANNEL,
+    PER_POSITION,
+    UNCONDITIONAL,
+    Calibration,
+    per_channel_shape,
+    position_axes,
+    require_gaussian,
+)
 from .files import replacing
 from .interop import NoiseSchedule, denoiser_from, noise_schedule, stored_scheduler
 from .networks import NetworkConvention, unwrap
@@ -33,6 +44,9 @@ from .noise_levels import log_linear_sigmas
 from .randomness import RULE, Seeds, Stream, randn_like
 from .ranges import require
 from .score import Denoiser
+
+MOST = 0.9
+"""Offsets per channel are used by default where they keep at least this share of |o|^2."""
 
 GROUPS = 16
 MIN_P = 2.0 ** (1 - GROUPS)
@@ -49,6 +63,8 @@ class Sums:
     """Number of samples, (levels, rows, GROUPS)."""
     squares: Tensor
     """Sum of |e|^2, (levels, rows)."""
+    channel_squares: Tensor
+    """Sum of |P e|^2, P the mean over positions, (levels, rows)."""
     slopes: Tensor
     """The coefficient c of each level, (levels,); NaN before it is known."""
     batches: Tensor
@@ -59,7 +75,7 @@ class Sums:
         counted = torch.zeros(levels, rows, GROUPS, device=device, dtype=torch.float64)
         values = torch.zeros(levels, rows, GROUPS, *shape, device=device)
         squares, slopes = counted[..., 0].clone(), torch.full((levels,), torch.nan, device=device)
-        return cls(values, counted, squares, slopes, torch.zeros((), dtype=torch.long))
+        return cls(values, counted, squares, squares.clone(), slopes, torch.zeros((), dtype=torch.long))
 
     def add(self, level: int, rows: Tensor, e: Tensor) -> None:
         """Add values e (B, *shape) of the rows (B,); the samples of a row go to its groups in turn."""
@@ -69,7 +85,12 @@ class Sums:
         cell = rows * GROUPS + number.gather(1, rows[:, None]).squeeze(1) % GROUPS
         self.values[level].flatten(0, 1).index_add_(0, cell, e)
         self.counts[level].flatten().index_add_(0, cell, torch.ones_like(cell, dtype=torch.float64))
-        self.squares[level].index_add_(0, rows, e.double().flatten(1).square().sum(1))
+        for squares, value in ((self.squares, e), (self.channel_squares, _over_positions(e, 1))):
+            squares[level].index_add_(0, rows, value.double().flatten(1).square().sum(1))
+
+    def per_channel(self) -> Sums:
+        """Return the sums of P e, times the root of the number of positions: |P e|^2 is that over all positions."""
+        return replace(self, values=_over_positions(self.values, 3), squares=self.channel_squares)
 
     def means(self) -> Tensor:
         """Return o^, (levels, rows, *shape)."""
@@ -91,6 +112,16 @@ class Sums:
             norms = (signs @ (groups.double() @ groups.double().T) * signs).sum(1)
             shares.append((norms >= norms[0] * (1 - 1e-9)).double().mean())
         return torch.stack(shares).reshape(self.squares.shape)
+
+
+def _over_positions(e: Tensor, leading: int) -> Tensor:
+    """Return P e times the root of the number of positions, with length 1 in place of these.
+
+    Args:
+        leading: the number of dimensions before those of a sample.
+    """
+    axes = [leading + axis for axis in position_axes(e.shape[leading:])]
+    return e.mean(axes, keepdim=True) * prod(e.shape[axis] for axis in axes) ** 0.5 if axes else e
 
 
 @torch.no_grad()
@@ -116,6 +147,7 @@ def estimate_calibration(
     measured_on: Mapping[str, Any] | None = None,
     progress: bool = True,
     convention: NetworkConvention | None = None,
+    per: str | None = None,
 ) -> Calibration:
     """Measure the mean error of `model` over data.
 
@@ -143,6 +175,9 @@ def estimate_calibration(
         measured_on: stored with the result, for people.
         progress: show a progress bar.
         convention: as for `denoiser_from`.
+        per: which table is used at the measured size, `position` or `channel`; by default per channel where that keeps
+            at least 0.9 of |o|^2 in every row. At other sizes it is per channel. The tolerance is that of this table,
+            by default per position.
 
     Returns:
         The calibration, the same on all processes; on the CPU.
@@ -153,12 +188,13 @@ def estimate_calibration(
     """
     schedule = noise_schedule(scheduler)
     require_gaussian(schedule)
-    _check_numbers(num_levels, significance, tolerance, max_samples, save_every, num_classes)
+    _check_numbers(num_levels, significance, tolerance, max_samples, save_every, num_classes, per)
     if null_class is not None:
         unconditional = {"class_labels": torch.tensor([null_class])}
     sigmas, rows = _levels(schedule, num_levels), _rows(num_classes, unconditional is not None)
     denoiser = denoiser_from(model, scheduler, convention)
-    measurement = _Measurement(denoiser, sigmas, rows, unconditional, control_variate, antithetic, seed, accelerator)
+    how = (control_variate, antithetic, per == PER_CHANNEL)
+    measurement = _Measurement(denoiser, sigmas, rows, unconditional, *how, seed, accelerator)
     run = {
         "model": _fingerprint(model) if state_path is not None else None,
         "scheduler": stored_scheduler(scheduler),
@@ -167,27 +203,24 @@ def estimate_calibration(
         "random_rule": RULE,
         "seed": seed,
         "process": [measurement.rank, measurement.world],
+        "tables": [PER_POSITION, PER_CHANNEL],
         "estimator": [control_variate, antithetic, *([convention] if convention is not None else [])],
     }
     sums = _sums_over_data(measurement, batches, run, state_path, tolerance, max_samples, save_every, progress)
-    settings = {
-        "num_samples": int(sums.counts[:, 0].sum(1).max()),
-        "seed": seed,
-        "control_variate": control_variate,
-        "antithetic": antithetic,
-        "shrink": shrink,
-        "significance": significance,
-        "tolerance": tolerance,
-    }
+    settings: dict[str, Any] = {"num_samples": int(sums.counts[:, 0].sum(1).max()), "seed": seed}
+    settings |= {"control_variate": control_variate, "antithetic": antithetic, "shrink": shrink}
+    settings |= {"significance": significance, "tolerance": tolerance}
+    shape = list(sums.values.shape[3:])
     calibration = Calibration(
-        shape=list(sums.values.shape[3:]),
+        shape=shape,
         sigmas=sigmas,
         rows=rows,
         scheduler=stored_scheduler(scheduler),
         null_class=null_class,
         measured_on=dict(measured_on or {}) | settings,
+        has_channels=per_channel_shape(shape) != shape,
     )
-    return _fill(calibration, sums, shrink, significance)
+    return _filled(calibration, sums, shrink, significance, per)
 
 
 def _check_numbers(
@@ -197,7 +230,10 @@ def _check_numbers(
     max_samples: int | None,
     save_every: int,
     num_classes: int | None,
+    per: str | None,
 ) -> None:
+    if per not in (None, PER_POSITION, PER_CHANNEL):
+        raise ValueError(f"per={per!r} is not one of {PER_POSITION}, {PER_CHANNEL}")
     require("num_levels", num_levels, at_least=2)
     require("significance", significance, at_least=MIN_P, at_most=1)
     require("save_every", save_every, at_least=1)
@@ -233,7 +269,7 @@ def _sums_over_data(
                 run |= {"batch": list(x0.shape), "data": _mark({**cond, "x0": x0})}
                 sums = _load(path, run, x0.device) or measurement.no_sums(x0)
                 resumed_at = _agreed(sums, accelerator)
-                active = _levels_left(sums, tolerance, accelerator) if resumed_at else active
+                active = measurement.levels_left(sums, tolerance) if resumed_at else active
             seen += len(x0) * world
             bar.update(len(x0) * world)
             last = max_samples is not None and seen >= max_samples
@@ -242,7 +278,7 @@ def _sums_over_data(
                 if int(sums.batches) % save_every == 0 or last:
                     if path is not None:
                         _save(path, _finite(sums, sigmas), run, accelerator)
-                    active = _levels_left(sums, tolerance, accelerator)
+                    active = measurement.levels_left(sums, tolerance)
                     bar.set_postfix(levels_left=len(active))
             if last or not active:
                 break
@@ -276,6 +312,7 @@ class _Measurement:
     unconditional: Mapping[str, Any] | None
     control_variate: bool
     antithetic: bool
+    by_channel: bool
     seed: int
     accelerator: Any
 
@@ -319,36 +356,48 @@ class _Measurement:
         e = self.denoiser.eps(x0 + sigma * noise, sigma, **cond)
         return (e + self.denoiser.eps(x0 - sigma * noise, sigma, **cond)) / 2 if self.antithetic else e
 
+    def levels_left(self, sums: Sums, tolerance: float | None) -> list[int]:
+        """Return the levels whose standard error is still above the tolerance; without a tolerance, all."""
+        if tolerance is None:
+            return list(range(len(self.sigmas)))
+        sums = _over_processes(sums, self.accelerator)
+        floor = (sums.per_channel() if self.by_channel else sums).noise_floor()
+        error = (floor / sums.values[0, 0, 0].numel()).sqrt().amax(1)
+        enough = (sums.counts.amin((1, 2)) >= 2) & (error <= tolerance)
+        return (~enough).nonzero().flatten().tolist()
 
-def _fill(calibration: Calibration, sums: Sums, shrink: bool, significance: float) -> Calibration:
+
+def _filled(calibration: Calibration, sums: Sums, shrink: bool, significance: float, per: str | None) -> Calibration:
+    """Fill the tables, and decide which one is used at the measured size unless it was asked for."""
+    _fill(calibration, sums, shrink, significance)
+    if calibration.config.has_channels:
+        _fill(calibration, sums.per_channel(), shrink, significance, "channel_")
+        shape = calibration.config.shape
+        calibration.channel_offsets.div_((prod(shape) / prod(per_channel_shape(shape))) ** 0.5)
+        keeps_most = (calibration.kept_per_channel() >= MOST).all()
+        calibration.register_to_config(per=per or (PER_CHANNEL if keeps_most else PER_POSITION))
+    return calibration
+
+
+def _fill(calibration: Calibration, sums: Sums, shrink: bool, significance: float, kind: str = "") -> None:
     offsets, floor = sums.means(), sums.noise_floor()
     norm = offsets.flatten(2).square().sum(2)
     factor = torch.where(sums.p_values() <= significance, 1 - floor / norm, 0.0) if shrink else torch.ones_like(norm)
     for name, value in (
-        ("offsets", offsets),
-        ("noise_floor", floor),
-        ("squared_norm", norm - floor),
-        ("shrinkage", factor.clamp(min=0)),
+        (f"{kind}offsets", offsets),
+        (f"{kind}noise_floor", floor),
+        (f"{kind}squared_norm", norm - floor),
+        (f"{kind}shrinkage", factor.clamp(min=0)),
         ("num_samples", sums.counts.sum(2)),
     ):
         getattr(calibration, name).copy_(value)
-    return calibration
-
-
-def _levels_left(sums: Sums, tolerance: float | None, accelerator: Any) -> list[int]:
-    """Return the levels whose standard error is still above the tolerance; without a tolerance, all."""
-    if tolerance is None:
-        return list(range(len(sums.slopes)))
-    sums = _over_processes(sums, accelerator)
-    error = (sums.noise_floor() / sums.values[0, 0, 0].numel()).sqrt().amax(1)
-    enough = (sums.counts.amin((1, 2)) >= 2) & (error <= tolerance)
-    return (~enough).nonzero().flatten().tolist()
 
 
 def _over_processes(sums: Sums, accelerator: Any) -> Sums:
     if accelerator is None or accelerator.num_processes == 1:
         return sums
-    added = {name: accelerator.reduce(getattr(sums, name).clone(), "sum") for name in ("values", "counts", "squares")}
+    names = ("values", "counts", "squares", "channel_squares")
+    added = {name: accelerator.reduce(getattr(sums, name).clone(), "sum") for name in names}
     return Sums(**added, slopes=sums.slopes, batches=sums.batches)
 
 

@@ -96,8 +96,8 @@ MUTATIONS = [
     ),
     Mutation(
         "mean error",
-        '("squared_norm", norm - floor)',
-        '("squared_norm", norm)',
+        '(f"{kind}squared_norm", norm - floor)',
+        '(f"{kind}squared_norm", norm)',
         "tests/test_mean_error.py -k norm_has_no_bias",
     ),
     Mutation(
@@ -138,6 +138,24 @@ MUTATIONS = [
         "output = null + guidance_scale * (output - null)",
         "output = output + guidance_scale * (output - null)",
         "tests/test_pipelines.py -k guidance",
+    ),
+    Mutation(
+        "per channel",
+        "e.mean(axes, keepdim=True) * prod(e.shape[axis] for axis in axes) ** 0.5",
+        "e.mean(axes, keepdim=True) * prod(e.shape[axis] for axis in axes)",
+        "tests/test_per_channel.py",
+    ),
+    Mutation(
+        "size of the samples",
+        "per, self._shape = self.calibration.per_for(shape), shape",
+        "per, self._shape = self.calibration.config.per, shape",
+        "tests/test_per_channel.py",
+    ),
+    Mutation(
+        "axes of the positions",
+        "return (0,) if len(shape) == 2 else",
+        "return (1,) if len(shape) == 2 else",
+        "tests/test_per_channel.py",
     ),
     Mutation(
         "short-time text",

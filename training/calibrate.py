@@ -56,6 +56,11 @@ class CalibrationArguments(HubArguments, DataArguments):
     torch_dtype: Literal["float32", "float16", "bfloat16"] = arg("float32", "Precision of the networks.")
     caption_column: str | None = arg(None, "Text-to-image: column of the prompts; by default the empty prompt.")
     per_class: bool = arg(False, "One offset for each class, and not their average.")
+    per: Literal["position", "channel"] | None = arg(
+        None,
+        "Offsets of each position of the image, or of each channel; by default per channel where that keeps 90% of the "
+        "mean error. Images of other sizes always get those of the channels.",
+    )
     num_levels: int = arg(24, "Noise levels, log-spaced; between them offsets are interpolated.", at_least=2)
     tolerance: float | None = arg(
         None,
@@ -162,6 +167,7 @@ def measure(args: CalibrationArguments, subject: Subject, data: Any, accelerator
             shrink=not args.plain,
             significance=args.significance,
             tolerance=args.tolerance,
+            per=args.per,
             seed=args.seed,
             accelerator=accelerator,
             state_path=Path(args.output_dir) / "state" / "sums.safetensors",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import isnan, prod
 from pathlib import Path
 from typing import Any
 
-from ..calibration import ALL, UNCONDITIONAL, Calibration
+from ..calibration import ALL, PER_CHANNEL, UNCONDITIONAL, Calibration
 from ..figures import agg_figure
 from ..files import replacing
 from ..schedulers.scheduling_calibrated import CALIBRATED_SCHEDULERS
@@ -18,14 +19,16 @@ _SMALL_GAIN, _SMALL_OFFSET = 1e-3, 3e-3
 
 def summary(calibration: Calibration) -> dict[str, Any]:
     """Return numbers by row and level, ready for JSON; offsets are root mean squares over the coordinates, in eps."""
-    dimensions = calibration.offsets[0, 0].numel()
-    rms = (calibration.squared_norm.clamp(min=0) / dimensions).sqrt()
+    rms = (calibration.table("squared_norm").clamp(min=0) / prod(calibration.config.shape)).sqrt()
+    kept = calibration.kept_per_channel().tolist() if calibration.config.has_channels else []
     return {
         "sigma": list(calibration.config.sigmas),
         "rows": list(calibration.config.rows),
+        "per": calibration.config.per,
+        "share_kept_per_channel": [None if isnan(share) else share for share in kept],
         "mean_error": rms.T.tolist(),
         "standard_error": calibration.std_error.T.tolist(),
-        "used_share": calibration.shrinkage.T.tolist(),
+        "used_share": calibration.table("shrinkage").T.tolist(),
         "num_samples": calibration.num_samples.T.tolist(),
         "likelihood_gain_in_bits_per_dimension": calibration.likelihood_gain().tolist(),
     }
@@ -56,6 +59,8 @@ def verdict(calibration: Calibration) -> str:
             f"- `{row}`: a mean error at {len(used)} of {len(numbers['sigma'])} levels, the largest {size:.2g} at "
             f"sigma = {sigma:.3g}; without it the likelihood bound gains {gain:.2g} bits per dimension: {advice}."
         )
+    if calibration.config.has_channels:
+        lines.append(_sizes(numbers, calibration.config.shape))
     measured_on = calibration.config.measured_on or {}
     if measured_on.get("shrink") is False:
         lines.append("- this is a plain average: nothing was tested, and its noise is subtracted, too.")
@@ -67,6 +72,19 @@ def verdict(calibration: Calibration) -> str:
         )
     advice = "Strong models often gain nothing: compare samples, at equal numbers, before you keep it."
     return "\n".join([*lines, "", advice])
+
+
+def _sizes(numbers: dict[str, Any], shape: Sequence[int]) -> str:
+    """Say which offsets are used at which size, and what share of the mean error they keep."""
+    shares = ", ".join(
+        f"{'nothing to keep' if share is None else f'{share:.0%}'} of `{row}`"
+        for row, share in zip(numbers["rows"], numbers["share_kept_per_channel"], strict=True)
+    )
+    one_each = f"one offset for each channel, which keeps this share of the squared mean error: {shares}"
+    size = " x ".join(map(str, shape))
+    if numbers["per"] == PER_CHANNEL:
+        return f"- at every size: {one_each}."
+    return f"- at the measured size, {size}: one offset for each position, which keeps all; at other sizes: {one_each}."
 
 
 def plot(calibration: Calibration, path: Path) -> None:
@@ -102,7 +120,7 @@ def offsets_figure(calibration: Calibration) -> Any:
     axis.legend(fontsize=7, ncols=2 if n_rows > 1 else 1)
     for column, level in enumerate(shown):
         axis = figure.add_subplot(grid[1, column])
-        image = calibration.offsets[level, 0].float().mean(0)
+        image = calibration.offsets[level, 0].float().mean(0)  # per position, whatever is used
         bound = image.abs().max().item() or 1.0
         axis.imshow(image, cmap="RdBu", vmin=-bound, vmax=bound)
         axis.set_title(f"sigma {sigma[level]:.2g}, ±{bound:.1g}", fontsize=8)

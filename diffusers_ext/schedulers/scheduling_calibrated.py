@@ -60,6 +60,7 @@ class CalibratedScheduler(SchedulerMixin):
     guidance_scale: float = 1.0
     _read: Callable[[bool], float | None] | None = None
     _timestep_at = 0
+    _shape: torch.Size | None = None
 
     @classmethod
     def from_scheduler(cls, scheduler: Any, calibration: Calibration | None, guidance_scale: float = 1.0) -> Any:
@@ -88,6 +89,7 @@ class CalibratedScheduler(SchedulerMixin):
             self._schedule = noise_schedule(self)
             calibration.check(self._schedule)
             self._weights = calibration.guidance_weights(guidance_scale)
+            self._per, self._shape = calibration.config.per, None
         self.calibration, self.guidance_scale, self._read = calibration, guidance_scale, None
         self._times = self._offsets = torch.empty(0)
         return self
@@ -126,7 +128,16 @@ class CalibratedScheduler(SchedulerMixin):
             self.calibration.to(times.device)
         times = times.reshape(-1).to(self.calibration.device)
         self._weights = self._weights.to(times.device)
-        return self.calibration.offset(self._schedule.sigma(times).float(), self._weights)
+        return self.calibration.offset(self._schedule.sigma(times).float(), self._weights, self._per)
+
+    def _fit(self, shape: torch.Size) -> None:
+        """Take the table of the samples' size from now on."""
+        assert self.calibration is not None
+        per, self._shape = self.calibration.per_for(shape), shape
+        if per != self._per:
+            self._per, self._times = per, torch.empty(0)
+            if getattr(self, "timesteps", None) is not None:
+                self._remember_offsets()
 
     def _position(self, timestep: Tensor | float) -> int | None:
         """Return the index of an element of `timesteps`, found by its address, not its value; `None` for others."""
@@ -137,8 +148,8 @@ class CalibratedScheduler(SchedulerMixin):
         return position if 0 <= position < len(times) and rest == 0 else None
 
     def offset(self, timestep: Tensor | float, like: Tensor) -> Tensor:
-        """Return what `step` subtracts at a timestep, (1, *shape), in the dtype and on the device of `like`; it does
-        not wait for that device."""
+        """Return what `step` subtracts at a timestep, (1, *shape) or one for each channel, in the dtype and on the
+        device of `like`; it does not wait for that device."""
         position = self._position(timestep)
         if position is None:
             times = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, dtype=torch.float64)
@@ -157,9 +168,15 @@ class CalibratedScheduler(SchedulerMixin):
             self._remember_offsets()
 
     def step(self, model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Step as diffusers does, from the output minus its mean error."""
+        """Step as diffusers does, from the output minus its mean error.
+
+        Raises:
+            ValueError: the output has another size, and the calibration has no offsets per channel.
+        """
         if self.calibration is not None:
             self._follow(begins=False)
+            if model_output.shape[1:] != self._shape:
+                self._fit(model_output.shape[1:])
             timestep = kwargs["timestep"] if "timestep" in kwargs else args[self._timestep_at]
             model_output = subtract(model_output, self.offset(timestep, model_output))
         return super().step(model_output, *args, **kwargs)
