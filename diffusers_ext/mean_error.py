@@ -37,6 +37,7 @@ from .calibration import (
     position_axes,
     require_gaussian,
 )
+from .conditions import each_tensor, for_each, overlaid
 from .files import replacing
 from .interop import NoiseSchedule, denoiser_from, noise_schedule, stored_scheduler
 from .networks import NetworkConvention, unwrap
@@ -350,7 +351,7 @@ class _Measurement:
         if self.unconditional is None:
             return [(row, cond)]
         null = torch.full_like(row, len(self.rows) - 1)
-        return [(row, cond), (null, {**cond, **_for_each(self.unconditional, x0)})]
+        return [(row, cond), (null, overlaid(cond, for_each(self.unconditional, len(x0), x0.device)))]
 
     def _values(self, x0: Tensor, noise: Tensor, sigma: float, cond: Mapping[str, Any]) -> Tensor:
         e = self.denoiser.eps(x0 + sigma * noise, sigma, **cond)
@@ -409,13 +410,6 @@ def _finite(sums: Sums, sigmas: Sequence[float]) -> Sums:
     return sums
 
 
-def _for_each(cond: Any, x0: Tensor) -> Any:
-    """Repeat a condition of first dimension 1, or each in a tree of them, for each sample of x0."""
-    if isinstance(cond, Mapping):
-        return {name: _for_each(value, x0) for name, value in cond.items()}
-    return cond.to(x0.device).expand(len(x0), *cond.shape[1:])
-
-
 def _of_process(path: Path, rank: int, world: int) -> Path:
     return path if world == 1 else path.with_name(f"{path.stem}-{rank}-of-{world}{path.suffix}")
 
@@ -461,7 +455,9 @@ def _fingerprint(model: Any) -> str:
 
 
 def _mark(data: Any) -> Any:
-    """Return numbers that depend on tensors, or a tree of them, to tell the data of two runs apart."""
-    if isinstance(data, Mapping):
-        return {name: _mark(value) for name, value in data.items()}
-    return f"{data.double().norm().item():.4g}" if isinstance(data, Tensor) else str(data)
+    """Return numbers that depend on a tree of tensors, to tell the data of two runs apart."""
+
+    def mark(value: Any) -> str:
+        return f"{value.double().norm().item():.4g}" if isinstance(value, Tensor) else str(value)
+
+    return each_tensor(mark, data)

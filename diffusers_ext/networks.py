@@ -87,6 +87,10 @@ def convention_of(model: Any) -> NetworkConvention:
     return NetworkConvention()
 
 
+WITHOUT_BATCH = {"FluxTransformer2DModel": ("txt_ids", "img_ids")}
+"""The arguments that a network takes once for a whole batch, as matrices; in a condition they have a batch, too."""
+
+
 class Network(nn.Module):
     """One calling convention for diffusers' models: network(model_input, timestep, **cond) -> raw output.
 
@@ -110,6 +114,7 @@ class Network(nn.Module):
         self.model, self.num_train_timesteps = model, num_train_timesteps
         self.convention = convention_of(model) if convention is None else convention
         inner = unwrap(model)
+        self._without_batch = WITHOUT_BATCH.get(type(inner).__name__, ())
         parameters = inspect.signature(inner.forward if isinstance(inner, nn.Module) else inner).parameters
         self._sample = next((name for name in ("sample", "hidden_states") if name in parameters), "")
         self._by_name = self._sample != "" and "timestep" in parameters
@@ -117,6 +122,7 @@ class Network(nn.Module):
 
     def forward(self, model_input: Tensor, timestep: Tensor, **cond: Any) -> Tensor:
         time = self.convention.told(timestep, self.num_train_timesteps).expand(len(model_input))
+        cond |= {name: cond[name][0] for name in self._without_batch if name in cond and cond[name].ndim == 3}
         cast = model_input.to(_dtype(self.model) or model_input.dtype)
         if self._by_name:
             output = self.model(**{self._sample: cast, "timestep": time}, **cond, **self._options)

@@ -12,7 +12,7 @@ import diffusers_ext
 
 PACKAGE = Path(diffusers_ext.__file__).parent
 ORDER = [
-    {"errors", "figures", "files", "presets", "randomness", "ranges", "shapes"},
+    {"conditions", "errors", "figures", "files", "presets", "randomness", "ranges", "shapes"},
     {"fields", "hypercube", "stock"},
     {"process"},
     {"score"},

@@ -1,5 +1,6 @@
 """`training/calibrate.py` as a user runs it. Truth: a network whose output is one constant, which is its mean error."""
 
+import functools
 import json
 import re
 import sys
@@ -12,23 +13,19 @@ import stranger
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from diffusers import (
-    AutoencoderKL,
     DDIMPipeline,
     DDIMScheduler,
     DiffusionPipeline,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
 from hub_server import HubServer
-from test_calibrate_pipeline import sd3, sdxl
 from test_models import tiny_unet
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from tiny_pipelines import tiny
 
 from diffusers_ext import CalibratedDDIMScheduler, Calibration, ClassConditionalPipeline, estimate_calibration
-from diffusers_ext.data.batches import Images
 from diffusers_ext.errors import InputError
 from diffusers_ext.reports import calibration_card as calibration_report
-from diffusers_ext.subjects import Pixels, subject_of
+from diffusers_ext.subjects import Pixels
 
 SCRIPT = Path(__file__).parents[1] / "training" / "calibrate.py"
 
@@ -241,41 +238,18 @@ def captioned():
         yield Path(folder) / "train.parquet"
 
 
-def tiny_stable_diffusion(folder):
-    words = {
-        w: i for i, w in enumerate(["<|startoftext|>", "<|endoftext|>", *"grey0123456789", *["g", "r", "e", "y</w>"]])
-    }
-    (folder / "tokenizer").mkdir(parents=True)
-    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(words))
-    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(
-        str(folder / "tokenizer" / "vocab.json"), str(folder / "tokenizer" / "merges.txt"), model_max_length=8
-    )
-    text = CLIPTextConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=8, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16, attention_head_dim=4,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
-    pipeline = StableDiffusionPipeline(
-        vae, CLIPTextModel(text), tokenizer, unet, DDIMScheduler(clip_sample=False), None, None,
-        requires_safety_checker=False,
-    )  # fmt: skip
+def tiny_stable_diffusion():
+    pipeline = tiny("sd")
+    pipeline.scheduler = DDIMScheduler(clip_sample=False)
     return pipeline
 
 
 def test_text_to_image_models_are_measured_on_latents_and_captions(calibrate, captioned, tmp_path):
-    pipeline = tiny_stable_diffusion(tmp_path / "parts")
+    pipeline = tiny_stable_diffusion()
     pipeline.save_pretrained(tmp_path / "sd")
     prompts, encode = [], StableDiffusionPipeline.encode_prompt
 
+    @functools.wraps(encode)
     def remember(self, prompt, *args, **kwargs):
         prompts.extend(prompt)
         return encode(self, prompt, *args, **kwargs)
@@ -406,37 +380,9 @@ def test_conditions_in_a_tree_reach_the_unconditional_row():
     torch.testing.assert_close(calibration.offsets[:, 1], torch.full((2, 1, 4, 4), 0.25))
 
 
-@pytest.mark.parametrize(("make", "network"), [(sdxl, "unet"), (sd3, "transformer")])
-def test_the_network_is_told_what_the_pipeline_tells_it(make, network, monkeypatch):
-    """Truth: the call that the pipeline itself makes for the prompt; its text encoders are replaced by numbers."""
-    pipeline = make()
-
-    def encode_prompt(prompt, *args, **kwargs):
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        n = torch.tensor([float(len(p)) for p in prompts])
-        return n[:, None, None].expand(-1, 3, 6) / 10, None, n[:, None].expand(-1, 5) / 7, None
-
-    monkeypatch.setattr(pipeline, "encode_prompt", encode_prompt)
-    told, model = [], getattr(pipeline, network)
-
-    def remember(module, args, kwargs):
-        told.append(kwargs)
-
-    model.register_forward_pre_hook(remember, with_kwargs=True)
-    subject = subject_of(pipeline)
-    assert subject.image_format() == (3, 16)
-    pipeline("a prompt", num_inference_steps=1, guidance_scale=1.0, output_type="latent")
-    rows = Images(torch.zeros(1, 3, 16, 16), torch.tensor([-1]), [], captions=["a prompt"])
-    ours = subject.conditions(rows)
-    for name, value in ours.items():
-        for key, mine in value.items() if isinstance(value, dict) else [(None, value)]:
-            theirs = told[0][name] if key is None else told[0][name][key]
-            torch.testing.assert_close(mine.float(), theirs.float(), msg=f"{name} {key}")
-
-
 def test_latents_are_drawn_from_the_seed_alone(calibrate, captioned, tmp_path, capsys):
     """Without captions, which is said before the work: the table is of no use for guidance."""
-    tiny_stable_diffusion(tmp_path / "parts").save_pretrained(tmp_path / "sd")
+    tiny_stable_diffusion().save_pretrained(tmp_path / "sd")
     tables = []
     for i in range(2):
         torch.manual_seed(i)

@@ -137,8 +137,8 @@ def flux(guidance_embeds: bool = True):
 
 
 def pixart(kind: str = "Sigma", sample_size: int = 8):
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "patch_size": 2}
-    width = {"in_channels": 4, "out_channels": 8, "cross_attention_dim": 16, "caption_channels": T5_WIDTH}
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1, "patch_size": 2}
+    width = {"in_channels": 4, "out_channels": 8, "cross_attention_dim": 24, "caption_channels": T5_WIDTH}
     kinds = {"norm_type": "ada_norm_single", "sample_size": sample_size}
     return getattr(diffusers, f"PixArt{kind}Pipeline")(
         tokenizer=t5_tokenizer(),

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, UNet2DModel
 
+from ..conditions import Condition
 from ..errors import InputError
-from .base import Condition, ImageFormat, Rows, Subject
+from .base import ImageFormat, Rows, Subject
 from .labelled import Labelled, LatentTransformer, LatentUNet, Pixels
 from .loading import load_pipeline
-from .text import FAMILIES, StableDiffusion, StableDiffusion3, StableDiffusionXL, TextToImage
+from .text import FAMILIES, Flux, PixArt, StableDiffusion, StableDiffusion3, StableDiffusionXL, TextToImage
 
 __all__ = [
     "Condition",
+    "Flux",
     "ImageFormat",
     "Labelled",
     "LatentTransformer",
     "LatentUNet",
+    "PixArt",
     "Pixels",
     "Rows",
     "StableDiffusion",
@@ -37,11 +40,10 @@ def subject_of(pipeline: DiffusionPipeline) -> Subject:
     name = next((n for n in ("unet", "transformer") if getattr(pipeline, n, None) is not None), None)
     if name is None:
         raise InputError(f"{type(pipeline).__name__} has neither a `unet` nor a `transformer`")
-    network, kind = getattr(pipeline, name), type(pipeline).__name__
+    network = getattr(pipeline, name)
     if hasattr(pipeline, "encode_prompt"):
-        return next((family for start, family in FAMILIES.items() if kind.startswith(start)), TextToImage)(
-            pipeline, name
-        )
+        kinds = (kind.__name__ for kind in type(pipeline).__mro__)
+        return next((FAMILIES[kind] for kind in kinds if kind in FAMILIES), TextToImage)(pipeline, name)
     if isinstance(network, UNet2DModel):
         pixels = Subject(pipeline, name).autoencoder is None
         return Pixels(pipeline, name) if pixels else LatentUNet(pipeline, name)

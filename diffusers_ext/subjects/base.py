@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -32,12 +32,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from ..conditions import Condition, each_tensor, first_tensor, overlaid
 from ..errors import InputError
 from ..files import replacing_files
 from ..networks import unwrap
 from ..randomness import rand
-
-Condition = dict[str, Any]
 
 
 class NotKept(ValueError):
@@ -167,20 +166,20 @@ class Subject:
 
     def part(self, condition: Condition, rows: slice) -> Condition:
         """Return some rows of a condition."""
-        return _each_tensor(lambda value: value[rows], condition)
+        return each_tensor(lambda value: value[rows], condition)
 
     def drop(self, condition: Condition, share: float, generator: torch.Generator, resolution: int) -> Condition:
         """Replace each row by the null condition, with probability `share` and independently; return the result."""
         null = self.null_condition(resolution) if condition else None
         if null is None:
             return condition
-        first = _first_tensor(condition)
+        first = first_tensor(condition)
         dropped = rand((len(first),), generator, device=first.device) < share
 
         def replaced(value: Tensor, nothing: Tensor) -> Tensor:
             return torch.where(dropped.reshape(-1, *[1] * (value.ndim - 1)), nothing.to(value), value)
 
-        return _each_tensor(replaced, condition, null)
+        return overlaid(condition, null, replaced)
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -317,16 +316,3 @@ class Subject:
             f"{type(self.pipeline).__name__} cannot be {done} here: it needs a UNet2DModel (`unet`) or a "
             f"DiTTransformer2DModel (`transformer`), unconditional or conditioned on class labels"
         )
-
-
-def _each_tensor(function: Callable[..., Tensor], condition: Any, *others: Any) -> Any:
-    """Apply a function to the tensors at each leaf of trees of the same structure, and return the tree of results."""
-    if isinstance(condition, Mapping):
-        return {k: _each_tensor(function, v, *(other[k] for other in others)) for k, v in condition.items()}
-    return function(condition, *others)
-
-
-def _first_tensor(condition: Any) -> Tensor:
-    while isinstance(condition, Mapping):
-        condition = next(iter(condition.values()))
-    return condition

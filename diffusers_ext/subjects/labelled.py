@@ -14,10 +14,11 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
 from diffusers.models.embeddings import LabelEmbedding
 
+from ..conditions import Condition
 from ..errors import InputError
 from ..networks import Network
 from ..pipelines import ClassConditionalPipeline, ShortTimePipeline
-from .base import Condition, ImageFormat, Rows, Subject
+from .base import ImageFormat, Rows, Subject
 
 
 class Labelled(Subject):

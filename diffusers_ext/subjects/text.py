@@ -1,7 +1,15 @@
-"""Text-to-image pipelines: which condition each family gives its network for a prompt."""
+"""Text-to-image pipelines: what each family tells its network beside the latents and the time.
+
+The lists hold the families of which the tests have recorded this from a call of the pipeline, argument by argument. Of
+other pipelines it is not known: `estimate_calibration` and the losses take conditions as they are.
+
+The null condition is what the pipeline's call takes for the unconditional half of guidance when it names no negative
+prompt. It leaves the size and the crop of Stable Diffusion XL as they are.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,41 +17,70 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from ..conditions import Condition, each_tensor
 from ..errors import InputError
 from ..pipelines.short_time_text import STOCK, short_time_text_class
-from .base import Condition, ImageFormat, Rows, Subject
+from .base import ImageFormat, Rows, Subject
 
 
 class TextToImage(Subject):
     """A pipeline with `encode_prompt`; the subclasses know the conditions of their families."""
 
     takes_captions = True
+    prompts = 1
+    """How many prompts `encode_prompt` takes, for as many text encoders; all get the same."""
+    patch = 1
+    """How many latents the network takes for one, in height and in width."""
 
     def image_format(self, resolution: int | None = None) -> ImageFormat:
-        network: Any = self.network
-        size = network.config.sample_size * self.factor if resolution is None else resolution
-        if size % self.factor:
-            raise InputError(f"--resolution {size} is no multiple of {self.factor}")
+        size = self._latent_size() * self.factor if resolution is None else resolution
+        multiple = self.factor * self.patch
+        if size % multiple:
+            below = size // multiple * multiple
+            sizes = f"{below} or {below + multiple}" if below else f"{multiple}"
+            raise InputError(f"--resolution {size} does not fit the model: use {sizes}")
         return ImageFormat(self.autoencoder.config.in_channels, size)
+
+    def _latent_size(self) -> int:
+        return self.network.config.sample_size
 
     def conditions(self, rows: Rows) -> Condition:
         prompts = [""] * len(rows.images) if rows.captions is None else list(rows.captions)
-        with torch.no_grad():
-            return self._conditions(prompts, rows.images.shape[-1])
+        return self._on_device(self._conditions(prompts, rows.images.shape[-1]))
 
     def null_condition(self, resolution: int) -> Condition | None:
-        with torch.no_grad():
-            return self._conditions([""], resolution)
+        return self._on_device(self._null(resolution))
+
+    def _null(self, resolution: int) -> Condition:
+        return self._conditions([""], resolution)
 
     def _conditions(self, prompts: list[str], resolution: int) -> Condition:
         raise InputError(
-            f"the conditions of a {type(self.pipeline).__name__} are not known here: measure it with "
-            f"diffusers_ext.estimate_calibration, which takes them as they are"
+            f"the conditions of a {type(self.pipeline).__name__} are not known here, only those of "
+            f"{', '.join(FAMILIES)}: measure it with diffusers_ext.estimate_calibration, which takes them as they are"
         )
 
-    def _encoded(self, *prompts: list[str] | None) -> tuple[Tensor, ...]:
-        options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        return self.pipeline.encode_prompt(*prompts, device=self.pipeline.device, **options)
+    def _on_device(self, condition: Condition) -> Condition:
+        return each_tensor(lambda value: value.to(self.network.device), condition)
+
+    @torch.no_grad()
+    def _encoded(self, prompts: list[str]) -> tuple[Tensor, ...]:
+        """Return what `encode_prompt` does in a call without guidance that leaves its arguments at their defaults."""
+        encoders = (c for name, c in self.pipeline.components.items() if name.startswith("text_encoder"))
+        device = next((encoder.device for encoder in encoders if encoder is not None), None)
+        if device is None:
+            raise InputError(f"the {type(self.pipeline).__name__} has no text encoder, which the captions need")
+        options = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        takes = inspect.signature(self.pipeline.encode_prompt).parameters
+        for name in ("max_sequence_length", "clean_caption"):
+            if name in takes:
+                options[name] = self._default(name)
+        given = [prompts, *[None] * (self.prompts - 1)]
+        return self.pipeline.encode_prompt(*given, **{name: v for name, v in options.items() if name in takes})
+
+    def _default(self, name: str) -> Any:
+        """Return the default of an argument of the pipeline's call."""
+        return inspect.signature(type(self.pipeline).__call__).parameters[name].default
 
     def on_short_times(self, scheduler: Any, bridge: Any) -> DiffusionPipeline:
         if (name := type(self.pipeline).__name__.removeprefix("ShortTime")) not in STOCK:
@@ -60,6 +97,8 @@ class TextToImage(Subject):
         resolution: int | None = None,
     ) -> dict[str, Any]:
         size = {} if resolution is None else {"height": resolution, "width": resolution}
+        if "use_resolution_binning" in inspect.signature(type(self.pipeline).__call__).parameters:
+            size["use_resolution_binning"] = False
         return {"prompt": [""] * n if captions is None else list(captions), "guidance_scale": guidance_scale} | size
 
 
@@ -67,33 +106,106 @@ class StableDiffusion(TextToImage):
     """Stable Diffusion 1 and 2: the condition is the embedding of the prompt."""
 
     def _conditions(self, prompts: list[str], resolution: int) -> Condition:
-        embeddings, _ = self._encoded(prompts)
+        self._refuse_distilled()
+        embeddings, *_ = self._encoded(prompts)
         return {"encoder_hidden_states": embeddings}
 
+    def _refuse_distilled(self) -> None:
+        if self.network.config.time_cond_proj_dim is not None:
+            raise InputError(
+                "the UNet is told a guidance scale (time_cond_proj_dim), as distilled models are: it has no condition "
+                "for training"
+            )
 
-class StableDiffusionXL(TextToImage):
+
+class StableDiffusionXL(StableDiffusion):
     """Stable Diffusion XL: the condition adds pooled embeddings, and the size and crop of the image."""
 
+    prompts = 2
+
     def _conditions(self, prompts: list[str], resolution: int) -> Condition:
-        embeddings, _, pooled, _ = self._encoded(prompts, None)
-        if self.pipeline.config.get("force_zeros_for_empty_prompt", False) and not any(prompts):
-            embeddings, pooled = torch.zeros_like(embeddings), torch.zeros_like(pooled)
+        self._refuse_distilled()
+        embeddings, _, pooled, _ = self._encoded(prompts)
         size = (resolution, resolution)
-        times = torch.tensor([*size, 0, 0, *size], dtype=embeddings.dtype, device=embeddings.device)
+        times = torch.tensor([[*size, 0, 0, *size]], dtype=embeddings.dtype, device=embeddings.device)
         added = {"text_embeds": pooled, "time_ids": times.expand(len(prompts), -1)}
         return {"encoder_hidden_states": embeddings, "added_cond_kwargs": added}
+
+    def _null(self, resolution: int) -> Condition:
+        condition = self._conditions([""], resolution)
+        del condition["added_cond_kwargs"]["time_ids"]
+        zero = self.pipeline.config.force_zeros_for_empty_prompt
+        return each_tensor(torch.zeros_like, condition) if zero else condition
 
 
 class StableDiffusion3(TextToImage):
     """Stable Diffusion 3 and 3.5: the condition adds pooled embeddings."""
 
+    prompts = 3
+
+    @property
+    def patch(self) -> int:  # type: ignore[override]
+        return self.network.config.patch_size
+
     def _conditions(self, prompts: list[str], resolution: int) -> Condition:
-        embeddings, _, pooled, _ = self._encoded(prompts, None, None)
+        embeddings, _, pooled, _ = self._encoded(prompts)
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
 
 
-FAMILIES = {  # the name of the pipeline's class begins with the key; longer keys come first
-    "StableDiffusion3": StableDiffusion3,
-    "StableDiffusionXL": StableDiffusionXL,
-    "StableDiffusion": StableDiffusion,
+class Flux(TextToImage):
+    """Flux: latents are packed, (B, tokens, 4 C); the condition adds pooled embeddings, the places of all tokens, and
+    the guidance scale, where the network is told one: by default that of the pipeline's call.
+
+    That scale is no classifier-free guidance, which Flux calls `true_cfg_scale`.
+    """
+
+    prompts, patch = 2, 2
+
+    def _latent_size(self) -> int:
+        return self.pipeline.default_sample_size
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        latents = super().encode(images, generator)
+        return self.pipeline._pack_latents(latents, *latents.shape)
+
+    def _conditions(self, prompts: list[str], resolution: int) -> Condition:
+        embeddings, pooled, text_ids = self._encoded(prompts)
+        n, side = len(prompts), resolution // self.factor // self.patch
+        ids = self.pipeline._prepare_latent_image_ids(n, side, side, embeddings.device, embeddings.dtype)
+        places = {"txt_ids": text_ids.expand(n, *text_ids.shape), "img_ids": ids.expand(n, *ids.shape)}
+        told = {}
+        if self.network.config.guidance_embeds:
+            told = {"guidance": torch.full((n,), self._default("guidance_scale"), device=embeddings.device)}
+        return {"encoder_hidden_states": embeddings, "pooled_projections": pooled} | places | told
+
+    def call(self, n: int, *, guidance_scale: float = 1.0, **options: Any) -> dict[str, Any]:
+        call = super().call(n, **options)
+        del call["guidance_scale"]
+        return call | ({"true_cfg_scale": guidance_scale, "negative_prompt": [""] * n} if guidance_scale > 1 else {})
+
+
+class PixArt(TextToImage):
+    """PixArt alpha and sigma: the condition adds the mask of the prompt's tokens, and, in alpha at 1024, the size."""
+
+    @property
+    def patch(self) -> int:  # type: ignore[override]
+        return self.network.config.patch_size
+
+    def _conditions(self, prompts: list[str], resolution: int) -> Condition:
+        embeddings, mask, *_ = self._encoded(prompts)
+        condition = {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
+        if not self.network.use_additional_conditions:
+            return condition
+        size = torch.tensor([[resolution, resolution]]).to(embeddings).expand(len(prompts), -1)
+        return condition | {"added_cond_kwargs": {"resolution": size, "aspect_ratio": torch.ones_like(size[:, :1])}}
+
+
+FAMILIES: dict[str, type[TextToImage]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+    "FluxPipeline": Flux,
+    "PixArtAlphaPipeline": PixArt,
+    "PixArtSigmaPipeline": PixArt,
 }
+"""The pipelines whose conditions are known, with those derived from them."""
