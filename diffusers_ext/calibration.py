@@ -47,6 +47,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.utils import logging
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -54,6 +55,9 @@ from .interop import NoiseSchedule, VPSchedule, stored_schedule
 from .networks import NetworkConvention, convention_of, unwrap
 from .process import GaussianProcess
 from .ranges import require
+from .weights import VALUES, other_weights
+
+logger = logging.get_logger(__name__)
 
 ALL, CONDITIONAL, UNCONDITIONAL = "all", "conditional", "unconditional"
 
@@ -86,6 +90,7 @@ class Calibration(ModelMixin, ConfigMixin):
         guidance_scale: that of the scheduler beside which the tables are saved.
         per: which table is used at the measured size: `position`, or `channel`, the mean over positions.
         has_channels: whether the mean over positions was measured, too; other sizes need it.
+        sampled_weights: the numbers of parameters in the two samples of the network's weights (`weights`).
 
     Attributes:
         offsets: o^ in eps, (levels, rows, *shape).
@@ -94,6 +99,7 @@ class Calibration(ModelMixin, ConfigMixin):
         channel_offsets, channel_shrinkage, channel_noise_floor, channel_squared_norm: the same of P o, the squares
             summed over all positions.
         num_samples: the number of samples of each offset, (levels, rows).
+        weights_sample, lora_sample: samples of the weights that this was measured on, where they were taken.
 
     Raises:
         ValueError: sigmas are not at least two, positive and increasing, or `per` is unknown or was not measured.
@@ -111,6 +117,7 @@ class Calibration(ModelMixin, ConfigMixin):
         guidance_scale: float = 1.0,
         per: str = PER_POSITION,
         has_channels: bool = False,
+        sampled_weights: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if per not in (PER_POSITION, PER_CHANNEL) or (per == PER_CHANNEL and not has_channels):
@@ -123,6 +130,8 @@ class Calibration(ModelMixin, ConfigMixin):
             for name in ("shrinkage", "noise_floor", "squared_norm"):
                 self.register_buffer(f"{kind}{name}", torch.zeros(table))
         self.register_buffer("num_samples", torch.zeros(table, dtype=torch.long))
+        for name, n in zip(("weights_sample", "lora_sample"), sampled_weights or (0, 0), strict=True):
+            self.register_buffer(name, torch.zeros(n, VALUES), persistent=n > 0)
         self._schedule: NoiseSchedule | None = None
         self._levels: dict[torch.device, Tensor] = {}
 
@@ -196,6 +205,14 @@ class Calibration(ModelMixin, ConfigMixin):
             self.per_for(shape)
         if differ:
             raise ValueError(f"this calibration belongs to another model or setting: {'; '.join(differ)}")
+
+    def warn_of_other_weights(self, model: Any) -> None:
+        """Log a warning if a network has other weights than that on which this was measured, or another LoRA."""
+        if difference := other_weights(model, self.weights_sample.cpu(), self.lora_sample.cpu()):
+            logger.warning(
+                f"this calibration was measured on other weights: {difference}. A changed model has a mean error "
+                f"of its own: measure it"
+            )
 
     def guidance_weights(self, guidance_scale: float) -> Tensor:
         """Return the weights of the rows, (rows,), in the output that guidance combines.
@@ -374,6 +391,7 @@ def calibrate_denoiser(
         output.sample = raw
         return output
 
+    calibration.warn_of_other_weights(network)
     stop_calibrating(network)
     handle = network.register_forward_hook(hook, with_kwargs=True)
     setattr(network, _HANDLE, handle)

@@ -75,6 +75,7 @@ def calibrate_pipeline(
         calibrated = subject.with_scheduler(kind.from_scheduler(pipeline.scheduler, calibration, guidance_scale))
     except NotKept as error:
         raise ValueError(f"{error}: use route='model'") from error
+    calibration.warn_of_other_weights(network)
     stop_calibrating(network)
     if exposes_guidance(calibrated):
         calibrated.scheduler.follow(ReadGuidance(calibrated))

@@ -12,6 +12,7 @@ probability p. No approximation of the law of |o^|^2 enters, so a single directi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,6 +46,7 @@ from .noise_levels import log_linear_sigmas
 from .randomness import RULE, Seeds, Stream, randn_like
 from .ranges import require
 from .score import Denoiser
+from .weights import sample_of
 
 MOST = 0.9
 """Offsets per channel are used by default where they keep at least this share of |o|^2."""
@@ -211,7 +213,7 @@ def estimate_calibration(
     settings: dict[str, Any] = {"num_samples": int(sums.counts[:, 0].sum(1).max()), "seed": seed}
     settings |= {"control_variate": control_variate, "antithetic": antithetic, "shrink": shrink}
     settings |= {"significance": significance, "tolerance": tolerance}
-    shape = list(sums.values.shape[3:])
+    shape, samples = list(sums.values.shape[3:]), (sample_of(model), sample_of(model, lora=True))
     calibration = Calibration(
         shape=shape,
         sigmas=sigmas,
@@ -220,8 +222,9 @@ def estimate_calibration(
         null_class=null_class,
         measured_on=dict(measured_on or {}) | settings,
         has_channels=per_channel_shape(shape) != shape,
+        sampled_weights=[len(sample) for sample in samples],
     )
-    return _filled(calibration, sums, shrink, significance, per)
+    return _filled(calibration, sums, shrink, significance, per, samples)
 
 
 def _check_numbers(
@@ -368,8 +371,16 @@ class _Measurement:
         return (~enough).nonzero().flatten().tolist()
 
 
-def _filled(calibration: Calibration, sums: Sums, shrink: bool, significance: float, per: str | None) -> Calibration:
+def _filled(
+    calibration: Calibration,
+    sums: Sums,
+    shrink: bool,
+    significance: float,
+    per: str | None,
+    samples: tuple[Tensor, Tensor],
+) -> Calibration:
     """Fill the tables, and decide which one is used at the measured size unless it was asked for."""
+    calibration.weights_sample, calibration.lora_sample = samples
     _fill(calibration, sums, shrink, significance)
     if calibration.config.has_channels:
         _fill(calibration, sums.per_channel(), shrink, significance, "channel_")
@@ -449,9 +460,8 @@ def _written(run: Mapping[str, Any]) -> str:
 
 def _fingerprint(model: Any) -> str:
     """Return a text that depends on the weights, to tell the models of two runs apart."""
-    network = unwrap(model)
-    weights = network.parameters() if isinstance(network, torch.nn.Module) else ()
-    return f"{type(network).__name__} {sum(p.detach().sum(dtype=torch.float64).item() for p in weights):.6g}"
+    weights = torch.cat([sample_of(model), sample_of(model, lora=True)])
+    return f"{type(unwrap(model)).__name__} {hashlib.sha256(weights.numpy().tobytes()).hexdigest()[:16]}"
 
 
 def _mark(data: Any) -> Any:

@@ -18,7 +18,7 @@ ORDER = [
     {"score"},
     {"noise_levels", "networks"},
     {"solvers"},
-    {"interop"},
+    {"interop", "weights"},
     {"losses", "discriminator", "extractors", "metrics", "likelihood", "calibration", "bridges"},
     {"mean_error", "diffusion_time"},
     {"schedulers"},
