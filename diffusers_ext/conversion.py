@@ -12,7 +12,7 @@ from .schedulers.scheduling_calibrated import CALIBRATED_SCHEDULERS, CalibratedS
 from .schedulers.scheduling_short_time import short_time_class
 from .subjects import subject_of
 from .subjects.base import NotKept
-from .subjects.guidance import ReadGuidance, exposes_guidance, puts_unconditional_first
+from .subjects.guidance import ReadGuidance, default_scale, exposes_guidance, puts_unconditional_first
 
 
 def calibrate_pipeline(
@@ -80,6 +80,20 @@ def calibrate_pipeline(
     if exposes_guidance(calibrated):
         calibrated.scheduler.follow(ReadGuidance(calibrated))
     return calibrated
+
+
+def calibrating_line(pipeline: DiffusionPipeline, calibration: Calibration) -> str:
+    """Return the line of code that calibrates `pipe`, a pipeline like this one, with what it must be told."""
+    rows = tuple(calibration.config.rows)
+    if rows == (CONDITIONAL, UNCONDITIONAL) and not exposes_guidance(pipeline):
+        scale = default_scale(pipeline)
+        return f"pipe = calibrate_pipeline(pipe, calibration, guidance_scale={scale:g})  # that of your calls, 1: none"
+    if subject_of(pipeline).takes_captions:
+        note = "it reads the guidance scale of each call"
+        if rows == (ALL,):
+            note = f"for calls without guidance: {'guidance_scale=1' if default_scale(pipeline) > 1 else 'the default'}"
+        return f"pipe = calibrate_pipeline(pipe, calibration)  # {note}"
+    return "pipe = calibrate_pipeline(pipe, calibration)"
 
 
 def _first_scale(

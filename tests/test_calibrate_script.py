@@ -25,7 +25,7 @@ from tiny_pipelines import tiny
 from diffusers_ext import CalibratedDDIMScheduler, Calibration, ClassConditionalPipeline, estimate_calibration
 from diffusers_ext.errors import InputError
 from diffusers_ext.reports import calibration_card as calibration_report
-from diffusers_ext.subjects import Pixels
+from diffusers_ext.subjects import Pixels, subject_of
 
 SCRIPT = Path(__file__).parents[1] / "training" / "calibrate.py"
 
@@ -75,7 +75,7 @@ def test_a_constant_output_is_found_and_taken_away(calibrate, tmp_path, capsys):
     assert "worth trying" in said
     assert "4 of 4 levels, the largest 0.1" in said
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "CalibratedDDIMScheduler" in card
+    assert "pipe = calibrate_pipeline(pipe, calibration)" in card
     assert str(tmp_path) not in card
     assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
     numbers = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -215,17 +215,20 @@ def test_classes_and_the_null_class_have_rows(calibrate, tmp_path, monkeypatch):
     assert Calibration.from_pretrained(tmp_path / "two").config.rows == ["conditional", "unconditional"]
     more = ("--per_class", "--max_train_samples", 640, "--num_levels", 2)
     calibrate.run(*arguments(tmp_path / "model", tmp_path / "all", *more))
-    pipe = pipeline
     monkeypatch.chdir(tmp_path)
     for name, what in (("two", CalibratedDDIMScheduler), ("all", DDIMScheduler)):  # no scheduler knows the class
-        code = re.search(r"```python\n(.*?)```", (tmp_path / name / "README.md").read_text(), re.DOTALL)[1]
-        exec(code, given := {"pipe": pipe})
-        assert type(given["pipe"].scheduler) is what
-        pipe = ClassConditionalPipeline(unet, DDIMScheduler(clip_sample=False), null_class=10)
+        assert type(by_the_card(tmp_path / name)["pipe"].scheduler) is what
     calibration = Calibration.from_pretrained(tmp_path / "all")
     assert calibration.config.rows == [*map(str, range(10)), "unconditional"]
     torch.testing.assert_close(calibration.offsets, torch.full((2, 11, 1, 8, 8), 0.1), rtol=1e-3, atol=1e-4)
     assert calibration.num_samples[0, :10].sum() == calibration.num_samples[0, 10] == 640
+
+
+def by_the_card(folder) -> dict:
+    """What is defined after the code on the card was run; in the folder that it names."""
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    exec(code, given := {})
+    return given
 
 
 @pytest.fixture
@@ -422,3 +425,110 @@ def test_a_pipeline_is_measured_and_saved_at_the_resolution_that_is_asked_for(ca
     pipe = DiffusionPipeline.from_pretrained(out)
     calibration = Calibration.from_pretrained(out)
     assert (pipe.unet.config.sample_size, list(calibration.config.shape)) == (12, [1, 12, 12])
+
+
+# Of each family: what the code on the card says of guidance, and a call with another scale than the one by default.
+SAID = {
+    "sd": ("it reads the guidance scale", {"guidance_scale": 3.0}),
+    "sd-v": ("it reads the guidance scale", {"guidance_scale": 3.0}),
+    "sdxl": ("it reads the guidance scale", {"guidance_scale": 3.0}),
+    "sd3": ("it reads the guidance scale", {"guidance_scale": 3.0}),
+    "flux": ("guidance_scale=1)  # that of your calls", {}),
+    "flux-schnell": ("guidance_scale=1)  # that of your calls", {}),
+    "pixart": ("guidance_scale=4.5)  # that of your calls", {}),
+    "pixart-alpha": ("guidance_scale=4.5)  # that of your calls", {}),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_every_family_is_measured_and_calibrated_by_the_lines_that_are_printed(
+    name, calibrate, captioned, tmp_path, capsys, monkeypatch
+):
+    """Truth: the hook, where a pipeline calls its network once with the unconditional half first, and else a loop."""
+    tiny(name).save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    calibrate.run(
+        *("--pretrained_model_name_or_path", "model", "--dataset_name", captioned, "--caption_column", "text"),
+        *("--num_levels", 3, "--train_batch_size", 8, "--max_train_samples", 40, "--output_dir", "out", "--plain"),
+        *("--resolution", 16),
+    )
+    printed = capsys.readouterr().out
+    said, scale = SAID[name]
+    assert said in printed
+    given = by_the_card(tmp_path / "out")
+    code = re.search(r"use it by\n\n(.*?)\n\n", printed.replace("\n\npipe", "\npipe"), re.DOTALL)[1]
+    exec(code, from_console := {})
+    pipe, calibration = given["pipe"], given["calibration"]
+    assert calibration.config.rows == ["conditional", "unconditional"]
+    assert type(from_console["pipe"].scheduler) is type(pipe.scheduler)
+    assert type(pipe.scheduler).__name__.startswith("Calibrated")
+    options = subject_of(pipe).call(2, captions=["grey 1", "grey 2"], resolution=16) | {"output_type": "latent"}
+    options |= {"num_inference_steps": 3} | scale
+    if name.startswith("pixart"):
+        del options["guidance_scale"]  # the default is the one that was told
+    latents = [
+        p(generator=torch.Generator().manual_seed(0), **options).images
+        for p in (pipe, from_console["pipe"], by_hand(tiny(name), calibration, name), tiny(name))
+    ]
+    assert torch.equal(latents[0], latents[1])
+    torch.testing.assert_close(latents[0], latents[2], rtol=1e-4, atol=1e-4)
+    assert (latents[0] - latents[3]).abs().max() > 1e-3
+
+
+def by_hand(pipe, calibration, name):
+    """Subtract each row's offset from the network's output, where the rows are known from how the pipeline calls it."""
+    subject = subject_of(pipe)
+    network, schedule = subject.network, calibration.schedule
+    forward = network.forward
+    cfg = not name.startswith("flux")
+
+    def calibrated(sample=None, timestep=None, **kwargs):
+        sample = kwargs.pop("hidden_states") if sample is None else sample
+        (output,) = forward(sample, timestep=timestep, **kwargs)
+        t = torch.as_tensor(timestep).flatten()[:1].float() * (1 if cfg else 1000)
+        rows = [1.0] * 2 if not cfg else [0.0] * 2 + [1.0] * 2
+        weights = torch.tensor([[w, 1 - w] for w in rows])
+        per = calibration.per_for(sample.shape[1:])
+        offset = calibration.offset(schedule.sigma(t).float().expand(len(rows)), weights, per)
+        c = offset.shape[1]
+        if output.shape[1] == 2 * c and cfg:
+            return (torch.cat([output[:, :c] - offset, output[:, c:]], 1),)
+        return (output - offset,)
+
+    network.forward = calibrated
+    return pipe
+
+
+def test_a_lora_is_measured_with_its_model(calibrate, captioned, tmp_path, capsys, monkeypatch):
+    from test_weights import lora
+
+    pipe = tiny("sd")
+    pipe.save_pretrained(tmp_path / "model")
+    state = {k.replace(".style", ""): v for k, v in lora(pipe, size=1.0).unet.state_dict().items() if ".lora_" in k}
+    pipe.save_lora_weights(tmp_path / "style", unet_lora_layers=state)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--pretrained_model_name_or_path", "model", "--dataset_name", captioned, "--caption_column", "text"]
+    arguments += ["--num_levels", 2, "--train_batch_size", 8, "--max_train_samples", 40, "--plain", "--resolution", 16]
+    calibrate.run(*arguments, "--output_dir", "with", "--lora_weights", "style")
+    calibrate.run(*arguments, "--output_dir", "without")
+    assert 'pipe.load_lora_weights("style")' in capsys.readouterr().out
+    given = by_the_card(tmp_path / "with")
+    assert given["calibration"].config.measured_on["lora_weights"] == "style"
+    assert len(given["calibration"].lora_sample) > 0
+    assert not torch.equal(given["calibration"].offsets, Calibration.from_pretrained("without").offsets)
+    with pytest.raises(SystemExit, match="the LoRA 'nowhere' could not be loaded; it must be a folder or a repository"):
+        calibrate.run(*arguments, "--output_dir", "none", "--lora_weights", "nowhere")
+    tiny("pixart").save_pretrained(tmp_path / "pixart")
+    with pytest.raises(SystemExit, match="--lora_weights: PixArtSigmaPipeline has no loader for a LoRA"):
+        calibrate.run(
+            *arguments,
+            "--output_dir",
+            "none",
+            "--lora_weights",
+            "style",
+            *("--pretrained_model_name_or_path", "pixart"),
+        )
+    with pytest.raises(
+        SystemExit, match="--guidance_scale: the network of a StableDiffusionPipeline is told no guidan"
+    ):
+        calibrate.run(*arguments, "--output_dir", "none", "--guidance_scale", 2)

@@ -29,6 +29,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_ext import Calibration, estimate_calibration
 from diffusers_ext.commands import parse_arguments
+from diffusers_ext.conversion import calibrating_line
 from diffusers_ext.data.batches import Images, Position, micro_batches
 from diffusers_ext.data.labelling import with_labels
 from diffusers_ext.data.prepared import describe, make_transform
@@ -38,10 +39,10 @@ from diffusers_ext.fields import arg
 from diffusers_ext.files import remove_partial, replacing_files, shown, write_file
 from diffusers_ext.mean_error import GROUPS, MIN_P
 from diffusers_ext.randomness import Seeds, Stream
-from diffusers_ext.reports.calibration_card import plot, summary, verdict, write_calibration_card
+from diffusers_ext.reports.calibration_card import example, plot, summary, verdict, write_calibration_card
 from diffusers_ext.reports.hub import HubArguments, make_pusher
 from diffusers_ext.schedulers import save_tables
-from diffusers_ext.subjects import Subject, load_pipeline, subject_of
+from diffusers_ext.subjects import Subject, load_lora, load_pipeline, subject_of
 from diffusers_ext.training.environment import make_accelerator
 from diffusers_ext.training.lock import RunLock
 
@@ -53,6 +54,10 @@ class CalibrationArguments(HubArguments, DataArguments):
     pretrained_model_name_or_path: str | None = arg(None, "Pipeline whose model is measured (Hub name or folder).")
     revision: str | None = arg(None, "Git revision of the pipeline.")
     variant: str | None = arg(None, "Weights variant of the pipeline, e.g. fp16.")
+    lora_weights: str | None = arg(None, "LoRA that the pipeline is called with (Hub name or folder).")
+    guidance_scale: float | None = arg(
+        None, "Flux: the scale that its network is told; by default that of the pipeline's call.", at_least=0
+    )
     torch_dtype: Literal["float32", "float16", "bfloat16"] = arg("float32", "Precision of the networks.")
     caption_column: str | None = arg(None, "Text-to-image: column of the prompts; by default the empty prompt.")
     per_class: bool = arg(False, "One offset for each class, and not their average.")
@@ -171,13 +176,22 @@ def measure(args: CalibrationArguments, subject: Subject, data: Any, accelerator
             seed=args.seed,
             accelerator=accelerator,
             state_path=Path(args.output_dir) / "state" / "sums.safetensors",
-            measured_on={"model": shown(args.pretrained_model_name_or_path), "data": args.described},
+            measured_on={"model": shown(args.pretrained_model_name_or_path), "data": args.described} | told(args),
         )
     except ValueError as error:
         raise InputError(str(error)) from error
 
 
-def save(args: CalibrationArguments, pipeline: DiffusionPipeline, calibration: Calibration, name: str) -> None:
+def told(args: CalibrationArguments) -> dict[str, Any]:
+    """Return what else the mean error depends on, where it was given."""
+    lora = None if args.lora_weights is None else shown(args.lora_weights)
+    given = {"lora_weights": lora, "guidance_scale": args.guidance_scale}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def save(
+    args: CalibrationArguments, pipeline: DiffusionPipeline, calibration: Calibration, name: str, line: str
+) -> None:
     """Write the tables, also beside the scheduler, the numbers, the picture and the card into the output folder."""
     out = Path(args.output_dir)
     with replacing_files(out) as aside:
@@ -188,7 +202,7 @@ def save(args: CalibrationArguments, pipeline: DiffusionPipeline, calibration: C
         save_tables(calibration, aside / "scheduler")
         write_file(aside / "metrics.json", json.dumps(summary(calibration), indent=2) + "\n")
         plot(calibration, aside / "offsets.png")
-    write_calibration_card(out, calibration, name, asdict(args), f"accelerate launch {shlex.join(sys.argv)}")
+    write_calibration_card(out, calibration, name, asdict(args), f"accelerate launch {shlex.join(sys.argv)}", line)
 
 
 @command
@@ -200,7 +214,11 @@ def main() -> None:
     dtype = getattr(torch, args.torch_dtype)
     name = args.pretrained_model_name_or_path
     pipeline = load_pipeline(name, args.revision, args.variant, args.cache_dir, dtype).to(accelerator.device)
+    if args.lora_weights is not None:
+        load_lora(pipeline, args.lora_weights, args.cache_dir)
     subject = subject_of(pipeline)
+    if args.guidance_scale is not None:
+        subject.tell_guidance(args.guidance_scale)
     channels, resolution = subject.image_format(args.resolution)
     subject.train_at(resolution)
     if args.per_class and subject.num_classes is None:
@@ -220,9 +238,10 @@ def main() -> None:
         accelerator.wait_for_everyone()
         calibration = measure(args, subject, data, accelerator, resolution)
         if accelerator.is_main_process:
-            save(args, pipeline, calibration, out.name if pusher is None else pusher.repo_id)
+            line = calibrating_line(pipeline, calibration)
+            save(args, pipeline, calibration, out.name if pusher is None else pusher.repo_id, line)
             print(verdict(calibration))
-            print(f"the calibration is in {out}")
+            print(f"the calibration is in {out}; use it by\n\n{example(str(out), line, asdict(args))}\n")
     failure = None
     if pusher is not None:
         pusher.push(out, "calibration")

@@ -7,10 +7,9 @@ from math import isnan, prod
 from pathlib import Path
 from typing import Any
 
-from ..calibration import ALL, PER_CHANNEL, UNCONDITIONAL, Calibration
+from ..calibration import PER_CHANNEL, Calibration
 from ..figures import agg_figure
-from ..files import replacing
-from ..schedulers.scheduling_calibrated import CALIBRATED_SCHEDULERS
+from ..files import replacing, shown
 from .card import save_card, shown_command, table
 
 # A gain below the first, in bits per dimension, from offsets below the second, in eps, makes no visible difference.
@@ -128,29 +127,45 @@ def offsets_figure(calibration: Calibration) -> Any:
     return figure
 
 
-def _example(calibration: Calibration, name: str) -> str:
-    """Return an example that uses a calibrated scheduler where there is one, and `calibrate_pipeline` otherwise."""
-    scheduler, rows = f"Calibrated{calibration.config.scheduler['_class_name']}", tuple(calibration.config.rows)
-    linear = rows == (ALL,)
-    if linear and scheduler.removeprefix("Calibrated") in CALIBRATED_SCHEDULERS:
-        what, use = scheduler, f"pipe.scheduler = {scheduler}.from_scheduler(pipe.scheduler, calibration)"
-    else:
-        reads = "  # it reads the guidance scale of each call" if UNCONDITIONAL in rows else ""
-        what, use = "calibrate_pipeline", f"pipe = calibrate_pipeline(pipe, calibration){reads}"
-    load = f'calibration = Calibration.from_pretrained("{name}")'
-    return f"from diffusers_ext import {', '.join(sorted([what, 'Calibration']))}\n\n{load}\n{use}"
+def example(name: str, line: str, arguments: Mapping[str, Any]) -> str:
+    """Return the code that loads the pipeline and the calibration, and subtracts it.
+
+    Args:
+        name: the calibration's folder or repository.
+        line: the line that calibrates the pipeline, see `calibrating_line`.
+        arguments: those of the measurement: the pipeline's name, revision, variant and LoRA.
+    """
+    options = "".join(f", {key}={arguments[key]!r}" for key in ("revision", "variant") if arguments.get(key))
+    loaded = f"pipe = DiffusionPipeline.from_pretrained({arguments['pretrained_model_name_or_path']!r}{options})"
+    lora = arguments.get("lora_weights")
+    return "\n".join(
+        [
+            "from diffusers import DiffusionPipeline",
+            "from diffusers_ext import Calibration, calibrate_pipeline\n",
+            loaded,
+            *([f"pipe.load_lora_weights({lora!r})"] if lora else []),
+            f"calibration = Calibration.from_pretrained({name!r})",
+            line,
+        ]
+    ).replace("'", '"')
 
 
 def write_calibration_card(
-    folder: Path, calibration: Calibration, name: str, arguments: Mapping[str, Any], command: str
+    folder: Path, calibration: Calibration, name: str, arguments: Mapping[str, Any], command: str, line: str
 ) -> None:
-    """Write `README.md`: what was measured, whether it is worth using, how to use it."""
+    """Write `README.md`: what was measured, whether it is worth using, how to use it.
+
+    Args:
+        line: the line that calibrates the pipeline, see `calibrating_line`.
+    """
     measured, numbers = calibration.config.measured_on, summary(calibration)
+    names = ("pretrained_model_name_or_path", "lora_weights")
+    public = {**arguments, **{name: shown(arguments[name]) for name in names if arguments.get(name)}}
     rows = tuple(calibration.config.rows)
-    shown = ("mean_error", "standard_error", "used_share")
-    columns = ["sigma", *(f"{what.replace('_', ' ')}, {row}" for row in rows for what in shown)]
+    kinds = ("mean_error", "standard_error", "used_share")
+    columns = ["sigma", *(f"{what.replace('_', ' ')}, {row}" for row in rows for what in kinds)]
     lines = [
-        [f"{sigma:.3g}", *(f"{numbers[what][i][j]:.2g}" for i in range(len(rows)) for what in shown)]
+        [f"{sigma:.3g}", *(f"{numbers[what][i][j]:.2g}" for i in range(len(rows)) for what in kinds)]
         for j, sigma in enumerate(numbers["sigma"])
     ]
     parts = [
@@ -160,7 +175,7 @@ def write_calibration_card(
         "## Is it worth using?",
         verdict(calibration),
         "## How to use it",
-        f"```python\n{_example(calibration, name)}\n```",
+        f"```python\n{example(name, line, public)}\n```",
         "## How it was measured",
         f"```bash\n{shown_command(command)}\n```",
         table(columns, lines),

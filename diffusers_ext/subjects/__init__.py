@@ -8,7 +8,7 @@ from ..conditions import Condition
 from ..errors import InputError
 from .base import ImageFormat, Rows, Subject
 from .labelled import Labelled, LatentTransformer, LatentUNet, Pixels
-from .loading import load_pipeline
+from .loading import load_lora, load_pipeline
 from .text import FAMILIES, Flux, PixArt, StableDiffusion, StableDiffusion3, StableDiffusionXL, TextToImage
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "StableDiffusionXL",
     "Subject",
     "TextToImage",
+    "load_lora",
     "load_pipeline",
     "subject_of",
 ]

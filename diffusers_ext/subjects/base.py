@@ -126,7 +126,7 @@ class Subject:
         Raises:
             InputError: the network does not take images of this size or number of channels.
         """
-        raise self._unknown("trained or evaluated")
+        raise _unknown(self.pipeline, "trained or evaluated")
 
     def train_at(self, resolution: int) -> None:
         """Prepare for training at a resolution: a network that can sample at any resolution samples at this one."""
@@ -158,7 +158,7 @@ class Subject:
         Raises:
             InputError: this kind of pipeline is not known.
         """
-        raise self._unknown("conditioned")
+        raise _unknown(self.pipeline, "conditioned")
 
     def null_condition(self, resolution: int) -> Condition | None:
         """Return the null condition, with first dimension 1; `None` where there is none."""
@@ -167,6 +167,10 @@ class Subject:
     def part(self, condition: Condition, rows: slice) -> Condition:
         """Return some rows of a condition."""
         return each_tensor(lambda value: value[rows], condition)
+
+    def tell_guidance(self, scale: float) -> None:
+        """Tell the network another guidance scale than that of the pipeline's call, where it is told one (Flux)."""
+        raise InputError(f"--guidance_scale: the network of a {type(self.pipeline).__name__} is told no guidance scale")
 
     def drop(self, condition: Condition, share: float, generator: torch.Generator, resolution: int) -> Condition:
         """Replace each row by the null condition, with probability `share` and independently; return the result."""
@@ -189,7 +193,7 @@ class Subject:
         Raises:
             InputError: the message says which pipelines can.
         """
-        raise self._unknown("trained")
+        raise _unknown(self.pipeline, "trained")
 
     def before_training(self) -> None:
         """Switch off what the training loop does instead of the network, such as dropping labels."""
@@ -288,7 +292,7 @@ class Subject:
             guidance_scale: the scale of classifier-free guidance; 1 is the conditional model.
             resolution: height and width, for pipelines that take them.
         """
-        raise self._unknown("sampled")
+        raise _unknown(self.pipeline, "sampled")
 
     def sample(
         self, n: int, num_inference_steps: int = 50, seed: int = 0, labels: Sequence[int] | None = None
@@ -311,8 +315,9 @@ class Subject:
         with replacing_files(folder) as aside:
             self.pipeline.save_pretrained(aside)
 
-    def _unknown(self, done: str) -> InputError:
-        return InputError(
-            f"{type(self.pipeline).__name__} cannot be {done} here: it needs a UNet2DModel (`unet`) or a "
-            f"DiTTransformer2DModel (`transformer`), unconditional or conditioned on class labels"
-        )
+
+def _unknown(pipeline: DiffusionPipeline, done: str) -> InputError:
+    return InputError(
+        f"{type(pipeline).__name__} cannot be {done} here: it needs a UNet2DModel (`unet`) or a "
+        f"DiTTransformer2DModel (`transformer`), unconditional or conditioned on class labels"
+    )

@@ -68,6 +68,17 @@ def exposes_guidance(pipeline: DiffusionPipeline) -> bool:
     return _kind(pipeline) is not None
 
 
+def default_scale(pipeline: DiffusionPipeline) -> float:
+    """Return the scale of classifier-free guidance of a call that names none; 1 is none.
+
+    Where there is a `true_cfg_scale`, `guidance_scale` is what a distilled network is told.
+    """
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    names = (name for name in ("true_cfg_scale", "guidance_scale") if name in parameters)
+    scale = parameters[name].default if (name := next(names, None)) is not None else 1.0
+    return float(scale) if isinstance(scale, int | float) and scale > 1 else 1.0
+
+
 def puts_unconditional_first(pipeline: DiffusionPipeline) -> bool:
     """Return whether the layout of a guided batch is known, see `UNCONDITIONAL_FIRST`."""
     return _kind(pipeline) in UNCONDITIONAL_FIRST
@@ -96,8 +107,8 @@ class ReadGuidance:
     def by_default(self) -> float:
         """The scale of a call that names none."""
         pipeline = self._pipeline()
-        scale = inspect.signature(type(pipeline).__call__).parameters["guidance_scale"].default
-        return scale if isinstance(scale, int | float) and scale > 1 else 1.0
+        assert pipeline is not None
+        return default_scale(pipeline)
 
     def is_on(self) -> bool:
         """Return whether the pipeline guides at the present step; `True` if that is not known."""

@@ -8,6 +8,24 @@ from diffusers import DiffusionPipeline
 from ..errors import InputError
 
 
+def load_lora(pipeline: DiffusionPipeline, name: str, cache_dir: str | None = None) -> None:
+    """Load a LoRA beside the weights of a pipeline.
+
+    Raises:
+        InputError: the pipeline has no loader, PEFT is not installed, or the LoRA cannot be loaded.
+    """
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise InputError(f"--lora_weights: {type(pipeline).__name__} has no loader for a LoRA")
+    try:
+        pipeline.load_lora_weights(name, use_safetensors=True, cache_dir=cache_dir)
+    except Exception as error:  # as many as there are files that are no LoRA
+        install = " (pip install peft)" if "PEFT" in str(error) else ""
+        raise InputError(
+            f"the LoRA {name!r} could not be loaded; it must be a folder or a repository of the Hub with a safetensors "
+            f"file: {type(error).__name__}: {error}{install}"
+        ) from error
+
+
 def load_pipeline(
     name: str,
     revision: str | None = None,

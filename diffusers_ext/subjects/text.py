@@ -160,6 +160,12 @@ class Flux(TextToImage):
     """
 
     prompts, patch = 2, 2
+    _told: float | None = None
+
+    def tell_guidance(self, scale: float) -> None:
+        if not self.network.config.guidance_embeds:
+            super().tell_guidance(scale)
+        self._told = scale
 
     def _latent_size(self) -> int:
         return self.pipeline.default_sample_size
@@ -173,14 +179,17 @@ class Flux(TextToImage):
         n, side = len(prompts), resolution // self.factor // self.patch
         ids = self.pipeline._prepare_latent_image_ids(n, side, side, embeddings.device, embeddings.dtype)
         places = {"txt_ids": text_ids.expand(n, *text_ids.shape), "img_ids": ids.expand(n, *ids.shape)}
-        told = {}
-        if self.network.config.guidance_embeds:
-            told = {"guidance": torch.full((n,), self._default("guidance_scale"), device=embeddings.device)}
-        return {"encoder_hidden_states": embeddings, "pooled_projections": pooled} | places | told
+        condition = {"encoder_hidden_states": embeddings, "pooled_projections": pooled} | places
+        if not self.network.config.guidance_embeds:
+            return condition
+        scale = self._default("guidance_scale") if self._told is None else self._told
+        return condition | {"guidance": torch.full((n,), scale, device=embeddings.device)}
 
     def call(self, n: int, *, guidance_scale: float = 1.0, **options: Any) -> dict[str, Any]:
         call = super().call(n, **options)
         del call["guidance_scale"]
+        if self._told is not None:
+            call["guidance_scale"] = self._told
         return call | ({"true_cfg_scale": guidance_scale, "negative_prompt": [""] * n} if guidance_scale > 1 else {})
 
 
