@@ -41,7 +41,7 @@ from .calibration import (
 from .conditions import each_tensor, for_each, overlaid
 from .files import replacing
 from .interop import NoiseSchedule, denoiser_from, noise_schedule, stored_scheduler
-from .networks import NetworkConvention, unwrap
+from .networks import FRAMES_FIRST, NetworkConvention, unwrap
 from .noise_levels import log_linear_sigmas
 from .randomness import RULE, Seeds, Stream, randn_like
 from .ranges import require
@@ -221,7 +221,7 @@ def estimate_calibration(
         scheduler=stored_scheduler(scheduler),
         null_class=null_class,
         measured_on=dict(measured_on or {}) | settings,
-        has_channels=per_channel_shape(shape) != shape,
+        has_channels=per_channel_shape(shape) != shape and type(unwrap(model)).__name__ not in FRAMES_FIRST,
         sampled_weights=[len(sample) for sample in samples],
     )
     return _filled(calibration, sums, shrink, significance, per, samples)

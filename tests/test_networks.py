@@ -43,7 +43,6 @@ PIPELINES = {  # of each network: the pipeline in whose source its convention is
     "LongCatImageTransformer2DModel": "LongCatImage",
     "OvisImageTransformer2DModel": "OvisImage",
     "QwenImageTransformer2DModel": "QwenImage",
-    "QwenImage21Transformer2DModel": "QwenImage21",
     "Krea2Transformer2DModel": "Krea2",
     "PRXTransformer2DModel": "PRX",
     "NucleusMoEImageTransformer2DModel": "NucleusMoEImage",

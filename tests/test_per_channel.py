@@ -204,3 +204,10 @@ def test_both_tables_are_saved(tmp_path) -> None:
     assert loaded.config.per == made.config.per
     assert loaded.state_dict().keys() == made.state_dict().keys()
     assert all(torch.equal(value, made.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_videos_with_their_frames_first_have_no_offsets_per_channel() -> None:
+    """CogVideoX: the first axis of its samples is that of the frames."""
+    model = type("CogVideoXTransformer3DModel", (torch.nn.Module,), {"forward": lambda self, x, t: 0 * x + 0.1})()
+    made = estimate(model, batches((2, 3, 4, 4), 64, 32))
+    assert (made.config.has_channels, made.config.per) == (False, PER_POSITION)

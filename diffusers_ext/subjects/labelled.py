@@ -39,10 +39,11 @@ class Labelled(Subject):
         probe = torch.zeros(1, network.config.in_channels, side, side, device=network.device)
         labels = {} if self.num_classes is None else {"class_labels": torch.zeros(1, dtype=torch.long).to(probe.device)}
         devices = [probe.device] if probe.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices):  # dropout draws
-            output = Network(network)(probe, torch.ones(1, device=probe.device), **labels)
-        if output.shape != probe.shape:
-            raise InputError(f"the network maps {tuple(probe.shape)} to {tuple(output.shape)}: it predicts no noise")
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices):  # dropout draws
+                Network(network)(probe, torch.ones(1, device=probe.device), **labels)
+        except ValueError as error:
+            raise InputError(str(error)) from error
         return ImageFormat(channels, resolution)
 
     def _check_resolution(self, resolution: int) -> None:
