@@ -63,8 +63,8 @@ class CalibrationArguments(HubArguments, DataArguments):
     per_class: bool = arg(False, "One offset for each class, and not their average.")
     per: Literal["position", "channel"] | None = arg(
         None,
-        "Offsets of each position of the image, or of each channel; by default per channel where that keeps nine tenths of "
-        "the mean error. Images of other sizes always get those of the channels.",
+        "Offsets of each position of the image, or of each channel; by default per channel where that keeps nine "
+        "tenths of the mean error. Images of other sizes always get those of the channels.",
     )
     num_levels: int = arg(24, "Noise levels, log-spaced; between them offsets are interpolated.", at_least=2)
     tolerance: float | None = arg(
