@@ -54,6 +54,7 @@ from .figures import agg_figure
 from .files import replacing, write_file
 from .interop import VPSchedule, denoiser_from, noise_schedule, require_vp
 from .likelihood import Elbo, LogPrior, bits_per_dim, nested_elbos
+from .networks import NetworkConvention
 from .process import GaussianProcess
 from .randomness import randn_like
 from .ranges import require
@@ -267,6 +268,7 @@ def diffusion_time_report(
     high: float = 1.0,
     generator: torch.Generator | None = None,
     progress: bool = True,
+    convention: NetworkConvention | None = None,
 ) -> DiffusionTimeReport:
     """Measure the terms of the likelihood bound of a model for every diffusion time T, from N(0, I) and from bridges.
 
@@ -285,6 +287,7 @@ def diffusion_time_report(
             sigma_min n, and they are those of its density.
         generator: the source of all randomness; by default a new one of seed 0, on the device of the data.
         progress: show a progress bar.
+        convention: as for `denoiser_from`.
 
     Raises:
         ValueError: a number is out of range; the schedule is not variance-preserving (reflected models, flow matching,
@@ -297,7 +300,7 @@ def diffusion_time_report(
     timesteps = _timesteps(schedule, times, n)
     given = _by_cell(bridges or {}, times, schedule)
     starts = (STANDARD_NORMAL, *dict.fromkeys(name for _, name in given))
-    denoiser, sigmas = denoiser_from(model, scheduler), [schedule.sigmas[t].item() for t in timesteps]
+    denoiser, sigmas = denoiser_from(model, scheduler, convention), [schedule.sigmas[t].item() for t in timesteps]
     scales = schedule.scale(torch.tensor(sigmas, dtype=torch.float64)).tolist()
     sigma_min = schedule.sigma_min if sigma_min is None else sigma_min
     laws = [[given.get((T, name)) for name in starts[1:]] for T in times]

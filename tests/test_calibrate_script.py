@@ -13,14 +13,17 @@ import stranger
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from diffusers import (
+    AutoencoderKL,
     DDIMPipeline,
     DDIMScheduler,
     DiffusionPipeline,
     StableDiffusionPipeline,
+    UNet2DConditionModel,
 )
 from hub_server import HubServer
 from test_models import tiny_unet
 from tiny_pipelines import tiny
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_ext import CalibratedDDIMScheduler, Calibration, ClassConditionalPipeline, estimate_calibration
 from diffusers_ext.errors import InputError
@@ -241,14 +244,38 @@ def captioned():
         yield Path(folder) / "train.parquet"
 
 
-def tiny_stable_diffusion():
-    pipeline = tiny("sd")
-    pipeline.scheduler = DDIMScheduler(clip_sample=False)
+def tiny_stable_diffusion(folder):
+    words = {
+        w: i for i, w in enumerate(["<|startoftext|>", "<|endoftext|>", *"grey0123456789", *["g", "r", "e", "y</w>"]])
+    }
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(words))
+    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(
+        str(folder / "tokenizer" / "vocab.json"), str(folder / "tokenizer" / "merges.txt"), model_max_length=8
+    )
+    text = CLIPTextConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=8, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=4,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    pipeline = StableDiffusionPipeline(
+        vae, CLIPTextModel(text), tokenizer, unet, DDIMScheduler(clip_sample=False), None, None,
+        requires_safety_checker=False,
+    )  # fmt: skip
     return pipeline
 
 
 def test_text_to_image_models_are_measured_on_latents_and_captions(calibrate, captioned, tmp_path):
-    pipeline = tiny_stable_diffusion()
+    pipeline = tiny_stable_diffusion(tmp_path / "parts")
     pipeline.save_pretrained(tmp_path / "sd")
     prompts, encode = [], StableDiffusionPipeline.encode_prompt
 
@@ -385,7 +412,7 @@ def test_conditions_in_a_tree_reach_the_unconditional_row():
 
 def test_latents_are_drawn_from_the_seed_alone(calibrate, captioned, tmp_path, capsys):
     """Without captions, which is said before the work: the table is of no use for guidance."""
-    tiny_stable_diffusion().save_pretrained(tmp_path / "sd")
+    tiny_stable_diffusion(tmp_path / "parts").save_pretrained(tmp_path / "sd")
     tables = []
     for i in range(2):
         torch.manual_seed(i)
