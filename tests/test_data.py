@@ -26,6 +26,7 @@ class Numbered:
 
     labels = None
     class_names = None
+    captions = None
 
     def __init__(self, n, broken=()):
         self.n, self.broken = n, broken
@@ -306,7 +307,7 @@ def test_the_code_that_skips_a_bad_row_cannot_fail(tmp_path):
     outside = "the cell names a file outside of the data set, which is not opened"
     assert reasons == {"train[1]": "the cell is empty", "train[2]": outside, "train[3]": outside}
     stream = load_images(replace(args, streaming=True), "train")
-    seen = [open_or_reason(stream, cell) for cell, _, _ in stream.rows(0, 0)]
+    seen = [open_or_reason(stream, cell) for cell, *_ in stream.rows(0, 0)]
     assert seen == [100, "the cell is empty", outside, outside, 50]
 
 
@@ -325,7 +326,7 @@ def test_images_in_an_archive_are_streamed(tmp_path):
         archive.writestr("cat/1.png", file.getvalue())
     args = arguments(tmp_path, dataset_name=str(tmp_path / "data"), streaming=True)
     stream = load_images(args, "train")
-    assert [np.asarray(stream.open(cell)).mean() for cell, _, _ in stream.rows(0, 0)] == [100]
+    assert [np.asarray(stream.open(cell)).mean() for cell, *_ in stream.rows(0, 0)] == [100]
 
 
 def test_wrong_data_are_refused_with_what_to_do(parquet, tmp_path):

@@ -257,7 +257,7 @@ def test_arguments_that_the_models_or_data_do_not_allow_end_with_a_message(evalu
     for more, message in (
         (("--extractor", "nope"), "unknown extractor"),
         (("--max_validation_samples", 30), "15 images, and an interval needs 20"),
-        (("--caption_column", "text"), "no column"),
+        (("--caption_column", "text"), "no effect on the embedded digits"),
     ):
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             evaluate.run(*arguments(models, tmp_path / "out", *more))

@@ -147,7 +147,7 @@ def test_a_streamed_folder_loses_nothing_either(tmp_path):
     folder = write(tmp_path / "pets", "cat/a.png", "dog/b.png")
     args = arguments(tmp_path, train_data_dir=str(folder), streaming=True)
     stream = load_images(args, "train").labelled_for(2)
-    assert Counter(label for _, label, _ in stream.rows(0, 0)) == {0: 1, 1: 1}
+    assert Counter(label for _, label, *_ in stream.rows(0, 0)) == {0: 1, 1: 1}
     write(folder, "test/c.png")
     with pytest.raises(
         InputError, match=r"has 3 images, and its splits .test. hold 1 of them, and not those in cat, dog"

@@ -118,7 +118,7 @@ def test_labels_of_a_stream_are_checked_as_they_come(data_of):
     assert [next(rows)[1] for _ in range(2)] == [1, 0]
     with pytest.raises(InputError, match=r"the label of train\[2\] is -1, and classes are 0 to 1"):
         next(rows)
-    assert [label for _, label, _ in with_labels(stream, None, "split train").rows(0, 0)] == [-1] * 3
+    assert [label for _, label, *_ in with_labels(stream, None, "split train").rows(0, 0)] == [-1] * 3
 
 
 # --- held-out images --------------------------------------------------------------------------------------------------

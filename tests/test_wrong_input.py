@@ -434,7 +434,7 @@ FITS = [
      "256"], "256 images in whole batches are too few: a mean error needs 32 for each of 10 classes"),
     ("calibrate", ["--pretrained_model_name_or_path", "{place}/labelled", "--train_data_dir", "{place}/images",
      "--train_batch_size", "8", "--per_class"], "too few: a mean error needs 32 for each of 10 classes"),
-    ("calibrate", [*MODEL, *DIGITS, "--caption_column", "text"], "no column 'text'"),
+    ("calibrate", [*MODEL, *DIGITS, "--caption_column", "text"], "no effect on the embedded digits"),
     ("evaluate", [*MODEL], "name the data"),
     ("evaluate", [*MODEL, *DIGITS, "--guidance_scale", "2"], "no null class to guide away from"),
     ("evaluate", [*MODEL, "{place}/colour", *DIGITS], "different images, which cannot be compared"),
@@ -446,7 +446,7 @@ FITS = [
     ("evaluate", [*MODEL, *DIGITS, "--extractor", "nowhere:Net", "--max_train_samples", "50"], "nowhere"),
     ("evaluate", [*MODEL, *DIGITS, "--max_validation_samples", "30"], "has 15 images, and an interval needs 20"),
     ("evaluate", [*MODEL, "--train_data_dir", "{place}/images"], "--validation_split"),
-    ("evaluate", [*MODEL, *DIGITS, "--caption_column", "text"], "no column"),
+    ("evaluate", [*MODEL, *DIGITS, "--caption_column", "text"], "no effect on the embedded digits"),
     ("calibrate", [*MODEL, *DIGITS, "--push_to_hub", "--hub_model_id", "a/b/c"], "--hub_model_id"),
     ("fit_bridge", [*MODEL, *DIGITS, "--push_to_hub", "--hub_model_id", "a b"], "--hub_model_id"),
 ]  # fmt: skip

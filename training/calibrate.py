@@ -33,7 +33,7 @@ from diffusers_ext.conversion import calibrating_line
 from diffusers_ext.data.batches import Images, Position, micro_batches
 from diffusers_ext.data.labelling import with_labels
 from diffusers_ext.data.prepared import describe, make_transform
-from diffusers_ext.data.sources import DataArguments, HubStream, column_of, load_images, numbered
+from diffusers_ext.data.sources import DataArguments, HubStream, load_images
 from diffusers_ext.errors import NOT_PUSHED, InputError, TrainingStopped, command
 from diffusers_ext.fields import arg
 from diffusers_ext.files import remove_partial, replacing_files, shown, write_file
@@ -59,7 +59,6 @@ class CalibrationArguments(HubArguments, DataArguments):
         None, "Flux: the scale that its network is told; by default that of the pipeline's call.", at_least=0
     )
     torch_dtype: Literal["float32", "float16", "bfloat16"] = arg("float32", "Precision of the networks.")
-    caption_column: str | None = arg(None, "Text-to-image: column of the prompts; by default the empty prompt.")
     per_class: bool = arg(False, "One offset for each class, and not their average.")
     per: Literal["position", "channel"] | None = arg(
         None,
@@ -90,11 +89,6 @@ def batches(
     """
     everything = replace(args, max_train_samples=None)  # `count` limits them, in random order
     source = load_images(everything, args.train_split)
-    prompts: Any = None
-    if args.caption_column is not None:
-        if isinstance(source, HubStream):
-            raise InputError("--caption_column needs data that are not streamed")
-        prompts, source = column_of(source, args.caption_column), numbered(source)
     n = sys.maxsize if isinstance(source, HubStream) else len(source)
     n = n if args.max_train_samples is None else min(n, args.max_train_samples)
     if n == sys.maxsize:
@@ -105,14 +99,13 @@ def batches(
         raise InputError(f"{n} images are fewer than a batch of {args.train_batch_size} for each of {world} processes")
     transform = make_transform(args, source, channels, resolution)
     accelerator.print(describe(args, source, transform))
-    if prompts is not None and not subject.takes_captions:
+    if args.caption_column is not None and not subject.takes_captions:
         raise InputError("--caption_column: the model takes no prompts")
     classes = subject.num_classes
-    if prompts is None:
-        source = with_labels(source, classes, f"split {args.train_split}")
+    source = with_labels(source, classes, f"split {args.train_split}")
     require_enough(source, count * args.train_batch_size * world, classes if args.per_class else None)
     drawn = micro_batches(everything, source, transform, rank, world, count, position=Position(0, 0))
-    return conditioned(drawn, args, subject, accelerator, prompts)
+    return conditioned(drawn, args, subject, accelerator)
 
 
 def require_enough(source: Any, n: int, classes: int | None) -> None:
@@ -132,7 +125,7 @@ def require_enough(source: Any, n: int, classes: int | None) -> None:
 
 
 def conditioned(
-    drawn: Iterable[Images], args: CalibrationArguments, subject: Subject, accelerator: Accelerator, prompts: Any
+    drawn: Iterable[Images], args: CalibrationArguments, subject: Subject, accelerator: Accelerator
 ) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
     """Yield the batches in the network's own space, with its conditions."""
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -142,14 +135,7 @@ def conditioned(
             raise InputError(f"the stream has {taken} images in whole batches: repeat with --max_train_samples {taken}")
         generator = Seeds(args.seed).generator(Stream.CALIBRATION_LATENTS, i * world + rank, device=device)
         x0 = subject.encode(batch.images.to(device, subject.pipeline.dtype), generator).float()
-        captions = None if prompts is None else [_prompt(prompts[k]) for k in batch.labels.tolist()]
-        yield x0, subject.conditions(replace(batch, captions=captions))
-
-
-def _prompt(cell: Any) -> str:
-    if cell is not None and not isinstance(cell, str):
-        raise InputError(f"--caption_column must hold one text for each image, it has {cell!r:.80}")
-    return cell or ""
+        yield x0, subject.conditions(replace(batch, places=None))  # the pipeline's calls name no size and no crop
 
 
 def measure(args: CalibrationArguments, subject: Subject, data: Any, accelerator: Accelerator, resolution: int) -> Any:

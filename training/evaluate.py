@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from diffusers_ext.commands import parse_arguments
-from diffusers_ext.data.sources import column_of, load_images
+from diffusers_ext.data.sources import HubStream, load_images
 from diffusers_ext.errors import NOT_PUSHED, InputError, TrainingStopped, command
 from diffusers_ext.evaluation import (
     Evaluation,
@@ -51,7 +51,6 @@ class ModelArguments(EvaluationArguments):
     revision: str | None = arg(None, "Git revision of the pipelines.")
     variant: str | None = arg(None, "Weights variant of the pipelines, e.g. fp16.")
     torch_dtype: Literal["float32", "float16", "bfloat16"] = arg("float32", "Precision of the networks that draw.")
-    caption_column: str | None = arg(None, "Text-to-image: column of the training data with the prompts.")
     output_dir: str = arg("evaluation", "Folder of the results and of the images that were drawn.")
     push_to_hub: bool = arg(False, "Write the results into the model cards (model-index) of the pipelines on the Hub.")
     hub_token: str | None = arg(None, "By default the token that `hf auth login` has stored.")
@@ -84,8 +83,10 @@ def load(args: ModelArguments, path: str, device: torch.device) -> Any:
 def captions(args: ModelArguments) -> list[str] | None:
     if args.caption_column is None:
         return None
-    source: Any = load_images(args, args.train_split)
-    return list(column_of(source, args.caption_column))
+    source = load_images(args, args.train_split)
+    if isinstance(source, HubStream):
+        raise InputError("--caption_column needs data that are not streamed")
+    return list(source.captions or [])
 
 
 def publish(args: ModelArguments, evaluation: Evaluation) -> list[str]:

@@ -38,11 +38,14 @@ MAX_UNREADABLE_IN_A_ROW = 100
 
 @dataclass(frozen=True)
 class Sample:
-    """One image (channels, height, width), its label (-1 if it has none), and what could not be read in its stead."""
+    """One image (channels, height, width), its label (-1 if it has none), what could not be read in its stead, its
+    caption, and where it was cut from, see `Transform.placed`."""
 
     image: Tensor
     label: int
     unreadable: list[str]
+    caption: str | None = None
+    place: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
 class StreamDataset(Dataset[Sample]):
@@ -79,8 +82,9 @@ def read_image(source: ImageSource, index: int, n: int, transform: Transform, ge
     unreadable: list[str] = []
     while True:
         try:
-            image = transform(source.open(index), generator)
-            return Sample(image, -1 if source.labels is None else source.labels[index], unreadable)
+            image, place = transform.placed(source.open(index), generator)
+            label = -1 if source.labels is None else source.labels[index]
+            return Sample(image, label, unreadable, None if source.captions is None else source.captions[index], place)
         except Exception as error:  # Pillow raises whatever its decoders do
             unreadable.append(f"{source.name(index)}: {type(error).__name__}: {error}")
             if len(unreadable) >= min(n, MAX_UNREADABLE_IN_A_ROW):
@@ -114,6 +118,7 @@ class Images:
         unreadable: names of the images that could not be read, with the reasons.
         position: the row that follows the micro-batch in a stream; `None` for other data.
         captions: B texts, where the data have captions.
+        places: (B, 4), where the images were cut from, see `Transform.placed`; `None` if that is not known.
     """
 
     images: Tensor
@@ -121,6 +126,7 @@ class Images:
     unreadable: list[str]
     position: Position | None = None
     captions: Sequence[str] | None = None
+    places: Tensor | None = None
 
     def pin_memory(self) -> Images:
         """Return a copy in page-locked memory, which a GPU reads without a wait; `DataLoader` calls this, too."""
@@ -129,8 +135,10 @@ class Images:
 
 def collate(samples: Sequence[Sample]) -> Images:
     images = torch.stack([s.image for s in samples])
-    labels = torch.tensor([s.label for s in samples])
-    return Images(images, labels, [name for s in samples for name in s.unreadable])
+    labels, places = torch.tensor([s.label for s in samples]), torch.tensor([s.place for s in samples])
+    texts = [s.caption for s in samples if s.caption is not None]
+    captions = texts if len(texts) == len(samples) else None
+    return Images(images, labels, [name for s in samples for name in s.unreadable], captions=captions, places=places)
 
 
 def first_images(source: ImageSource | HubStream, n: int, transform: Transform) -> Images:
@@ -167,10 +175,11 @@ def stream_samples(
         InputError: the stream is empty, or `MAX_UNREADABLE_IN_A_ROW` images in a row cannot be read.
     """
 
-    def decode(where: Position, cell: dict[str, Any], label: int, name: str) -> Sample | str:
+    def decode(where: Position, cell: dict[str, Any], label: int, name: str, caption: str | None) -> Sample | str:
         generator = seeds.generator(Stream.AUGMENTATION, *where)
         try:
-            return Sample(transform(source.open(cell), generator), label, [])
+            image, place = transform.placed(source.open(cell), generator)
+            return Sample(image, label, [], caption, place)
         except Exception as error:  # Pillow raises whatever its decoders do
             return f"{name}: {type(error).__name__}: {error}"
 
@@ -184,7 +193,7 @@ def stream_samples(
                 raise InputError(f"{len(bad)} images in a row cannot be read, the first:\n  {listed}")
             continue
         for missed, name in bad:
-            yield Sample(decoded.image, decoded.label, [name]), Position(missed.epoch, missed.row + 1)
+            yield replace(decoded, unreadable=[name]), Position(missed.epoch, missed.row + 1)
         bad.clear()
         yield decoded, Position(where.epoch, where.row + 1)
 
@@ -195,7 +204,7 @@ def _epochs(position: Position, endless: bool) -> Iterator[int]:
 
 def _numbered(
     source: HubStream, epoch: int, position: Position
-) -> Iterator[tuple[int, tuple[dict[str, Any], int, str]]]:
+) -> Iterator[tuple[int, tuple[dict[str, Any], int, str, str | None]]]:
     first = position.row if epoch == position.epoch else 0
     empty = True
     for numbered in enumerate(source.rows(epoch, first), first):
@@ -206,7 +215,7 @@ def _numbered(
 
 
 def _ordered_map(
-    function: Callable[..., Sample | str], rows: Iterator[tuple[Position, Any, int, str]], threads: int
+    function: Callable[..., Sample | str], rows: Iterator[tuple[Position, Any, int, str, str | None]], threads: int
 ) -> Iterator[tuple[Position, Sample | str]]:
     """Yield (position, function(*row)) in the order of the rows; threads compute the function ahead."""
     if threads == 0:

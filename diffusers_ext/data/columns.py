@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,37 @@ def _names_of(numbers: np.ndarray, names: Sequence[str] | None, column: str, wit
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
+
+
+def require_column(column: str, names: Iterable[str]) -> None:
+    """Refuse a column of captions that the data do not have.
+
+    Raises:
+        InputError: the message names the columns that there are.
+    """
+    if column not in (names := list(names)):
+        raise InputError(f"--caption_column: the data have no column {column!r}: {', '.join(names)}")
+
+
+def read_captions(rows: Any, column: str) -> list[str]:
+    """Read the captions of a data set of `datasets`; where one is missing it is empty.
+
+    Raises:
+        InputError: there is no such column, or a cell holds no text.
+    """
+    require_column(column, rows.column_names)
+    return [caption_of(cell, f"row {i}") for i, cell in enumerate(rows[column])]
+
+
+def caption_of(cell: Any, name: str) -> str:
+    """Return the caption in a cell; a missing one is empty.
+
+    Raises:
+        InputError: the cell holds something else than a text.
+    """
+    if cell is not None and not isinstance(cell, str):
+        raise InputError(f"--caption_column must hold one text for each image, {name} has {cell!r:.80}")
+    return cell or ""
 
 
 def open_cell(cell: Any, places: Sequence[str]) -> Image.Image:

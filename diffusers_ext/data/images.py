@@ -127,7 +127,13 @@ class Transform:
     value_range: ValueRange | None = None
 
     def __call__(self, image: Image.Image, generator: torch.Generator) -> Tensor:
+        return self.placed(image, generator)[0]
+
+    def placed(self, image: Image.Image, generator: torch.Generator) -> tuple[Tensor, tuple[int, int, int, int]]:
+        """Return the tensor, and the height and width of the upright image, and the top and left of the crop in what it
+        was resized to, as Stable Diffusion XL is told them; of a mirrored image, in the mirrored one."""
         image = convert(image, self.channels, self.value_range)
+        own = image.height, image.width
         scale = self.resolution / min(image.size)
         width, height = (max(self.resolution, round(side * scale)) for side in image.size)
         x, y, flip = torch.rand(3, generator=generator).tolist()
@@ -136,8 +142,8 @@ class Transform:
         left, top = (round(u * (side - self.resolution)) for u, side in zip((x, y), (width, height), strict=True))
         image = _square(image, (width, height), (left, top), self.resolution)
         if self.random_flip and flip < 0.5:
-            image = ImageOps.mirror(image)
-        return to_tensor(image)
+            image, left = ImageOps.mirror(image), width - self.resolution - left
+        return to_tensor(image), (*own, top, left)
 
 
 def _square(image: Image.Image, size: tuple[int, int], corner: tuple[int, int], side: int) -> Image.Image:

