@@ -304,8 +304,7 @@ def diffusion_time_report(
     scales = schedule.scale(torch.tensor(sigmas, dtype=torch.float64)).tolist()
     sigma_min = schedule.sigma_min if sigma_min is None else sigma_min
     laws = [[given.get((T, name)) for name in starts[1:]] for T in times]
-    elbos, kept = list[list[Elbo]](), list[Tensor]()
-    shape, seen = torch.Size(), 0
+    elbos, kept, shape, seen = list[list[Elbo]](), list[Tensor](), torch.Size(), 0
     for x0, cond in _of_one_shape(tqdm(batches, disable=not progress, desc="bound by diffusion time", unit="batch")):
         if seen == 0:
             shape = x0.shape[1:]
@@ -323,9 +322,9 @@ def diffusion_time_report(
         raise ValueError(f"{seen} held-out samples are too few: errors and moments need {MIN_SAMPLES}")
     start_terms = -torch.cat([torch.stack([bound.prior for bound in each]) for each in elbos], 2)
     score_terms = -torch.cat([torch.stack([bound.diffusion for bound in each]) for each in elbos], 1)
+    square_mean, square_cov = _moments(torch.cat(kept).cpu().double())
     # The bound is in units of x, the start in those of x_T.
     units = prod(shape) * torch.tensor(scales, dtype=torch.float64).log()
-    square_mean, square_cov = _moments(torch.cat(kept).cpu().double())
     return DiffusionTimeReport(
         times=times,
         timesteps=timesteps,

@@ -60,6 +60,8 @@ class Stream(IntEnum):
     """The classes of what it draws."""
     DEQUANTIZATION = 17
     """The dequantisation of images, and the estimates of their likelihood."""
+    PART = 18
+    """In which micro-batches a loss is computed that takes less than one row of each."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ NOT_CONDITIONS = {"sample", "hidden_states", "timestep", "return_dict", "joint_a
 
 
 def rows(captions, size: int = SIZE):
-    return SimpleNamespace(images=torch.zeros(len(captions), 3, size, size), labels=None, captions=captions)
+    return SimpleNamespace(
+        images=torch.zeros(len(captions), 3, size, size), labels=None, captions=captions, places=None
+    )
 
 
 def recorded(pipe, **options) -> list[dict]:

@@ -7,7 +7,6 @@
 `--help` lists every argument; `--config run.yaml` reads them from a file.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,19 +58,20 @@ def main() -> None:
         loss = terms["denoising"].mean()
 
         if args.consistency_weight != 0 and loop.step >= args.consistency_start * loop.total_steps:
-            part = slice(math.ceil(args.consistency_fraction * len(x0)))
-            terms["consistency"] = consistency_loss(
-                denoiser,
-                x[part],
-                sigma[part],
-                lower_sigma(sigma[part], args.sigma_width, relative=args.sigma_width_relative, generator=generator),
-                denoised=denoised[part],
-                steps=args.rollout_steps,
-                rollout=args.rollout,
-                generator=generator,
-                **loop.subject.part(batch.cond, part),
-            )
-            loss = loss + args.consistency_weight * terms["consistency"].mean()
+            part, weight = loop.part(batch, args.consistency_fraction)
+            if part.stop > 0:
+                terms["consistency"] = consistency_loss(
+                    denoiser,
+                    x[part],
+                    sigma[part],
+                    lower_sigma(sigma[part], args.sigma_width, relative=args.sigma_width_relative, generator=generator),
+                    denoised=denoised[part],
+                    steps=args.rollout_steps,
+                    rollout=args.rollout,
+                    generator=generator,
+                    **loop.subject.part(batch.cond, part),
+                )
+                loss = loss + args.consistency_weight * weight * terms["consistency"].mean()
 
         loop.update(loss, sigma=sigma, **terms)
 

@@ -113,11 +113,12 @@ def step(
     loss = terms["denoising"].mean()
 
     if args.consistency_weight > 0:
-        part = slice(math.ceil(args.consistency_fraction * len(x0)))
-        lower = lower_sigma(sigma[part], args.sigma_width, relative=args.sigma_width_relative, generator=generator)
-        options = {"denoised": denoised[part], "generator": generator, **loop.subject.part(batch.cond, part)}
-        terms["consistency"] = consistency_loss(denoiser, x[part], sigma[part], lower, **options)
-        loss = loss + args.consistency_weight * terms["consistency"].mean()
+        part, weight = loop.part(batch, args.consistency_fraction)
+        if part.stop > 0:
+            lower = lower_sigma(sigma[part], args.sigma_width, relative=args.sigma_width_relative, generator=generator)
+            options = {"denoised": denoised[part], "generator": generator, **loop.subject.part(batch.cond, part)}
+            terms["consistency"] = consistency_loss(denoiser, x[part], sigma[part], lower, **options)
+            loss = loss + args.consistency_weight * weight * terms["consistency"].mean()
 
     if adversary is None:
         loop.update(loss, sigma=sigma, **terms)
@@ -129,10 +130,11 @@ def step(
     if projection == "random":  # drawn for each optimiser step, the same on all devices
         projection = list(PROJECTIONS)[loop.seeds(Stream.PROJECTION, loop.step) % len(PROJECTIONS)]
     # Both losses use the weights before the update; the sampler step reuses the prediction of the denoising loss.
-    game = {"denoised": denoised, "projection": projection, "discriminator_cond": batch.cond, **batch.cond}
+    labels = {} if loop.subject.takes_captions else batch.cond
+    game = {"denoised": denoised, "projection": projection, "discriminator_cond": labels, **batch.cond}
     penalty = {"sigma_data": adversary.network.config.sigma_data, "r1_weight": args.r1_weight}
-    judged = discriminator_loss(denoiser, adversary.network, x, x0, sigma, sigma_next, **penalty, **game)
-    terms["observation"] = observation_loss(denoiser, adversary.network, x, sigma, sigma_next, **game)
+    judged = discriminator_loss(denoiser, adversary.judge, x, x0, sigma, sigma_next, **penalty, **game)
+    terms["observation"] = observation_loss(denoiser, adversary.judge, x, sigma, sigma_next, **game)
     loop.update(loss + args.observation_weight * terms["observation"].mean(), sigma=sigma, **terms)
     adversary.update(judged, sigma=sigma)
 

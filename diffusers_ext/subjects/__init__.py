@@ -9,6 +9,7 @@ from ..errors import InputError
 from .base import ImageFormat, Rows, Subject
 from .labelled import Labelled, LatentTransformer, LatentUNet, Pixels
 from .loading import load_lora, load_pipeline
+from .lora import Lora
 from .text import FAMILIES, Flux, PixArt, StableDiffusion, StableDiffusion3, StableDiffusionXL, TextToImage
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Labelled",
     "LatentTransformer",
     "LatentUNet",
+    "Lora",
     "PixArt",
     "Pixels",
     "Rows",

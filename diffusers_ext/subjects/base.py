@@ -58,6 +58,10 @@ class Rows(Protocol):
     def captions(self) -> Sequence[str] | None:
         """B texts, where the data have captions."""
 
+    @property
+    def places(self) -> Tensor | None:
+        """(B, 4), the height and width of the original images, and the top and left of the crop; `None` if unknown."""
+
 
 class ImageFormat(NamedTuple):
     """The channels of the images that a network is trained on, and their height, which is also their width."""
@@ -150,6 +154,15 @@ class Subject:
         latents = encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents
         return (latents - (autoencoder.config.get("shift_factor") or 0.0)) * autoencoder.config.scaling_factor
 
+    @property
+    def channels(self) -> int:
+        """The number of channels of x0."""
+        return self.network.config.in_channels
+
+    def unpacked(self, x: Tensor) -> Tensor:
+        """Return samples as (B, C, H, W), where the network sees them in another form."""
+        return x
+
     # --- conditions ---------------------------------------------------------------------------------------------------
 
     def conditions(self, rows: Rows) -> Condition:
@@ -194,6 +207,9 @@ class Subject:
             InputError: the message says which pipelines can.
         """
         raise _unknown(self.pipeline, "trained")
+
+    def freeze_in(self, dtype: torch.dtype) -> None:
+        """Round what is not trained to half precision, where that is meant; elsewhere it stays in float32."""
 
     def before_training(self) -> None:
         """Switch off what the training loop does instead of the network, such as dropping labels."""
@@ -294,13 +310,11 @@ class Subject:
         """
         raise _unknown(self.pipeline, "sampled")
 
-    def sample(
-        self, n: int, num_inference_steps: int = 50, seed: int = 0, labels: Sequence[int] | None = None
-    ) -> np.ndarray:
-        """Draw images (n, H, W, C) in [0, 1] by the pipeline, without guidance."""
+    def sample(self, n: int, num_inference_steps: int = 50, seed: int = 0, **rows: Any) -> np.ndarray:
+        """Draw images (n, H, W, C) in [0, 1] by the pipeline, without guidance, of labels as for `call`."""
         generator = torch.Generator().manual_seed(seed)
         options = {"num_inference_steps": num_inference_steps, "generator": generator, "output_type": "np"}
-        return self.pipeline(**self.call(n, labels=labels), **options).images
+        return self.pipeline(**self.call(n, **rows), **options).images
 
     def unit_range(self, sample: Tensor) -> Tensor:
         """Map the sample of the last step, or what the autoencoder decoded of it, from the data's range to [0, 1].
@@ -311,9 +325,13 @@ class Subject:
         return sample / 2 + 0.5 if own is None else own(sample)
 
     def save(self, folder: str | Path) -> None:
-        """Save the pipeline by `save_pretrained`, written aside and then moved; other files in the folder stay."""
+        """Save what was trained, written aside and then moved; other files in the folder stay."""
         with replacing_files(folder) as aside:
-            self.pipeline.save_pretrained(aside)
+            self.write(aside)
+
+    def write(self, folder: Path) -> None:
+        """Write what was trained into a new folder: the pipeline, by `save_pretrained`."""
+        self.pipeline.save_pretrained(folder)
 
 
 def _unknown(pipeline: DiffusionPipeline, done: str) -> InputError:

@@ -9,28 +9,43 @@ prompt. It leaves the size and the crop of Stable Diffusion XL as they are.
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..conditions import Condition, each_tensor
 from ..errors import InputError
+from ..networks import unwrap
 from ..pipelines.short_time_text import STOCK, short_time_text_class
 from .base import ImageFormat, Rows, Subject
+from .guidance import default_scale
+from .lora import Lora, add_lora, config_of, save_lora, trained
 
 
 class TextToImage(Subject):
     """A pipeline with `encode_prompt`; the subclasses know the conditions of their families."""
 
     takes_captions = True
+    lora_config: Any = None
+    """PEFT's configuration of the LoRA that is trained; `None` where the whole network is."""
+    reload: Callable[[], DiffusionPipeline] | None = None
+    """Loads the pipeline as it was before its frozen parts were rounded."""
     prompts = 1
     """How many prompts `encode_prompt` takes, for as many text encoders; all get the same."""
     patch = 1
     """How many latents the network takes for one, in height and in width."""
+    resolution: int | None = None
+    """The resolution of the training; by default the pipeline's."""
 
     def image_format(self, resolution: int | None = None) -> ImageFormat:
         size = self._latent_size() * self.factor if resolution is None else resolution
@@ -41,12 +56,18 @@ class TextToImage(Subject):
             raise InputError(f"--resolution {size} does not fit the model: use {sizes}")
         return ImageFormat(self.autoencoder.config.in_channels, size)
 
+    def train_at(self, resolution: int) -> None:
+        self.resolution = resolution
+
     def _latent_size(self) -> int:
         return self.network.config.sample_size
 
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return super().encode(images.to(self.autoencoder.dtype), generator).to(images.dtype)
+
     def conditions(self, rows: Rows) -> Condition:
         prompts = [""] * len(rows.images) if rows.captions is None else list(rows.captions)
-        return self._on_device(self._conditions(prompts, rows.images.shape[-1]))
+        return self._on_device(self._conditions(prompts, rows.images.shape[-1], rows.places))
 
     def null_condition(self, resolution: int) -> Condition | None:
         return self._on_device(self._null(resolution))
@@ -54,14 +75,110 @@ class TextToImage(Subject):
     def _null(self, resolution: int) -> Condition:
         return self._conditions([""], resolution)
 
-    def _conditions(self, prompts: list[str], resolution: int) -> Condition:
+    def _conditions(self, prompts: list[str], resolution: int, places: Tensor | None = None) -> Condition:
         raise InputError(
             f"the conditions of a {type(self.pipeline).__name__} are not known here, only those of "
             f"{', '.join(FAMILIES)}: measure it with diffusers_ext.estimate_calibration, which takes them as they are"
         )
 
     def _on_device(self, condition: Condition) -> Condition:
-        return each_tensor(lambda value: value.to(self.network.device), condition)
+        """Move a condition to the network's device, and cast it to its dtype."""
+        network = self.network
+        like = next(parameter for parameter in network.parameters() if parameter.is_floating_point())
+
+        def moved(value: Tensor) -> Tensor:
+            return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
+
+        return each_tensor(moved, condition)
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def require_trainable(self) -> None:
+        if type(self) is TextToImage:
+            raise InputError(
+                f"a {type(self.pipeline).__name__} cannot be trained here: of text-to-image pipelines only "
+                f"{', '.join(FAMILIES)} can"
+            )
+
+    def add_lora(self, lora: Lora, seed: int) -> None:
+        """Train a LoRA, and not the network itself.
+
+        Raises:
+            InputError: PEFT is not installed, the pipeline has no loader for a LoRA, or its network no such layers.
+        """
+        self.lora_config = config_of(lora, type(self).__name__)
+        add_lora(self.network, self.lora_config, seed)
+
+    def freeze_in(self, dtype: torch.dtype) -> None:
+        """Round what is not trained to half precision; an autoencoder that would overflow stays as it is."""
+        for name, part in self.pipeline.components.items():
+            overflows = name == "vae" and self.autoencoder.config.get("force_upcast", False)
+            if isinstance(part, nn.Module) and part is not self.network and not overflows:
+                part.to(dtype)
+        if self.lora_config is not None:
+            for parameter in self.network.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
+
+    def trainable(self, network: nn.Module | None = None) -> dict[str, nn.Parameter]:
+        return trained(unwrap(self.network if network is None else network))
+
+    def state(self, network: nn.Module | None = None) -> dict[str, Tensor]:
+        """Return the parameters that are trained, and nothing else."""
+        model = unwrap(self.network if network is None else network)
+        names = self.trainable(model).keys()
+        return {name: value for name, value in model.state_dict().items() if name in names}
+
+    def with_weights(self, state: Mapping[str, Tensor], average: Sequence[Tensor] | None = None) -> Subject:
+        """Return the subject of a copy of the pipeline with these weights; frozen ones are shared with the network."""
+        network: Any = self.network
+        with init_empty_weights(include_buffers=False):
+            copied = type(network).from_config(network.config)
+            if self.lora_config is not None:
+                add_lora(copied, self.lora_config)
+        trainable = self.trainable()
+        own = dict(state) if average is None else dict(zip(trainable, average, strict=True))
+        own = {name: value.detach().to(network.device, copy=True) for name, value in own.items()}
+        copied.load_state_dict(network.state_dict() | own, assign=True)
+        copied.requires_grad_(False)
+        for name, parameter in copied.named_parameters():
+            parameter.requires_grad_(name in trainable)
+        copied = copied.to(network.device).eval()
+        arguments = self._arguments(**{self.name: copied, "scheduler": copy.deepcopy(self.pipeline.scheduler)})
+        pipeline = type(self.pipeline)(**arguments)
+        pipeline.set_progress_bar_config(disable=True)
+        subject = type(self)(pipeline, self.name)
+        subject.lora_config, subject.reload, subject.resolution = self.lora_config, self.reload, self.resolution
+        return subject
+
+    def write(self, folder: Path) -> None:
+        """Write the LoRA alone, or the stock pipeline, with its frozen parts as they were loaded."""
+        if self.lora_config is not None:
+            save_lora(self.pipeline, self.name, self.network, folder)
+            return
+        pipeline = self.pipeline
+        if self.reload is not None:
+            pipeline = self.reload()
+            pipeline.register_modules(**{self.name: self.network})
+        pipeline.save_pretrained(folder)
+
+    def sample(self, n: int, num_inference_steps: int = 50, seed: int = 0, **rows: Any) -> np.ndarray:
+        """Draw images (n, H, W, C) in [0, 1] of `captions`, in turn, with the guidance that the pipeline's call has by
+        default; without captions those of the empty prompt, without guidance."""
+        captions = rows.get("captions")
+        prompts = None if captions is None else [captions[i % len(captions)] for i in range(n)]
+        scale = 1.0 if captions is None else default_scale(self.pipeline)
+        generator = torch.Generator().manual_seed(seed)
+        options = {"num_inference_steps": num_inference_steps, "generator": generator, "output_type": "np"}
+        rounded = self.reload is not None and self.lora_config is None
+        half = next(c.dtype for n, c in self.pipeline.components.items() if n.startswith("text_enc") and c is not None)
+        device = self.network.device.type
+        with torch.autocast(device, half) if rounded and half != torch.float32 else nullcontext():
+            return self.pipeline(
+                **self.call(n, captions=prompts, guidance_scale=scale, resolution=self.resolution), **options
+            ).images
+
+    # --- the pipeline's calls -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _encoded(self, prompts: list[str]) -> tuple[Tensor, ...]:
@@ -105,7 +222,10 @@ class TextToImage(Subject):
 class StableDiffusion(TextToImage):
     """Stable Diffusion 1 and 2: the condition is the embedding of the prompt."""
 
-    def _conditions(self, prompts: list[str], resolution: int) -> Condition:
+    def require_trainable(self) -> None:
+        self._refuse_distilled()
+
+    def _conditions(self, prompts: list[str], resolution: int, places: Tensor | None = None) -> Condition:
         self._refuse_distilled()
         embeddings, *_ = self._encoded(prompts)
         return {"encoder_hidden_states": embeddings}
@@ -123,12 +243,13 @@ class StableDiffusionXL(StableDiffusion):
 
     prompts = 2
 
-    def _conditions(self, prompts: list[str], resolution: int) -> Condition:
+    def _conditions(self, prompts: list[str], resolution: int, places: Tensor | None = None) -> Condition:
         self._refuse_distilled()
         embeddings, _, pooled, _ = self._encoded(prompts)
-        size = (resolution, resolution)
-        times = torch.tensor([[*size, 0, 0, *size]], dtype=embeddings.dtype, device=embeddings.device)
-        added = {"text_embeds": pooled, "time_ids": times.expand(len(prompts), -1)}
+        if places is None:  # as a call that names no original size and no crop
+            places = torch.tensor([[resolution, resolution, 0, 0]]).expand(len(prompts), -1)
+        times = torch.cat([places, torch.full_like(places[:, :2], resolution)], 1).to(embeddings)
+        added = {"text_embeds": pooled, "time_ids": times}
         return {"encoder_hidden_states": embeddings, "added_cond_kwargs": added}
 
     def _null(self, resolution: int) -> Condition:
@@ -147,7 +268,7 @@ class StableDiffusion3(TextToImage):
     def patch(self) -> int:  # type: ignore[override]
         return self.network.config.patch_size
 
-    def _conditions(self, prompts: list[str], resolution: int) -> Condition:
+    def _conditions(self, prompts: list[str], resolution: int, places: Tensor | None = None) -> Condition:
         embeddings, _, pooled, _ = self._encoded(prompts)
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
 
@@ -174,12 +295,20 @@ class Flux(TextToImage):
         latents = super().encode(images, generator)
         return self.pipeline._pack_latents(latents, *latents.shape)
 
-    def _conditions(self, prompts: list[str], resolution: int) -> Condition:
+    @property
+    def channels(self) -> int:
+        return self.network.config.in_channels // self.patch**2
+
+    def unpacked(self, x: Tensor) -> Tensor:
+        side = math.isqrt(x.shape[1]) * self.patch * self.factor  # the images of a training are square
+        return self.pipeline._unpack_latents(x, side, side, self.factor)
+
+    def _conditions(self, prompts: list[str], resolution: int, places: Tensor | None = None) -> Condition:
         embeddings, pooled, text_ids = self._encoded(prompts)
         n, side = len(prompts), resolution // self.factor // self.patch
-        ids = self.pipeline._prepare_latent_image_ids(n, side, side, embeddings.device, embeddings.dtype)
-        places = {"txt_ids": text_ids.expand(n, *text_ids.shape), "img_ids": ids.expand(n, *ids.shape)}
-        condition = {"encoder_hidden_states": embeddings, "pooled_projections": pooled} | places
+        of_image = self.pipeline._prepare_latent_image_ids(n, side, side, embeddings.device, embeddings.dtype)
+        ids = {"txt_ids": text_ids.expand(n, *text_ids.shape), "img_ids": of_image.expand(n, *of_image.shape)}
+        condition = {"encoder_hidden_states": embeddings, "pooled_projections": pooled} | ids
         if not self.network.config.guidance_embeds:
             return condition
         scale = self._default("guidance_scale") if self._told is None else self._told
@@ -200,7 +329,7 @@ class PixArt(TextToImage):
     def patch(self) -> int:  # type: ignore[override]
         return self.network.config.patch_size
 
-    def _conditions(self, prompts: list[str], resolution: int) -> Condition:
+    def _conditions(self, prompts: list[str], resolution: int, places: Tensor | None = None) -> Condition:
         embeddings, mask, *_ = self._encoded(prompts)
         condition = {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
         if not self.network.use_additional_conditions:

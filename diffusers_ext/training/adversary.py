@@ -26,13 +26,14 @@ which a value is not finite. Gradient norms are logged; they are clipped, and on
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
 
 from ..discriminator import NoiseLevelDiscriminator
 from ..errors import TrainingStopped
@@ -60,11 +61,22 @@ def new_discriminator(run: Run, channels: str) -> NoiseLevelDiscriminator:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seeds(Stream.DISCRIMINATOR))
         return NoiseLevelDiscriminator(
-            subject.network.config.in_channels,
+            subject.channels,
             [int(width) for width in channels.split(",")],
             sigma_data=run.schedule.sigma_data or (IMAGE_STD if subject.autoencoder is None else LATENT_STD),
             num_class_embeds=None if classes is None else classes + (subject.null_class is not None),
         )
+
+
+class Judge(nn.Module):
+    """A discriminator of samples in the form that a subject's network sees them, such as packed latents."""
+
+    def __init__(self, network: nn.Module, unpacked: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network, self.unpacked = network, unpacked
+
+    def forward(self, x: Tensor, *args: Any, **cond: Any) -> Tensor:
+        return self.network(self.unpacked(x), *args, **cond)
 
 
 class Adversary:
@@ -99,6 +111,7 @@ class Adversary:
     def join(self, run: Run) -> None:
         """Move to the run's device, and follow its schedule of the learning rate."""
         self.run, args, network = run, run.args, self.network.to(run.accelerator.device).train()
+        self.judge = Judge(network, run.subject.unpacked)
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         rates: dict[str, Any] = {

@@ -23,16 +23,26 @@ LR_SCHEDULERS = (
 )
 
 
+LORA_ARGUMENTS = ("lora_alpha", "lora_dropout", "lora_layers")
+
+
 @dataclass
 class TrainingArguments(HubArguments, HeldOutArguments):
     """Arguments that say what is trained, on which data, how long, and where the result goes."""
 
     # model
     pretrained_model_name_or_path: str | None = arg(
-        None, "Pipeline to fine-tune (Hub name or folder): unconditional or class-conditional; keeps its scheduler."
+        None, "Pipeline to fine-tune (Hub name or folder): of pixels, latents or text-to-image; keeps its scheduler."
     )
     revision: str | None = arg(None, "Git revision of the pretrained pipeline.")
     variant: str | None = arg(None, "Weights variant of the pretrained pipeline, e.g. fp16; trained in float32.")
+    rank: int | None = arg(None, "Text-to-image: train a LoRA of this rank; by default the whole network.", at_least=1)
+    lora_alpha: float | None = arg(None, "Scale of the LoRA, by default its rank.", above=0)
+    lora_dropout: float | None = arg(None, "Dropout before the LoRA, by default none.", at_least=0, below=1)
+    lora_layers: list[str] | None = arg(None, "Layers with a LoRA, by the ends of their names; by default attention's.")
+    guidance_scale: float | None = arg(
+        None, "Flux: the scale that its network is told; by default that of the pipeline's call.", at_least=0
+    )
     model_config_name_or_path: str | None = arg(None, "Folder or Hub name with the config.json of a UNet2DModel.")
     scheduler: str | None = arg(None, "From scratch: class of the scheduler, e.g. DDIMScheduler, EDMEulerScheduler.")
     prediction_type: str | None = arg(None, "From scratch: epsilon, v_prediction or sample, as the scheduler takes it.")
@@ -40,6 +50,9 @@ class TrainingArguments(HubArguments, HeldOutArguments):
     class_conditional: bool = arg(False, "From scratch: train on the labels, with a null class for guidance.")
     label_drop: float = arg(
         0.1, "Share of labels replaced by the null class, where the model has one.", at_least=0, at_most=1
+    )
+    proportion_empty_prompts: float | None = arg(
+        None, "Text-to-image: share of captions replaced by the null condition, by default none.", at_least=0, at_most=1
     )
 
     # data
@@ -60,6 +73,7 @@ class TrainingArguments(HubArguments, HeldOutArguments):
     min_snr_gamma: float | None = arg(
         None, "Min-SNR weighting with this gamma; by default the network's own output.", above=0, at_most=inf
     )
+    use_8bit_adam: bool | None = arg(None, "AdamW with moments of 8 bits (bitsandbytes).")
     use_ema: bool = arg(True, "Validate and save the moving average of the weights; --no_use_ema: the raw ones.")
     ema_decay: float = arg(
         0.9999, "Decay of the moving average, reached by (1 + step) / (10 + step).", at_least=0, below=1
@@ -87,6 +101,9 @@ class TrainingArguments(HubArguments, HeldOutArguments):
         None, "Optimiser steps between two sample grids; one at the end in any case.", at_least=1
     )
     hub_strategy: Literal["end", "every_save"] = arg("end", "Push at the end, or at every checkpoint as well.")
+    validation_prompt: list[str] | None = arg(
+        None, "Text-to-image: prompts of the sample grid, in turn; by default captions of the held-out images."
+    )
     num_validation_images: int = arg(16, "Images of a sample grid; 0 makes none.", at_least=0)
     num_inference_steps: int = arg(50, "Sampler steps of a sample grid.", at_least=1)
 
@@ -104,5 +121,12 @@ class TrainingArguments(HubArguments, HeldOutArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.checkpointing_steps = self.checkpointing_steps or None
+        if self.rank is None and (of_lora := [n for n in LORA_ARGUMENTS if getattr(self, n) is not None]):
+            raise InputError(f"--{of_lora[0]} is a setting of a LoRA: say its --rank, too")
+        if self.lora_dropout and self.gradient_checkpointing:
+            raise InputError(
+                "--lora_dropout and --gradient_checkpointing exclude each other: the backward pass would compute the "
+                "activations again with another dropout. Switch one of them off"
+            )
         if self.lr_scheduler not in LR_SCHEDULERS:
             raise InputError(f"--lr_scheduler {self.lr_scheduler!r} is not one of {', '.join(LR_SCHEDULERS)}")

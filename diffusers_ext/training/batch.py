@@ -23,10 +23,18 @@ class Batch:
     """The condition of the samples, some rows replaced by the null condition: keyword arguments of the network."""
     generator: torch.Generator
     """The source of every random number of this micro-batch."""
+    turn: int = 0
+    """The number of the micro-batches before it on the same device: the same on all devices."""
 
 
 def make_batch(
-    subject: Subject, args: TrainingArguments, seeds: Seeds, m: int, images: Images, device: torch.device
+    subject: Subject,
+    args: TrainingArguments,
+    seeds: Seeds,
+    m: int,
+    images: Images,
+    device: torch.device,
+    world: int = 1,
 ) -> Batch:
     """Make micro-batch number m of a run, and set the global random state, for dropout."""
     generator = seeds.generator(Stream.NOISE, m, device=device)
@@ -36,4 +44,5 @@ def make_batch(
         pixels = pixels.contiguous(memory_format=torch.channels_last)
     x0 = subject.encode(pixels, generator)
     condition = subject.conditions(replace(images, labels=images.labels.to(device, non_blocking=True)))
-    return Batch(x0, subject.drop(condition, args.label_drop, generator, pixels.shape[-1]), generator)
+    share = (args.proportion_empty_prompts or 0.0) if subject.takes_captions else args.label_drop
+    return Batch(x0, subject.drop(condition, share, generator, pixels.shape[-1]), generator, m // world)

@@ -75,8 +75,10 @@ class Best:
         for first in range(0, self.samples, size):
             numbers = range(first, min(first + size, self.samples))
             labels = None if classes is None else [i % classes for i in numbers]
-            seed = self.run.seeds(Stream.BEST, first)
-            drawn.append(torch.from_numpy(subject.sample(len(numbers), self.steps, seed, labels)))
+            seed, texts = self.run.seeds(Stream.BEST, first), self.run.validation.captions
+            captions = None if texts is None else [texts[i % len(texts)] for i in numbers]
+            rows = {"captions": captions} if subject.takes_captions else {"labels": labels}
+            drawn.append(torch.from_numpy(subject.sample(len(numbers), self.steps, seed, **rows)))
         images = torch.cat(drawn).movedim(3, 1) * 2 - 1
         if not images.isfinite().all():
             return math.inf
@@ -103,7 +105,7 @@ class Best:
     def _write(self, subject: Subject, described: Mapping[str, Any]) -> None:
         """Replace the folder, in which files of the user stay; if that raises an OSError, the last one stays."""
         with replacing_folder(self.folder) as aside:
-            subject.pipeline.save_pretrained(aside)
+            subject.write(aside)
             for part in self.run.parts.values():
                 part.save(aside)
             (aside / "best.json").write_text(json.dumps(described))

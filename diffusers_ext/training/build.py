@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -13,8 +14,12 @@ from ..interop import FLOW_SCHEDULERS, noise_schedule
 from ..pipelines import ClassConditionalPipeline, ReflectedPipeline
 from ..presets import PRESETS
 from ..randomness import Seeds, Stream
-from ..subjects import Subject, load_pipeline, subject_of
-from .arguments import TrainingArguments
+from ..subjects import Lora, Subject, TextToImage, load_pipeline, subject_of
+from .arguments import LORA_ARGUMENTS, TrainingArguments
+
+OF_TEXT = (
+    *("caption_column", "rank", *LORA_ARGUMENTS, "guidance_scale", "proportion_empty_prompts", "validation_prompt"),
+)
 
 
 def build_subject(args: TrainingArguments, num_classes: int | None) -> Subject:
@@ -45,8 +50,31 @@ def build_subject(args: TrainingArguments, num_classes: int | None) -> Subject:
             f"has the noise levels of a {schedule.family} model ({type(pipeline.scheduler).__name__})"
         )
     subject = subject_of(pipeline)
+    _prepare_text(subject, args)
     subject.before_training()
     return subject
+
+
+def _prepare_text(subject: Subject, args: TrainingArguments) -> None:
+    """Set what the arguments say of text-to-image models, and refuse it for others.
+
+    Raises:
+        InputError: the arguments do not fit the model.
+    """
+    if not isinstance(subject, TextToImage):
+        for name in OF_TEXT:
+            if getattr(args, name) is not None:
+                raise InputError(f"--{name} is for text-to-image models, and {type(subject.pipeline).__name__} is none")
+        return
+    if args.caption_column is None:
+        raise InputError("text-to-image models are trained on captions: name their column, --caption_column")
+    if args.guidance_scale is not None:
+        subject.tell_guidance(args.guidance_scale)
+    if args.rank is not None:
+        layers = args.lora_layers
+        lora = Lora(args.rank, args.lora_alpha, args.lora_dropout or 0.0, layers)
+        subject.add_lora(lora, Seeds(args.seed)(Stream.WEIGHTS))
+    subject.reload = partial(_load_pipeline, args)
 
 
 def _load_pipeline(args: TrainingArguments) -> DiffusionPipeline:

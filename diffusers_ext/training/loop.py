@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from ..files import remove_partial
 from ..interop import noise_schedule, score_model_from
 from ..noise_levels import min_snr_weight
 from ..process import ReflectedProcess
-from ..randomness import Seeds
+from ..randomness import Seeds, Stream
 from ..score import Denoiser
 from ..subjects import Subject
 from .arguments import TrainingArguments
@@ -127,10 +128,13 @@ class TrainingLoop:
             network.to(memory_format=torch.channels_last)
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing()
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision)
+        if half is not None:
+            self.subject.freeze_in(half)
         for other in self.subject.others:
             other.requires_grad_(False).to(device)
         network.to(device)
-        optimizer = torch.optim.AdamW(self.subject.trainable().values(), **_adam(args), fused=True)
+        optimizer = _optimizer(args)(self.subject.trainable().values(), **_adam(args))
         steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": self.total_steps}
         self.lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
@@ -166,7 +170,8 @@ class TrainingLoop:
                 for m, batch in self._micro_batches():
                     self.log.unreadable(self.step, batch.unreadable)
                     with self.accelerator.accumulate(self.model):
-                        yield make_batch(self.subject, self.args, self.seeds, m, batch, self.accelerator.device)
+                        device, world = self.accelerator.device, self.accelerator.num_processes
+                        yield make_batch(self.subject, self.args, self.seeds, m, batch, device, world)
                     self.position = batch.position or self.position
                     if self.accelerator.sync_gradients and self._after_step(stop):
                         return
@@ -207,6 +212,18 @@ class TrainingLoop:
         if self.args.min_snr_gamma is not None:
             return min_snr_weight(sigma, self.args.min_snr_gamma)
         return self.score_model.output_weight(sigma)
+
+    def part(self, batch: Batch, share: float) -> tuple[slice, float]:
+        """Return the rows of a micro-batch that a loss is computed of, and its weight.
+
+        These are the first `share` of the rows, rounded up. Where that is less than one row it is one row in so many of
+        the micro-batches, drawn from the seed, with the weight that keeps the mean: 1 / (share B), and else no row.
+        """
+        n = share * len(batch.x0)
+        if n >= 1:
+            return slice(math.ceil(n)), 1.0
+        drawn = torch.rand((), generator=self.seeds.generator(Stream.PART, batch.turn)).item() < n
+        return slice(int(drawn)), 1 / n
 
     def update(self, loss: Tensor, *, sigma: Tensor, **terms: Tensor) -> None:
         """Make the backward pass and, at the end of an accumulation, the optimiser step.
@@ -332,6 +349,16 @@ def _accelerator(args: TrainingArguments) -> Accelerator:
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
+
+
+def _optimizer(args: TrainingArguments) -> Any:
+    if not args.use_8bit_adam:
+        return partial(torch.optim.AdamW, fused=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise InputError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes") from error
+    return AdamW8bit
 
 
 def _adam(args: TrainingArguments) -> dict[str, Any]:

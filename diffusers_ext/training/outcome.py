@@ -82,7 +82,9 @@ class Outcome:
     def _draw_sample_grid(self, trained: Subject) -> None:
         args, step = self.run.args, self.run.step
         try:
-            images = trained.sample(args.num_validation_images, args.num_inference_steps, self.run.seeds(Stream.GRID))
+            seed, prompts = self.run.seeds(Stream.GRID), args.validation_prompt or self.run.validation.captions
+            rows = {"captions": prompts} if trained.takes_captions else {}
+            images = trained.sample(args.num_validation_images, args.num_inference_steps, seed, **rows)
         except (ValueError, RuntimeError, IndexError) as error:  # some samplers cannot take few steps
             failure = f"no sample grid at step {step}, {type(error).__name__} in the sampler: {error}"
             self.run.log.warn(f"{failure}; try another --num_inference_steps")
@@ -101,7 +103,7 @@ class Outcome:
         and the step of that pipeline."""
         if self.best is None or self.best.step is None or not self.best.is_whole():
             with replacing_files(self.run.output_dir) as aside:
-                trained.pipeline.save_pretrained(aside)
+                trained.write(aside)
                 for part in self.run.parts.values():
                     part.save(aside)
             return metrics, self.run.step
