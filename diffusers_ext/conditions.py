@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .randomness import rand
+
 Condition = dict[str, Any]
 
 
@@ -38,6 +40,17 @@ def overlaid(
         return function(condition, other)
     both = {name: overlaid(value, other[name], function) for name, value in condition.items() if name in other}
     return {**condition, **other, **both}
+
+
+def dropped(condition: Any, null: Any, share: float, generator: torch.Generator) -> Any:
+    """Replace each row of a condition by the null condition, with probability `share` and independently."""
+    first = first_tensor(condition)
+    chosen = rand((len(first),), generator, device=first.device) < share
+
+    def replaced(value: Tensor, nothing: Tensor) -> Tensor:
+        return torch.where(chosen.reshape(-1, *[1] * (value.ndim - 1)), nothing.to(value), value)
+
+    return overlaid(condition, null, replaced)
 
 
 def for_each(condition: Any, n: int, device: torch.device) -> Any:

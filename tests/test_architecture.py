@@ -12,8 +12,8 @@ import diffusers_ext
 
 PACKAGE = Path(diffusers_ext.__file__).parent
 ORDER = [
-    {"conditions", "errors", "figures", "files", "presets", "randomness", "ranges", "shapes"},
-    {"fields", "hypercube", "stock"},
+    {"errors", "figures", "files", "presets", "randomness", "ranges", "shapes"},
+    {"conditions", "fields", "hypercube", "stock"},
     {"process"},
     {"score"},
     {"noise_levels", "networks"},

@@ -58,7 +58,7 @@ def main() -> None:
         loss = terms["denoising"].mean()
 
         if args.consistency_weight != 0 and loop.step >= args.consistency_start * loop.total_steps:
-            part, weight = loop.part(batch, args.consistency_fraction)
+            part, weight = batch.part(args.consistency_fraction)
             if part.stop > 0:
                 terms["consistency"] = consistency_loss(
                     denoiser,

@@ -113,7 +113,7 @@ def step(
     loss = terms["denoising"].mean()
 
     if args.consistency_weight > 0:
-        part, weight = loop.part(batch, args.consistency_fraction)
+        part, weight = batch.part(args.consistency_fraction)
         if part.stop > 0:
             lower = lower_sigma(sigma[part], args.sigma_width, relative=args.sigma_width_relative, generator=generator)
             options = {"denoised": denoised[part], "generator": generator, **loop.subject.part(batch.cond, part)}

@@ -32,11 +32,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ..conditions import Condition, each_tensor, first_tensor, overlaid
+from ..conditions import Condition, dropped, each_tensor
 from ..errors import InputError
 from ..files import replacing_files
 from ..networks import unwrap
-from ..randomness import rand
 
 
 class NotKept(ValueError):
@@ -188,24 +187,12 @@ class Subject:
     def drop(self, condition: Condition, share: float, generator: torch.Generator, resolution: int) -> Condition:
         """Replace each row by the null condition, with probability `share` and independently; return the result."""
         null = self.null_condition(resolution) if condition else None
-        if null is None:
-            return condition
-        first = first_tensor(condition)
-        dropped = rand((len(first),), generator, device=first.device) < share
-
-        def replaced(value: Tensor, nothing: Tensor) -> Tensor:
-            return torch.where(dropped.reshape(-1, *[1] * (value.ndim - 1)), nothing.to(value), value)
-
-        return overlaid(condition, null, replaced)
+        return condition if null is None else dropped(condition, null, share, generator)
 
     # --- training -----------------------------------------------------------------------------------------------------
 
     def require_trainable(self) -> None:
-        """Refuse a pipeline that cannot be trained.
-
-        Raises:
-            InputError: the message says which pipelines can.
-        """
+        """Refuse a pipeline that cannot be trained, by an `InputError` that says which pipelines can."""
         raise _unknown(self.pipeline, "trained")
 
     def freeze_in(self, dtype: torch.dtype) -> None:

@@ -110,9 +110,9 @@ class TextToImage(Subject):
         add_lora(self.network, self.lora_config, seed)
 
     def freeze_in(self, dtype: torch.dtype) -> None:
-        """Round what is not trained to half precision; an autoencoder that would overflow stays as it is."""
+        """Round what is not trained to half precision; an autoencoder that may overflow in float16 stays as it is."""
         for name, part in self.pipeline.components.items():
-            overflows = name == "vae" and self.autoencoder.config.get("force_upcast", False)
+            overflows = name == "vae" and dtype == torch.float16 and part.config.get("force_upcast", False)
             if isinstance(part, nn.Module) and part is not self.network and not overflows:
                 part.to(dtype)
         if self.lora_config is not None:

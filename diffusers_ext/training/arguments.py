@@ -73,7 +73,7 @@ class TrainingArguments(HubArguments, HeldOutArguments):
     min_snr_gamma: float | None = arg(
         None, "Min-SNR weighting with this gamma; by default the network's own output.", above=0, at_most=inf
     )
-    use_8bit_adam: bool | None = arg(None, "AdamW with moments of 8 bits (bitsandbytes).")
+    use_8bit_adam: bool = arg(False, "AdamW with moments of 8 bits (bitsandbytes).")
     use_ema: bool = arg(True, "Validate and save the moving average of the weights; --no_use_ema: the raw ones.")
     ema_decay: float = arg(
         0.9999, "Decay of the moving average, reached by (1 + step) / (10 + step).", at_least=0, below=1

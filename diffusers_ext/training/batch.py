@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +26,20 @@ class Batch:
     """The source of every random number of this micro-batch."""
     turn: int = 0
     """The number of the micro-batches before it on the same device: the same on all devices."""
+    seeds: Seeds = field(default_factory=lambda: Seeds(0))
+    """The seeds of the run."""
+
+    def part(self, share: float) -> tuple[slice, float]:
+        """Return the rows that a loss is computed of, and its weight.
+
+        These are the first `share` of the rows, rounded up. Where that is less than one row it is one row in so many of
+        the micro-batches, drawn from the seed, with the weight that keeps the mean: 1 / (share B), and else no row.
+        """
+        n = share * len(self.x0)
+        if n >= 1:
+            return slice(math.ceil(n)), 1.0
+        drawn = torch.rand((), generator=self.seeds.generator(Stream.PART, self.turn)).item() < n
+        return slice(int(drawn)), 1 / n
 
 
 def make_batch(
@@ -45,4 +60,4 @@ def make_batch(
     x0 = subject.encode(pixels, generator)
     condition = subject.conditions(replace(images, labels=images.labels.to(device, non_blocking=True)))
     share = (args.proportion_empty_prompts or 0.0) if subject.takes_captions else args.label_drop
-    return Batch(x0, subject.drop(condition, share, generator, pixels.shape[-1]), generator, m // world)
+    return Batch(x0, subject.drop(condition, share, generator, pixels.shape[-1]), generator, m // world, seeds)

@@ -41,7 +41,7 @@ from ..files import remove_partial
 from ..interop import noise_schedule, score_model_from
 from ..noise_levels import min_snr_weight
 from ..process import ReflectedProcess
-from ..randomness import Seeds, Stream
+from ..randomness import Seeds
 from ..score import Denoiser
 from ..subjects import Subject
 from .arguments import TrainingArguments
@@ -212,18 +212,6 @@ class TrainingLoop:
         if self.args.min_snr_gamma is not None:
             return min_snr_weight(sigma, self.args.min_snr_gamma)
         return self.score_model.output_weight(sigma)
-
-    def part(self, batch: Batch, share: float) -> tuple[slice, float]:
-        """Return the rows of a micro-batch that a loss is computed of, and its weight.
-
-        These are the first `share` of the rows, rounded up. Where that is less than one row it is one row in so many of
-        the micro-batches, drawn from the seed, with the weight that keeps the mean: 1 / (share B), and else no row.
-        """
-        n = share * len(batch.x0)
-        if n >= 1:
-            return slice(math.ceil(n)), 1.0
-        drawn = torch.rand((), generator=self.seeds.generator(Stream.PART, batch.turn)).item() < n
-        return slice(int(drawn)), 1 / n
 
     def update(self, loss: Tensor, *, sigma: Tensor, **terms: Tensor) -> None:
         """Make the backward pass and, at the end of an accumulation, the optimiser step.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +241,8 @@ def check_same_run(
     Raises:
         InputError: arguments or data differ; the message names them.
     """
-    before, now = state["arguments"], asdict(args)
+    defaults = {one.name: one.default for one in fields(args)}  # of arguments that are newer than the checkpoint
+    before, now = defaults | state["arguments"], asdict(args)
     changed = {k: (before.get(k), now[k]) for k in now if k not in _MAY_CHANGE and before.get(k) != now[k]}
     if state["images_per_step"] != images_per_step:
         changed["images per step, over all devices"] = state["images_per_step"], images_per_step

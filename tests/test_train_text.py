@@ -1,0 +1,319 @@
+"""Text-to-image models in the training scripts. Truth: what stock pipelines of diffusers load and draw, and losses
+computed by hand."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import stranger
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline
+from precision import assert_same_images
+from safetensors.torch import load_file
+from test_captions import saved
+from test_short_time_text import call
+from test_text_subjects import assert_same, received, recorded, rows
+from tiny_pipelines import SIZE, tiny
+
+from diffusers_ext.errors import InputError
+from diffusers_ext.randomness import Seeds
+from diffusers_ext.subjects import Lora, subject_of
+from diffusers_ext.training import Batch, TrainingLoop
+
+WITH_LORA = ("sd", "sd-v", "sdxl", "sd3", "flux", "flux-schnell")
+FAMILIES = (*WITH_LORA, "pixart", "pixart-alpha")
+LORA = ("--rank", 2, "--lora_alpha", 6, "--learning_rate", 0.1, "--no_use_ema")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+
+    def model(name):
+        if not (folder / name).exists():
+            tiny(name).save_pretrained(folder / name)
+        return folder / name
+
+    return model
+
+
+@pytest.fixture
+def data(tmp_path):
+    (tmp_path / "data").mkdir()
+    return saved(tmp_path / "data", [f"grey {i}" for i in range(16)])
+
+
+def arguments(model, data, out, *more):
+    return [
+        *("--pretrained_model_name_or_path", model, "--dataset_name", data, "--caption_column", "text"),
+        *("--resolution", SIZE, "--train_batch_size", 2, "--max_train_steps", 2, "--max_validation_samples", 4),
+        *("--num_validation_images", 2, "--num_inference_steps", 2, "--logging_steps", 1, "--report_to", "none"),
+        *("--output_dir", out, *more),
+    ]
+
+
+def drawn(pipe, name: str) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(**call(name, output_type="np")).images
+
+
+# --- the result opens in diffusers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["train_consistency", "train_observation"])
+@pytest.mark.parametrize("name", WITH_LORA)
+def test_a_lora_opens_in_the_stock_pipeline_and_changes_its_images(name, script, models, data, tmp_path, load_script):
+    more = (*LORA, *(("--frechet_samples", 0, "--discriminator_channels", "8,8") if "obs" in script else ()))
+    load_script(script).run(*arguments(models(name), data, tmp_path / "out", *more))
+    assert not (tmp_path / "out" / "model_index.json").exists()
+    pipe = DiffusionPipeline.from_pretrained(models(name))
+    before = drawn(pipe, name)
+    pipe.load_lora_weights(tmp_path / "out")
+    after = drawn(pipe, name)
+    assert np.abs(after - before).max() > 1e-3
+    pipe.unload_lora_weights()
+    assert np.abs(drawn(pipe, name) - before).max() < 1e-5
+    (state,) = (tmp_path / "out").glob("checkpoint-*/state.safetensors")
+    trained = load_file(state)
+    assert all("lora_" in key for key in trained if key.startswith("/model/"))
+
+
+@pytest.mark.parametrize("script", ["train_consistency", "train_observation"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_full_fine_tuning_is_the_stock_pipeline(name, script, models, data, tmp_path, load_script):
+    more = ("--frechet_samples", 0, "--discriminator_channels", "8,8") if "obs" in script else ()
+    load_script(script).run(*arguments(models(name), data, tmp_path / "out", "--learning_rate", 1e-3, *more))
+    trained = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    stock = DiffusionPipeline.from_pretrained(models(name))
+    assert type(trained) is type(stock)
+    assert dict(trained.scheduler.config) == dict(stock.scheduler.config)
+    for part, value in stock.components.items():
+        if isinstance(value, torch.nn.Module):
+            same = [
+                torch.equal(a, b)
+                for a, b in zip(value.parameters(), trained.components[part].parameters(), strict=True)
+            ]
+            assert all(same) is (part not in ("unet", "transformer"))
+    assert np.abs(drawn(trained, name) - drawn(stock, name)).max() > 1e-4
+
+
+STRANGER = """
+import sys
+sys.modules["diffusers_ext"] = None
+import torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+pipe.load_lora_weights(sys.argv[2])
+options = {"num_inference_steps": 3, "height": 16, "width": 16, "output_type": "pt"}
+torch.save(pipe(["a bike", "cat 7"], generator=torch.Generator().manual_seed(0), **options).images, sys.argv[3])
+"""
+
+
+def test_the_trained_pipeline_draws_what_the_stock_one_does_with_its_lora(models, data, tmp_path, load_script):
+    """With an alpha that is not the rank: the file says so. By a stranger, who does not have this package."""
+    script, kept = load_script("train_consistency"), {}
+
+    class Kept(TrainingLoop):
+        def finish(self):
+            kept["pipe"] = self.trained().pipeline
+            super().finish()
+
+    script.TrainingLoop = Kept
+    script.run(*arguments(models("sd"), data, tmp_path / "out", *LORA, "--lora_layers", "to_q", "ff.net.2"))
+    done = stranger.run(STRANGER, models("sd"), tmp_path / "out", tmp_path / "images.pt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ours = torch.from_numpy(drawn(kept["pipe"], "sd")).movedim(3, 1)
+    assert_same_images(torch.load(tmp_path / "images.pt"), ours)
+    layers = {
+        key.split(".lora")[0].split(".")[-1] for key in load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    }
+    assert layers == {"to_q", "2"}
+
+
+# --- what is trained, and how -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [(), LORA], ids=["full", "lora"])
+def test_a_run_goes_on_bit_for_bit_from_a_checkpoint_that_holds_what_is_trained(
+    more, models, data, tmp_path, load_script
+):
+    script = load_script("train_consistency")
+    long = ("--max_train_steps", 4, "--checkpointing_steps", 2, "--proportion_empty_prompts", 0.5)
+    script.run(*arguments(models("sdxl"), data, tmp_path / "whole", *more, *long))
+    script.run(*arguments(models("sdxl"), data, tmp_path / "parts", *more, *long, "--max_train_steps", 2))
+    script.run(*arguments(models("sdxl"), data, tmp_path / "parts", *more, *long, "--resume_from_checkpoint", "latest"))
+    name = "checkpoint-00000004/state.safetensors"
+    whole, parts = (load_file(tmp_path / folder / name) for folder in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    trained = sum(value.numel() for key, value in whole.items() if key.startswith("/model/"))
+    copies = 3 if more else 4  # the weights, two moments, and the moving average
+    size = (tmp_path / "whole" / name).stat().st_size
+    headers = 300 * len(whole)
+    assert size - headers <= 1.2 * copies * 4 * trained
+
+
+def test_every_tensor_of_a_lora_is_trained_and_nothing_else(models, data, tmp_path, load_script):
+    script, seen = load_script("train_consistency"), {}
+
+    class Watched(TrainingLoop):
+        def __init__(self, *args):
+            super().__init__(*args)
+            seen["before"] = {name: value.clone() for name, value in self.model.state_dict().items()}
+
+        def finish(self):
+            seen["after"] = self.model.state_dict()
+            super().finish()
+
+    script.TrainingLoop = Watched
+    script.run(*arguments(models("sd"), data, tmp_path / "out", *LORA))
+    for name, value in seen["before"].items():
+        assert torch.equal(value, seen["after"][name]) is ("lora_" not in name), name
+
+
+@pytest.fixture
+def other_precision():
+    """accelerate lets a process have one precision only."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("other_precision")
+@pytest.mark.parametrize("more", [(), LORA], ids=["full", "lora"])
+def test_what_is_frozen_is_in_half_precision_and_what_is_trained_is_not(more, models, data, tmp_path, load_script):
+    script, seen = load_script("train_consistency"), {}
+
+    class Watched(TrainingLoop):
+        def finish(self):
+            trainable = self.subject.trainable()
+            seen["trained"] = {p.dtype for p in trainable.values()}
+            own = dict(self.subject.network.named_parameters())
+            seen["frozen"] = {p.dtype for name, p in own.items() if name not in trainable}
+            seen["others"] = {p.dtype for other in self.subject.others for p in other.parameters()}
+            super().finish()
+
+    script.TrainingLoop = Watched
+    script.run(*arguments(models("sd"), data, tmp_path / "out", *more, "--mixed_precision", "bf16"))
+    assert seen["trained"] == {torch.float32}
+    assert seen["frozen"] == ({torch.bfloat16} if more else set())
+    assert seen["others"] == {torch.bfloat16}
+    assert (tmp_path / "out" / "samples" / "step-00000002.png").is_file()
+    if not more:  # the frozen parts are saved as they were loaded
+        saved_ = DiffusionPipeline.from_pretrained(tmp_path / "out")
+        stock = DiffusionPipeline.from_pretrained(models("sd"))
+        for a, b in zip(saved_.text_encoder.parameters(), stock.text_encoder.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_trained_copy_shares_what_is_frozen_and_follows_the_average() -> None:
+    subject = subject_of(tiny("sd"))
+    subject.add_lora(Lora(2), seed=0)
+    state = {name: value.clone() for name, value in subject.state().items()}
+    assert all("lora_" in name for name in state)
+    average = [torch.full_like(value, 0.5) for value in subject.trainable().values()]
+    copied = subject.with_weights(state, average)
+    theirs = dict(copied.network.named_parameters())
+    for name, own in subject.network.named_parameters():
+        if "lora_" in name:
+            assert (theirs[name] == 0.5).all()
+            assert torch.equal(own, state[name])
+        else:
+            assert theirs[name].data_ptr() == own.data_ptr()
+
+
+def micro_batch(size: int, turn: int = 0) -> Batch:
+    return Batch(torch.zeros(size, 1), {}, torch.Generator(), turn, Seeds(3))
+
+
+@pytest.mark.parametrize(("batch", "share"), [(1, 0.25), (2, 0.25), (3, 0.1)])
+def test_of_small_micro_batches_some_are_taken_with_the_weight_that_keeps_the_mean(batch, share) -> None:
+    n = 20_000
+    taken = [micro_batch(batch, turn).part(share) for turn in range(n)]
+    assert {part.stop for part, _ in taken} == {0, 1}
+    assert {weight for _, weight in taken} == {1 / (share * batch)}
+    mean = sum(part.stop * weight for part, weight in taken) / n
+    assert mean == pytest.approx(1, abs=4 * (1 / (share * batch) / n) ** 0.5)
+    assert taken == [micro_batch(batch, turn).part(share) for turn in range(n)]
+
+
+@pytest.mark.parametrize(("batch", "share", "rows_"), [(4, 0.25, 1), (5, 0.25, 2), (8, 1.0, 8)])
+def test_of_larger_ones_it_is_the_first_rows(batch, share, rows_) -> None:
+    assert micro_batch(batch).part(share) == (slice(rows_), 1.0)
+
+
+def test_sdxl_is_told_the_size_and_the_crop_of_each_image() -> None:
+    pipe = tiny("sdxl")
+    sizes = {"original_size": (24, 40), "crops_coords_top_left": (3, 5), "guidance_scale": 1.0}
+    theirs = recorded(pipe, **call("sdxl") | sizes)
+    given = rows(["a bike", "cat 7"])
+    given.places = torch.tensor([[24, 40, 3, 5]]).expand(2, -1)
+    subject = subject_of(pipe)
+    assert_same(received(subject, subject.conditions(given)), theirs[0])
+    null = subject.drop(subject.conditions(given), 1.0, torch.Generator(), SIZE)
+    assert torch.equal(null["added_cond_kwargs"]["time_ids"], theirs[0]["added_cond_kwargs"]["time_ids"])
+
+
+def test_prompts_of_the_sample_grid_are_drawn_with_the_guidance_of_the_pipeline() -> None:
+    pipe = tiny("sd")
+    subject = subject_of(pipe)
+    subject.train_at(SIZE)
+    ours = subject.sample(3, 2, seed=1, captions=["a bike", "cat 7"])
+    options = {"num_inference_steps": 2, "height": SIZE, "width": SIZE, "output_type": "np"}
+    theirs = pipe(["a bike", "cat 7", "a bike"], generator=torch.Generator().manual_seed(1), **options).images
+    assert np.array_equal(ours, theirs)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "said"),
+    [
+        ("sd", ("--caption_column", "words"), "no column 'words': image, text"),
+        ("pixart", ("--rank", 2), "stock pipeline of PixArt has no loader for a LoRA; leave --rank away"),
+        ("sd", ("--rank", 0), "--rank must be at least 1"),
+        ("sd", ("--lora_alpha", 2), "--lora_alpha is a setting of a LoRA: say its --rank, too"),
+        ("sd", ("--rank", 2, "--lora_layers", "nothing"), "--lora_layers nothing: "),
+        ("sd", ("--rank", 2, "--ema_decay", 1.0), "--ema_decay must be at least 0 and below 1"),
+        ("sd", ("--rank", 2, "--lora_dropout", 0.1, "--gradient_checkpointing"), "exclude each other"),
+        ("sd", ("--resolution", 17), "--resolution 17 does not fit the model: use 16 or 18"),
+        ("sd", ("--guidance_scale", 2), "network of a StableDiffusionPipeline is told no guidance scale"),
+        ("sd", ("--use_8bit_adam",), "needs bitsandbytes: pip install bitsandbytes"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_training(name, more, said, models, data, tmp_path, load_script, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load_script("train_consistency").run(*arguments(models(name), data, tmp_path / "out", *more))
+    assert said in str(stopped.value.code) + capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_captions_are_asked_for_and_refused_where_they_say_nothing(models, data, tmp_path, load_script):
+    script = load_script("train_consistency")
+    words = [
+        word for word in arguments(models("sd"), data, tmp_path / "out") if word not in ("--caption_column", "text")
+    ]
+    with pytest.raises(SystemExit, match="trained on captions: name their column, --caption_column"):
+        script.run(*words)
+    with pytest.raises(SystemExit, match="--rank is for text-to-image models, and DDIMPipeline is none"):
+        script.run("--preset", "digits", "--rank", 2, "--output_dir", tmp_path / "digits")
+
+
+def test_other_text_to_image_pipelines_are_refused_by_name() -> None:
+    import diffusers
+
+    pipe = tiny("sd")
+    other = diffusers.StableDiffusionPAGPipeline(**pipe.components, requires_safety_checker=False)
+    with pytest.raises(InputError, match=r"StableDiffusionPAGPipeline cannot be trained here: .* only StableDiff"):
+        subject_of(other).require_trainable()
+
+
+def test_the_log_has_the_consistency_loss_of_some_micro_batches(models, data, tmp_path, load_script):
+    more = ("--train_batch_size", 1, "--max_train_steps", 12, *LORA)
+    load_script("train_consistency").run(*arguments(models("sd"), data, tmp_path / "out", *more))
+    lines = [json.loads(line) for line in Path(tmp_path / "out" / "logs" / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "denoising" in line]
+    assert 0 < sum("consistency" in line for line in steps) < len(steps) == 12
