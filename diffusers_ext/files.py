@@ -80,6 +80,15 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)
 
 
+RESULTS = ("model_index.json", "pytorch_lora_weights.safetensors")
+"""The files of which a folder with the result of a training has one: the index of a pipeline, or a LoRA."""
+
+
+def holds_result(folder: Path) -> bool:
+    """Return whether a folder holds a pipeline or a LoRA."""
+    return any((folder / name).is_file() for name in RESULTS)
+
+
 def recover_folder(folder: Path) -> None:
     """Put a folder back that `replacing_folder` has moved aside, if the process was killed between its two renames."""
     if _old(folder).exists() and not folder.exists():
@@ -128,7 +137,7 @@ def _move_in(aside: Path, folder: Path) -> None:
     new = written(aside)
     for older in {*folder.glob(f"{_SAVING}*")} - {aside}:  # its moves had failed
         shutil.rmtree(older, ignore_errors=True)
-    for name in sorted(new, key=lambda name: name == "model_index.json"):
+    for name in sorted(new, key=lambda name: name in RESULTS):
         if (aside / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(aside / name, folder / name)

@@ -10,6 +10,7 @@ import stranger
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
+from hub_server import HubServer
 from precision import assert_same_images
 from safetensors.torch import load_file
 from test_captions import saved
@@ -317,3 +318,48 @@ def test_the_log_has_the_consistency_loss_of_some_micro_batches(models, data, tm
     lines = [json.loads(line) for line in Path(tmp_path / "out" / "logs" / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "denoising" in line]
     assert 0 < sum("consistency" in line for line in steps) < len(steps) == 12
+
+
+def test_the_best_lora_is_kept_and_installed(models, data, tmp_path, load_script, capsys):
+    more = (
+        *LORA,
+        "--validation_steps",
+        1,
+        "--frechet_steps",
+        2,
+        "--frechet_samples",
+        4,
+        "--discriminator_channels",
+        "8,8",
+    )
+    load_script("train_observation").run(*arguments(models("sd"), data, tmp_path / "out", *more))
+    best = json.loads((tmp_path / "out" / "best" / "best.json").read_text())
+    name = "pytorch_lora_weights.safetensors"
+    ours, kept = (load_file(tmp_path / "out" / folder / name) for folder in (".", "best"))
+    assert all(torch.equal(ours[key], kept[key]) for key in ours)
+    assert best["step"] in (1, 2)
+    assert f"the trained LoRA{'' if best['step'] == 2 else ', of step 1, the best,'} is in" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="holds another run"):
+        load_script("train_observation").run(*arguments(models("sd"), data, tmp_path / "out", *more))
+
+
+def test_a_lora_is_pushed_with_a_card_whose_code_runs(models, data, tmp_path, monkeypatch):
+    with HubServer() as hub:
+        more = (*LORA, "--push_to_hub", "--hub_model_id", "tester/style", "--validation_prompt", "a bike", "cat 7")
+        words = arguments(models("sd"), data, tmp_path / "out", *more)
+        script = Path(__file__).parents[1] / "training" / "train_consistency.py"
+        done = stranger.run(script, *words, cwd=tmp_path, env=hub.environment(tmp_path / "home"))
+        assert done.returncode == 0, done.stderr
+        files = hub.files("tester/style")
+    assert {"README.md", "pytorch_lora_weights.safetensors", "samples/step-00000002.png"} == set(files) - {
+        ".gitattributes"
+    }
+    card = files["README.md"].decode()
+    for text in ("- lora", "- text-to-image", "- a bike", "- cat 7", "LoRA of a `StableDiffusionPipeline`"):
+        assert text in card
+    (tmp_path / "sd").symlink_to(models("sd"))
+    (tmp_path / "tester").mkdir()
+    (tmp_path / "tester" / "style").symlink_to(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    exec(card.split("```python\n")[1].split("```")[0], given := {})
+    assert given["image"].size == (SIZE, SIZE)

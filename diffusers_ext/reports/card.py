@@ -34,6 +34,8 @@ def write_model_card(
     needs_package: bool,
     paper: tuple[str, str],
     license: str | None = None,
+    is_lora: bool = False,
+    prompts: Sequence[str] | None = None,
 ) -> Path:
     """Write `README.md`, the Hub's model card, from what a run knows.
 
@@ -52,6 +54,8 @@ def write_model_card(
         needs_package: whether the class is ours, so that loading it needs `import diffusers_ext`.
         paper: the method's title, and its arXiv id or address.
         license: the Hub's name of a licence.
+        is_lora: whether it is a LoRA of the pipeline that the run started from.
+        prompts: those of the sample, in turn, where it is text-to-image.
 
     Returns:
         The card's path.
@@ -60,13 +64,16 @@ def write_model_card(
         ValueError: the sample is not in the folder, or the command's quotes do not match.
     """
     parts = [
-        f"`{pipeline_class}` trained on {data} with [{paper[0]}]({_address(paper[1])}).",
+        f"{'LoRA of a ' if is_lora else ''}`{pipeline_class}` trained on {data} with "
+        f"[{paper[0]}]({_address(paper[1])}).",
         "" if sample is None else f"![Samples]({sample.resolve().relative_to(folder.resolve()).as_posix()})",
-        _loading_section(name, pipeline_class, needs_package),
+        "" if not prompts else "Prompts of the samples, in turn:\n\n" + "\n".join(f"- {_cell(p)}" for p in prompts),
+        _loading_section(name, pipeline_class, needs_package, arguments if is_lora else {}, prompts),
         _training_section(command, arguments),
         _metrics_section(metrics),
     ]
     tags = _tags(pipeline_class, paper[1], needs_package)
+    tags += (["text-to-image"] if prompts is not None else []) + (["lora"] if is_lora else [])
     section = _without_secrets("\n\n".join(part for part in parts if part), arguments)
     return _write(folder, name, section, arguments, tags, license)
 
@@ -132,8 +139,17 @@ def _load_line(name: str) -> str:
     return f'DiffusionPipeline.from_pretrained("{name}")'
 
 
-def _loading_section(name: str, pipeline_class: str, needs_package: bool) -> str:
+def _loading_section(
+    name: str, pipeline_class: str, needs_package: bool, base: Mapping[str, object], prompts: Sequence[str] | None
+) -> str:
+    """Return the code that opens the pipeline, or the LoRA on its base, which `base` names as the run's arguments do,
+    and, where there are prompts, draws an image."""
     lines = ["from diffusers import DiffusionPipeline", "", f"pipe = {_load_line(name)}"]
+    if base:
+        lines[2:] = [f"pipe = {_load_line(shown(str(base['pretrained_model_name_or_path'])))}"]
+        lines.append(f'pipe.load_lora_weights("{name}")')
+    if prompts:
+        lines.append(f"image = pipe({prompts[0]!r}).images[0]")
     if needs_package:
         lines.insert(0, f"import diffusers_ext  # makes {pipeline_class} known to diffusers: import it first")
     return "\n".join(["## How to load it", "", "```python", *lines, "```"])
@@ -220,4 +236,6 @@ def complete_card(card: Path, name: str, repo_id: str) -> None:
     """Let the model card's example load the repository by its full name, which only the Hub knew."""
     if name != repo_id and card.is_file():
         text = card.read_text(encoding="utf-8")
-        write_file(card, text.replace(f'from_pretrained("{name}")', f'from_pretrained("{repo_id}")'))
+        for load in ("from_pretrained", "load_lora_weights"):
+            text = text.replace(f'{load}("{name}")', f'{load}("{repo_id}")')
+        write_file(card, text)

@@ -53,13 +53,13 @@ from huggingface_hub.utils import (
 
 from ..errors import InputError
 from ..fields import Ranged, arg
-from ..files import write_file
+from ..files import holds_result, write_file
 from .card import complete_card, merged
 
 _logger = logging.getLogger(__name__)
 
 TOP_LEVEL_FILES = (
-    *("model_index.json", "README.md", "metrics.json", "pipeline.py"),
+    *("model_index.json", "README.md", "metrics.json", "pipeline.py", "pytorch_lora_weights.safetensors"),
     *("config.json", "diffusion_pytorch_model.safetensors", "offsets.png"),  # of a calibration, or of a bridge
     *("diffusion_time.png", "diffusion_time.json"),
 )
@@ -93,18 +93,20 @@ def pushed_files(folder: Path, also: Sequence[str] = ()) -> list[Path]:
     """Return the files of a folder that inference needs, relative to it, sorted: the allow list of every push.
 
     For a pipeline these are `model_index.json` and the configurations and safetensors of the components that it names,
-    for a calibration its `config.json`, tables and scheduler; in either case the model card, the newest sample grid,
-    `pipeline.py`, `metrics.json` and the pictures where there are any.
+    for a calibration its `config.json`, tables and scheduler, for a LoRA its file; in any case the model card, the
+    newest sample grid, `pipeline.py`, `metrics.json` and the pictures where there are any.
 
     Args:
         folder: the folder of a pipeline, a calibration or a bridge.
         also: models in folders of their own beside it, which the pipeline does not name.
 
     Raises:
-        FileNotFoundError: the folder holds neither a pipeline nor a calibration: nobody could load what is pushed.
+        FileNotFoundError: the folder holds no pipeline, calibration or LoRA: nobody could load what is pushed.
     """
     if not (folder / "model_index.json").exists() and (folder / "config.json").exists():
         components = ["scheduler"]
+    elif not (folder / "model_index.json").exists() and holds_result(folder):  # a LoRA
+        components = []
     else:
         index = json.loads((folder / "model_index.json").read_text())
         components = [name for name, value in index.items() if isinstance(value, list) and not name.startswith("_")]

@@ -70,12 +70,7 @@ class ImageFormat(NamedTuple):
 
 
 class Subject:
-    """Answers what can be said of every pipeline that has a network; see the module's docstring.
-
-    Args:
-        pipeline: a pipeline of diffusers.
-        name: the name of the component that is its network.
-    """
+    """Answers what can be said of every pipeline that has a network: its component `name`; see the module's docstring."""
 
     num_classes: int | None = None
     """The number of classes, the null class not counted; `None` where the network takes no labels."""
@@ -85,6 +80,8 @@ class Subject:
     """Whether the network is a `UNet2DModel` that sees the images themselves."""
     takes_captions = False
     """Whether images come from prompts."""
+    is_lora = False
+    """Whether a LoRA is trained, and not the network itself."""
 
     def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
         self.pipeline, self.name = pipeline, name

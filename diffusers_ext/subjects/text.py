@@ -93,6 +93,10 @@ class TextToImage(Subject):
 
     # --- training -----------------------------------------------------------------------------------------------------
 
+    @property
+    def is_lora(self) -> bool:  # type: ignore[override]
+        return self.lora_config is not None
+
     def require_trainable(self) -> None:
         if type(self) is TextToImage:
             raise InputError(

@@ -24,7 +24,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from ..extractors import pixel_features
-from ..files import list_written, not_written, recover_folder, replacing_files, replacing_folder, written
+from ..files import holds_result, list_written, not_written, recover_folder, replacing_files, replacing_folder, written
 from ..metrics import frechet_distance
 from ..randomness import Stream
 from ..subjects import Subject
@@ -116,9 +116,7 @@ class Best:
 
     def is_whole(self) -> bool:
         """Return whether the nearest pipeline is still in its folder; if not, this warns."""
-        if (self.folder / "model_index.json").is_file() and all(
-            (self.folder / n).is_file() for n in written(self.folder)
-        ):
+        if holds_result(self.folder) and all((self.folder / n).is_file() for n in written(self.folder)):
             return True
         self.run.log.warn(f"{self.folder} is not as it was written: the last pipeline is taken and not the best one")
         return False

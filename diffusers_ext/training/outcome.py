@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import NOT_PUSHED, TrainingStopped
 from ..evaluation.measures import loss_by_sigma
-from ..files import replacing, replacing_files, shown
+from ..files import holds_result, replacing, replacing_files, shown
 from ..randomness import Stream
 from ..reports.card import write_model_card
 from ..reports.hub import make_pusher
@@ -82,8 +82,8 @@ class Outcome:
     def _draw_sample_grid(self, trained: Subject) -> None:
         args, step = self.run.args, self.run.step
         try:
-            seed, prompts = self.run.seeds(Stream.GRID), args.validation_prompt or self.run.validation.captions
-            rows = {"captions": prompts} if trained.takes_captions else {}
+            seed, prompts = self.run.seeds(Stream.GRID), self._prompts()
+            rows = {} if prompts is None else {"captions": prompts}
             images = trained.sample(args.num_validation_images, args.num_inference_steps, seed, **rows)
         except (ValueError, RuntimeError, IndexError) as error:  # some samplers cannot take few steps
             failure = f"no sample grid at step {step}, {type(error).__name__} in the sampler: {error}"
@@ -92,6 +92,13 @@ class Outcome:
         path = self._sample_grid(step)
         with replacing(path) as aside:
             image_grid(images).save(aside)
+
+    def _prompts(self) -> list[str] | None:
+        """Return the prompts of the sample grid; `None` where the model takes none."""
+        if not self.run.subject.takes_captions:
+            return None
+        prompts = self.run.args.validation_prompt or self.run.validation.captions or [""]
+        return list(prompts[: max(1, self.run.args.num_validation_images)])
 
     def _sample_grid(self, step: int) -> Path:
         return self.run.output_dir / "samples" / f"step-{step:08d}.png"
@@ -135,6 +142,8 @@ class Outcome:
             needs_package=subject.needs_package,
             paper=self.paper,
             license=args.license,
+            is_lora=subject.is_lora,
+            prompts=self._prompts(),
         )
 
     def finish(self, trained: Subject | None) -> None:
@@ -166,7 +175,8 @@ class Outcome:
         metrics, step = self._install(trained, metrics)
         how = "; `import diffusers_ext` before you open it" if run.subject.needs_package else ""
         which = "" if step == run.step else f", of step {step}, the best,"
-        print(f"the trained pipeline{which} is in {run.output_dir}{how}")
+        what = "LoRA" if run.subject.is_lora else "pipeline"
+        print(f"the trained {what}{which} is in {run.output_dir}{how}")
         self._push(self.validate(trained) if self.best is None else metrics, step)
 
     @property
@@ -174,7 +184,7 @@ class Outcome:
         """How to go on from a stop after the last step, for people."""
         if list_checkpoints(self.run.output_dir):
             return "To do only the rest, repeat the command with --resume_from_checkpoint latest"
-        done = (self.run.output_dir / "model_index.json").exists()
+        done = holds_result(self.run.output_dir)
         return (
             f"There is no checkpoint (--checkpointing_steps 0); {'the pipeline is' if done else 'nothing is'} written"
         )

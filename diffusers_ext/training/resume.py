@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from ..data.batches import Position
 from ..data.contents import changes
 from ..errors import InputError
-from ..files import remove_written
+from ..files import holds_result, remove_written
 from ..networks import unwrap
 from ..randomness import Seeds
 from .arguments import TrainingArguments
@@ -147,7 +147,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> Path | None:
             )
         return None
     if asked == "latest":
-        if not found and (output_dir / "model_index.json").exists() and not args.overwrite_output_dir:
+        if not found and holds_result(output_dir) and not args.overwrite_output_dir:
             raise InputError(
                 f"--output_dir {output_dir} holds a finished run without checkpoints, which cannot be continued: "
                 f"replace it with --overwrite_output_dir, name another folder, or train on from its pipeline with "
