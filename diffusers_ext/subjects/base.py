@@ -70,7 +70,7 @@ class ImageFormat(NamedTuple):
 
 
 class Subject:
-    """Answers what can be said of every pipeline that has a network: its component `name`; see the module's docstring."""
+    """Answers what can be said of every pipeline with a network, its component `name`; see the module's docstring."""
 
     num_classes: int | None = None
     """The number of classes, the null class not counted; `None` where the network takes no labels."""
