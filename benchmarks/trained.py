@@ -19,6 +19,7 @@ from diffusers_ext.commands import parse_arguments
 from diffusers_ext.data.batches import Images
 from diffusers_ext.evaluation import MeasureArguments, RealImages, load_real_images
 from diffusers_ext.evaluation.real_images import rows_of
+from diffusers_ext.files import holds_result
 from diffusers_ext.subjects import Condition, Subject, load_pipeline, subject_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +49,7 @@ def train(script: str, folder: Path, arguments: list[str], *, deadline: float = 
     before = json.loads(file.read_text()) if file.exists() else {"command": shown, "seconds": 0.0}
     if sorted(before["command"]) != sorted(shown):
         sys.exit(f"error: {folder} is of another run, with other arguments: use another --output_dir")
-    if (folder / "model_index.json").exists():
+    if holds_result(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()

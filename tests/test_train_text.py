@@ -363,3 +363,65 @@ def test_a_lora_is_pushed_with_a_card_whose_code_runs(models, data, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     exec(card.split("```python\n")[1].split("```")[0], given := {})
     assert given["image"].size == (SIZE, SIZE)
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+CACHED = ("--center_crop", "--cache_latents")
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "flux", "pixart"])
+def test_with_a_cache_the_weights_are_the_same(name, models, data, tmp_path, load_script):
+    """And so with one that was half filled by a run that was killed."""
+    script = load_script("train_consistency")
+    more = ("--proportion_empty_prompts", 0.3, "--checkpointing_steps", 0)
+    words = ("--cache_dir", tmp_path / "cache")
+    script.run(*arguments(models(name), data, tmp_path / "without", *more, *words, "--center_crop"))
+    script.run(*arguments(models(name), data, tmp_path / "with", *more, *words, *CACHED))
+    (file,) = (tmp_path / "cache" / "diffusers_ext").rglob("rows-*.safetensors")
+    written = file.stat().st_mtime_ns
+    script.run(*arguments(models(name), data, tmp_path / "again", *more, *words, *CACHED))
+    assert file.stat().st_mtime_ns == written
+    part = "unet" if name.startswith("sd") else "transformer"
+    first, *others = (
+        load_file(tmp_path / folder / part / "diffusion_pytorch_model.safetensors")
+        for folder in ("without", "with", "again")
+    )
+    for other in others:  # up to rounding, which Adam makes large where a gradient is nearly 0
+        differ = torch.cat([(other[key] - value).abs().flatten() for key, value in first.items()])
+        assert differ.mean() < 1e-6
+
+
+def test_encoders_leave_and_come_back_for_pictures(models, data, tmp_path, load_script, monkeypatch):
+    """On a device that only says so: the encoders are asked to move to the CPU after the cache is filled."""
+    from diffusers import AutoencoderKL
+
+    moves, script = [], load_script("train_consistency")
+    monkeypatch.setattr(AutoencoderKL, "to", lambda self, *where: moves.append(str(where[0])) or self)
+    script.run(*arguments(models("sd"), data, tmp_path / "out", *CACHED, "--cache_dir", tmp_path / "cache"))
+    assert moves[-1] == "cpu"
+    assert moves.count("cpu") >= 3  # after the cache, and after the sample grid
+
+
+def test_other_data_or_encoders_have_another_cache(models, data, tmp_path, load_script):
+    script, cache = load_script("train_consistency"), tmp_path / "cache"
+    for i, (name, more) in enumerate([("sd", ()), ("sd-v", ()), ("sd", ("--resolution", 18))]):
+        script.run(*arguments(models(name), data, tmp_path / f"{i}", *CACHED, "--cache_dir", cache, *more))
+        assert len(list((cache / "diffusers_ext").iterdir())) == i + 1
+
+
+def test_a_cache_that_the_disk_cannot_hold_is_refused(models, data, tmp_path, load_script, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    with pytest.raises(SystemExit, match=r"--cache_latents needs 0\.0 GiB in .*, and 0\.0 GiB are free"):
+        load_script("train_consistency").run(
+            *arguments(models("sd"), data, tmp_path / "out", *CACHED, "--cache_dir", tmp_path / "cache")
+        )
+
+
+@pytest.mark.parametrize("more", [(), ("--center_crop", "--random_flip"), ("--center_crop", "--streaming")])
+def test_a_cache_of_changing_images_is_refused(more, models, data, tmp_path, load_script, capsys):
+    with pytest.raises(SystemExit):
+        load_script("train_consistency").run(*arguments(models("sd"), data, tmp_path / "out", "--cache_latents", *more))
+    assert "it needs --center_crop, and no --random_flip or --streaming" in capsys.readouterr().err

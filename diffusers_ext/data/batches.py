@@ -46,6 +46,7 @@ class Sample:
     unreadable: list[str]
     caption: str | None = None
     place: tuple[int, int, int, int] = (0, 0, 0, 0)
+    index: int = -1
 
 
 class StreamDataset(Dataset[Sample]):
@@ -55,8 +56,10 @@ class StreamDataset(Dataset[Sample]):
         InputError: on `MAX_UNREADABLE_IN_A_ROW` unreadable images in a row.
     """
 
-    def __init__(self, source: ImageSource, transform: Transform, seeds: Seeds, limit: int | None = None) -> None:
-        self.source, self.transform, self.seeds = source, transform, seeds
+    def __init__(
+        self, source: ImageSource, transform: Transform, seeds: Seeds, limit: int | None = None, opens: bool = True
+    ) -> None:
+        self.source, self.transform, self.seeds, self.opens = source, transform, seeds, opens
         self.n = len(source) if limit is None else min(limit, len(source))
         self._permutation: tuple[int, Tensor] = (-1, torch.empty(0))
 
@@ -69,6 +72,8 @@ class StreamDataset(Dataset[Sample]):
         return int(self._permutation[1][position])
 
     def __getitem__(self, s: int) -> Sample:
+        if not self.opens:
+            return Sample(torch.empty(0), -1, [], index=self.index(s))
         generator = self.seeds.generator(Stream.AUGMENTATION, s)
         return read_image(self.source, self.index(s), self.n, self.transform, generator)
 
@@ -119,6 +124,7 @@ class Images:
         position: the row that follows the micro-batch in a stream; `None` for other data.
         captions: B texts, where the data have captions.
         places: (B, 4), where the images were cut from, see `Transform.placed`; `None` if that is not known.
+        indices: (B,), the numbers of the images in their source; -1 in a stream.
     """
 
     images: Tensor
@@ -127,6 +133,7 @@ class Images:
     position: Position | None = None
     captions: Sequence[str] | None = None
     places: Tensor | None = None
+    indices: Tensor | None = None
 
     def pin_memory(self) -> Images:
         """Return a copy in page-locked memory, which a GPU reads without a wait; `DataLoader` calls this, too."""
@@ -138,7 +145,8 @@ def collate(samples: Sequence[Sample]) -> Images:
     labels, places = torch.tensor([s.label for s in samples]), torch.tensor([s.place for s in samples])
     texts = [s.caption for s in samples if s.caption is not None]
     captions = texts if len(texts) == len(samples) else None
-    return Images(images, labels, [name for s in samples for name in s.unreadable], captions=captions, places=places)
+    unreadable, indices = [name for s in samples for name in s.unreadable], torch.tensor([s.index for s in samples])
+    return Images(images, labels, unreadable, captions=captions, places=places, indices=indices)
 
 
 def first_images(source: ImageSource | HubStream, n: int, transform: Transform) -> Images:
@@ -247,6 +255,7 @@ def micro_batches(
     position: Position,
     seeds: Seeds | None = None,
     pin_memory: bool = False,
+    opens: bool = True,
 ) -> Iterable[Images]:
     """Read the micro-batches first, first + world, ... of a run, `count` of them.
 
@@ -256,6 +265,7 @@ def micro_batches(
         position: where reading begins in a stream; other data ignore it.
         seeds: the seeds of order and augmentation; by default those of `args.seed`.
         pin_memory: return them in page-locked memory.
+        opens: whether the images are opened; else only their numbers are returned.
     """
     seeds = seeds or Seeds(args.seed)
     if isinstance(source, HubStream):
@@ -264,7 +274,7 @@ def micro_batches(
         batches = itertools.islice(_batched(samples, args.train_batch_size), count)
         return (batch.pin_memory() for batch in batches) if pin_memory else batches
     return DataLoader(
-        StreamDataset(source, transform, seeds, args.max_train_samples),
+        StreamDataset(source, transform, seeds, args.max_train_samples, opens),
         batch_sampler=MicroBatches(args.train_batch_size, first, world, count),
         num_workers=args.dataloader_num_workers,
         collate_fn=collate,

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from ..conditions import Condition, each_tensor
@@ -36,6 +37,11 @@ class TextToImage(Subject):
     """A pipeline with `encode_prompt`; the subclasses know the conditions of their families."""
 
     takes_captions = True
+
+    def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
+        super().__init__(pipeline, name)
+        self._nulls: dict[int, Condition] = {}
+
     lora_config: Any = None
     """PEFT's configuration of the LoRA that is trained; `None` where the whole network is."""
     reload: Callable[[], DiffusionPipeline] | None = None
@@ -63,14 +69,32 @@ class TextToImage(Subject):
         return self.network.config.sample_size
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return super().encode(images.to(self.autoencoder.dtype), generator).to(images.dtype)
+        return self.drawn(self.law(images), generator).to(images)
+
+    @torch.no_grad()
+    def law(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the law of the latents of images: the `moments` of a normal one, or the `latents` if there is none."""
+        autoencoder = self.autoencoder
+        encoded = autoencoder.encode(images.to(autoencoder.device, autoencoder.dtype))
+        if hasattr(encoded, "latent_dist"):
+            return {"moments": encoded.latent_dist.parameters}
+        return {"latents": encoded.latents}
+
+    def drawn(self, law: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+        """Return x0, drawn from what `law` returned, in float32."""
+        config, latents = self.autoencoder.config, law.get("latents")
+        if latents is None:
+            latents = DiagonalGaussianDistribution(law["moments"]).sample(generator)
+        return (latents - (config.get("shift_factor") or 0.0)).float() * config.scaling_factor
 
     def conditions(self, rows: Rows) -> Condition:
         prompts = [""] * len(rows.images) if rows.captions is None else list(rows.captions)
         return self._on_device(self._conditions(prompts, rows.images.shape[-1], rows.places))
 
     def null_condition(self, resolution: int) -> Condition | None:
-        return self._on_device(self._null(resolution))
+        if resolution not in self._nulls:  # it does not change: the text encoders are frozen
+            self._nulls[resolution] = self._null(resolution)
+        return self._on_device(self._nulls[resolution])
 
     def _null(self, resolution: int) -> Condition:
         return self._conditions([""], resolution)
@@ -176,11 +200,17 @@ class TextToImage(Subject):
         options = {"num_inference_steps": num_inference_steps, "generator": generator, "output_type": "np"}
         rounded = self.reload is not None and self.lora_config is None
         half = next(c.dtype for n, c in self.pipeline.components.items() if n.startswith("text_enc") and c is not None)
-        device = self.network.device.type
-        with torch.autocast(device, half) if rounded and half != torch.float32 else nullcontext():
-            return self.pipeline(
-                **self.call(n, captions=prompts, guidance_scale=scale, resolution=self.resolution), **options
-            ).images
+        device, others = self.network.device, self.others
+        places = [next(other.parameters()).device for other in others]
+        for other in others:
+            other.to(device)
+        try:
+            with torch.autocast(device.type, half) if rounded and half != torch.float32 else nullcontext():
+                call = self.call(n, captions=prompts, guidance_scale=scale, resolution=self.resolution)
+                return self.pipeline(**call, **options).images
+        finally:
+            for other, place in zip(others, places, strict=True):
+                other.to(place)
 
     # --- the pipeline's calls -----------------------------------------------------------------------------------------
 
@@ -295,8 +325,8 @@ class Flux(TextToImage):
     def _latent_size(self) -> int:
         return self.pipeline.default_sample_size
 
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        latents = super().encode(images, generator)
+    def drawn(self, law: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+        latents = super().drawn(law, generator)
         return self.pipeline._pack_latents(latents, *latents.shape)
 
     @property

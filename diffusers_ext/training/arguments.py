@@ -58,6 +58,10 @@ class TrainingArguments(HubArguments, HeldOutArguments):
     # data
     max_validation_samples: int = arg(512, "Use only the first so many held-out images.", at_least=1)
 
+    cache_latents: bool = arg(
+        False, "Text-to-image: encode images and captions once, into a cache beside that of the data (--cache_dir)."
+    )
+
     # optimisation
     gradient_accumulation_steps: int = arg(1, "Forward passes per optimiser step.", at_least=1)
     max_train_steps: int | None = arg(None, "Optimiser steps; overrides num_train_epochs.", at_least=1)
@@ -123,6 +127,10 @@ class TrainingArguments(HubArguments, HeldOutArguments):
         self.checkpointing_steps = self.checkpointing_steps or None
         if self.rank is None and (of_lora := [n for n in LORA_ARGUMENTS if getattr(self, n) is not None]):
             raise InputError(f"--{of_lora[0]} is a setting of a LoRA: say its --rank, too")
+        if self.cache_latents and (self.streaming or self.random_flip or not self.center_crop):
+            raise InputError(
+                "--cache_latents holds each image once: it needs --center_crop, and no --random_flip or --streaming"
+            )
         if self.lora_dropout and self.gradient_checkpointing:
             raise InputError(
                 "--lora_dropout and --gradient_checkpointing exclude each other: the backward pass would compute the "

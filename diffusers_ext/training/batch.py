@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from ..data.batches import Images
+from ..data.latent_cache import LatentCache
+from ..data.prepared import RunData
+from ..data.sources import HubStream
 from ..randomness import Seeds, Stream
 from ..subjects import Condition, Subject
 from .arguments import TrainingArguments
@@ -50,14 +56,38 @@ def make_batch(
     images: Images,
     device: torch.device,
     world: int = 1,
+    cache: LatentCache | None = None,
 ) -> Batch:
     """Make micro-batch number m of a run, and set the global random state, for dropout."""
     generator = seeds.generator(Stream.NOISE, m, device=device)
     torch.manual_seed(seeds(Stream.DROPOUT, m))
-    pixels = images.images.to(device, non_blocking=True)
-    if args.channels_last:
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
-    x0 = subject.encode(pixels, generator)
-    condition = subject.conditions(replace(images, labels=images.labels.to(device, non_blocking=True)))
     share = (args.proportion_empty_prompts or 0.0) if subject.takes_captions else args.label_drop
-    return Batch(x0, subject.drop(condition, share, generator, pixels.shape[-1]), generator, m // world, seeds)
+    if cache is not None:
+        assert images.indices is not None
+        x0, condition = cache.rows(images.indices, generator)
+        resolution = cache.transform.resolution
+    else:
+        pixels = images.images.to(device, non_blocking=True)
+        if args.channels_last:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        x0, resolution = subject.encode(pixels, generator), pixels.shape[-1]
+        condition = subject.conditions(replace(images, labels=images.labels.to(device, non_blocking=True)))
+    return Batch(x0, subject.drop(condition, share, generator, resolution), generator, m // world, seeds)
+
+
+def fill_cache(args: TrainingArguments, subject: Any, data: RunData, accelerator: Accelerator) -> LatentCache:
+    """Encode the images and captions of a run once, and move the encoders away from the GPU.
+
+    Raises:
+        InputError: the disk has not enough space.
+    """
+    from datasets import config
+
+    root = Path(args.cache_dir or config.HF_DATASETS_CACHE)
+    assert not isinstance(data.source, HubStream)
+    cache = LatentCache(subject, data.source, data.transform, root, data.mark, args.max_train_samples)
+    cache.fill(accelerator, args.train_batch_size)
+    subject.null_condition(data.transform.resolution)
+    for other in subject.others:
+        other.to("cpu")
+    return cache

@@ -65,6 +65,10 @@ def _prepare_text(subject: Subject, args: TrainingArguments) -> None:
         for name in OF_TEXT:
             if getattr(args, name) is not None:
                 raise InputError(f"--{name} is for text-to-image models, and {type(subject.pipeline).__name__} is none")
+        if args.cache_latents:
+            raise InputError(
+                f"--cache_latents is for text-to-image models, and {type(subject.pipeline).__name__} is none"
+            )
         return
     if args.caption_column is None:
         raise InputError("text-to-image models are trained on captions: name their column, --caption_column")

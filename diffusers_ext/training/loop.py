@@ -45,7 +45,7 @@ from ..randomness import Seeds
 from ..score import Denoiser
 from ..subjects import Subject
 from .arguments import TrainingArguments
-from .batch import Batch, make_batch
+from .batch import Batch, fill_cache, make_batch
 from .best import Best
 from .build import build_subject
 from .environment import make_accelerator, require_as_asked
@@ -59,6 +59,8 @@ from .stops import FiniteGuard, StopSignals
 
 # After a signal the process has little time: a push that takes longer than so many seconds is given up.
 STOP_TIMEOUT = 10.0
+
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 # These keep their own copy of the optimiser's state, in parts that only they can put together.
 _OPAQUE = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -128,12 +130,12 @@ class TrainingLoop:
             network.to(memory_format=torch.channels_last)
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing()
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision)
-        if half is not None:
+        if (half := HALF.get(self.accelerator.mixed_precision)) is not None:
             self.subject.freeze_in(half)
         for other in self.subject.others:
             other.requires_grad_(False).to(device)
         network.to(device)
+        self.cache = fill_cache(args, self.subject, self.data, self.accelerator) if args.cache_latents else None
         optimizer = _optimizer(args)(self.subject.trainable().values(), **_adam(args))
         steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": self.total_steps}
         self.lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)
@@ -171,7 +173,7 @@ class TrainingLoop:
                     self.log.unreadable(self.step, batch.unreadable)
                     with self.accelerator.accumulate(self.model):
                         device, world = self.accelerator.device, self.accelerator.num_processes
-                        yield make_batch(self.subject, self.args, self.seeds, m, batch, device, world)
+                        yield make_batch(self.subject, self.args, self.seeds, m, batch, device, world, self.cache)
                     self.position = batch.position or self.position
                     if self.accelerator.sync_gradients and self._after_step(stop):
                         return
@@ -185,7 +187,8 @@ class TrainingLoop:
         accumulate, world = self.args.gradient_accumulation_steps, self.accelerator.num_processes
         first = self.step * accumulate * world + self.accelerator.process_index
         count = (self.total_steps - self.step) * accumulate
-        options = {"position": self.position, "seeds": self.seeds, "pin_memory": self.accelerator.device.type == "cuda"}
+        pinned = self.accelerator.device.type == "cuda"
+        options = {"position": self.position, "seeds": self.seeds, "pin_memory": pinned, "opens": self.cache is None}
         loader = micro_batches(self.args, self.source, self.data.transform, first, world, count, **options)
         try:
             for i, batch in enumerate(loader):

@@ -32,7 +32,7 @@ _MAY_CHANGE = (
     *("max_validation_samples", "validation_steps", "num_validation_images", "num_inference_steps"),
     *("dataloader_num_workers", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs"),
     *("max_skipped_steps", "allow_tf32", "channels_last", "torch_compile", "gradient_checkpointing"),
-    *("patience", "max_logit", "push_discriminator", "validation_prompt"),
+    *("cache_latents", "patience", "max_logit", "push_discriminator", "validation_prompt"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "hub_strategy", "hub_timeout", "license"),
 )
 
