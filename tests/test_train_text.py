@@ -425,3 +425,39 @@ def test_a_cache_of_changing_images_is_refused(more, models, data, tmp_path, loa
     with pytest.raises(SystemExit):
         load_script("train_consistency").run(*arguments(models("sd"), data, tmp_path / "out", "--cache_latents", *more))
     assert "it needs --center_crop, and no --random_flip or --streaming" in capsys.readouterr().err
+
+
+# --- what is said and shown -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "most"), [("sd", 16), ("sdxl", 16), ("sd3", 16), ("flux", 16), ("pixart", 300)])
+def test_captions_that_are_cut_are_counted(name, most) -> None:
+    subject = subject_of(tiny(name))
+    short, long = "cat 7", "a " * most
+    assert subject.too_long([short] * 3) == subject.too_long([]) == ""
+    said = f"of 3 captions 2 are longer than the {most} tokens that the text encoder takes: they are cut"
+    assert said in subject.too_long([short, long, long])
+    if name == "pixart":
+        return
+    edge = "a " * (most - 2)  # beside the marks of the beginning and the end
+    assert subject.too_long([edge]) == ""
+    assert "1 are longer" in subject.too_long([edge + "a"])
+
+
+def test_pictures_reach_the_tracker(models, data, tmp_path, load_script):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = [*arguments(models("sd"), data, tmp_path / "out", *LORA), "--report_to", "tensorboard"]
+    load_script("train_consistency").run(*words)
+    (events,) = (tmp_path / "out" / "logs" / "train_consistency").glob("events.*")
+    found = EventAccumulator(str(events)).Reload()
+    assert found.Tags()["images"] == ["samples/0", "samples/1"] or found.Tags()["images"] == ["samples"]
+
+
+def test_snr_gamma_is_min_snr_gamma() -> None:
+    from diffusers_ext.training import TrainingArguments
+
+    args = TrainingArguments(snr_gamma=5.0)
+    assert (args.min_snr_gamma, args.snr_gamma) == (5.0, None)
+    with pytest.raises(InputError, match="are the same argument"):
+        TrainingArguments(snr_gamma=5.0, min_snr_gamma=4.0)

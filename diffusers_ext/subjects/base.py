@@ -177,6 +177,9 @@ class Subject:
         """Return some rows of a condition."""
         return each_tensor(lambda value: value[rows], condition)
 
+    def too_long(self, captions: Sequence[str]) -> str:
+        return ""  # how many captions are longer than the text encoder takes, for people
+
     def tell_guidance(self, scale: float) -> None:
         """Tell the network another guidance scale than that of the pipeline's call, where it is told one (Flux)."""
         raise InputError(f"--guidance_scale: the network of a {type(self.pipeline).__name__} is told no guidance scale")

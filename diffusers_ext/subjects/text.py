@@ -32,6 +32,9 @@ from .base import ImageFormat, Rows, Subject
 from .guidance import default_scale
 from .lora import Lora, add_lora, config_of, save_lora, trained
 
+LOOKED_AT = 10_000
+"""So many captions are looked at to find those that are too long."""
+
 
 class TextToImage(Subject):
     """A pipeline with `encode_prompt`; the subclasses know the conditions of their families."""
@@ -104,6 +107,18 @@ class TextToImage(Subject):
             f"the conditions of a {type(self.pipeline).__name__} are not known here, only those of "
             f"{', '.join(FAMILIES)}: measure it with diffusers_ext.estimate_calibration, which takes them as they are"
         )
+
+    def too_long(self, captions: Sequence[str]) -> str:
+        looked_at, tokenizer = list(captions[:LOOKED_AT]), self.pipeline.tokenizer
+        if not looked_at or tokenizer is None:
+            return ""
+        takes = inspect.signature(type(self.pipeline).__call__).parameters
+        of_t5 = self.prompts == 1 and "max_sequence_length" in takes  # PixArt; the others have CLIP first
+        most = self._default("max_sequence_length") if of_t5 else tokenizer.model_max_length
+        lengths = [len(ids) for ids in tokenizer(looked_at, verbose=False).input_ids]
+        n = sum(length > most for length in lengths)
+        said = f"; of {len(looked_at):,} captions {n:,} are longer than the {most} tokens that the text encoder takes: "
+        return f"{said}they are cut" if n else ""
 
     def _on_device(self, condition: Condition) -> Condition:
         """Move a condition to the network's device, and cast it to its dtype."""

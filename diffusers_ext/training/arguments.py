@@ -77,6 +77,9 @@ class TrainingArguments(HubArguments, HeldOutArguments):
     min_snr_gamma: float | None = arg(
         None, "Min-SNR weighting with this gamma; by default the network's own output.", above=0, at_most=inf
     )
+    snr_gamma: float | None = arg(
+        None, "Another name of min_snr_gamma, that of diffusers' scripts.", above=0, at_most=inf
+    )
     use_8bit_adam: bool = arg(False, "AdamW with moments of 8 bits (bitsandbytes).")
     use_ema: bool = arg(True, "Validate and save the moving average of the weights; --no_use_ema: the raw ones.")
     ema_decay: float = arg(
@@ -125,6 +128,10 @@ class TrainingArguments(HubArguments, HeldOutArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.checkpointing_steps = self.checkpointing_steps or None
+        if self.snr_gamma is not None:
+            if self.min_snr_gamma not in (None, self.snr_gamma):
+                raise InputError("--snr_gamma and --min_snr_gamma are the same argument: give one of them")
+            self.min_snr_gamma, self.snr_gamma = self.snr_gamma, None
         if self.rank is None and (of_lora := [n for n in LORA_ARGUMENTS if getattr(self, n) is not None]):
             raise InputError(f"--{of_lora[0]} is a setting of a LoRA: say its --rank, too")
         if self.cache_latents and (self.streaming or self.random_flip or not self.center_crop):

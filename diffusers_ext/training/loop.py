@@ -117,7 +117,7 @@ class TrainingLoop:
         self.data = prepare_data(args, source, self.subject.num_classes, image_format, args.max_validation_samples)
         self.source, self.validation = self.data.source, self.data.validation
         self.streamed, self.position = isinstance(source, HubStream), Position(0, 0)
-        self.accelerator.print(self.data.described)
+        self.accelerator.print(self.data.described + self.subject.too_long(getattr(source, "captions", None) or []))
         _require_in_box(self.validation.images, self.pipeline.scheduler)
         per_step = args.gradient_accumulation_steps * self.accelerator.num_processes
         self.images_per_step = args.train_batch_size * per_step

@@ -92,6 +92,11 @@ class Outcome:
         path = self._sample_grid(step)
         with replacing(path) as aside:
             image_grid(images).save(aside)
+        for tracker in self.run.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({"samples": images.transpose(0, 3, 1, 2)}, step=step)
+            elif tracker.name == "wandb":
+                tracker.log_images({"samples": list(images)}, step=step)
 
     def _prompts(self) -> list[str] | None:
         """Return the prompts of the sample grid; `None` where the model takes none."""
