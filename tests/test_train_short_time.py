@@ -146,7 +146,7 @@ def test_a_bridge_is_fitted_to_a_pretrained_pipeline(fit, tmp_path):
     assert str(tmp_path) not in (tmp_path / "out" / "bridge" / "config.json").read_text()
 
 
-def test_the_bridge_of_a_text_pipeline_gives_its_latents(fit, captioned, tmp_path):  # noqa: F811
+def test_the_bridge_of_a_text_pipeline_gives_its_latents(fit, captioned, tmp_path, monkeypatch):  # noqa: F811
     """The bridge is one of latents, and the pipeline gives a draw of it to the network as it is."""
     tiny_stable_diffusion(tmp_path / "parts").save_pretrained(tmp_path / "model")
     argv = ["--pretrained_model_name_or_path", tmp_path / "model", "--dataset_name", captioned, *BRIDGE]
@@ -166,7 +166,11 @@ def test_the_bridge_of_a_text_pipeline_gives_its_latents(fit, captioned, tmp_pat
     torch.testing.assert_close(seen[0][0], latents, rtol=1e-4, atol=1e-4)
     assert seen[0][1] == bridge.timestep == 399
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "latents=bridge.sample(1, generator)" in card
+    monkeypatch.chdir(tmp_path)
+    exec(card.split("```python\n")[1].split("```")[0], given := {})
+    assert type(given["pipe"]).__name__ == "ShortTimeStableDiffusionPipeline"
+    assert type(given["pipe"].scheduler).__name__ == "ShortTimeDDIMScheduler"
+    assert given["image"].size == (16, 16)
 
 
 def test_a_pipeline_gets_the_short_time_class_of_another_scheduler(fit, captioned, tmp_path):  # noqa: F811

@@ -8,9 +8,9 @@
 The first command saves a `ShortTimePipeline`: the same network, sampled on [0, T] alone. Of a text-to-image pipeline
 only the bridge and the scheduler are saved:
 
-    bridge = GaussianBridge.from_pretrained("sd-bridge")
+    pipe = short_time_pipeline(pipe, 0.8, GaussianBridge.from_pretrained("sd-bridge"))
     pipe.scheduler = ShortTimeDDIMScheduler.from_pretrained("sd-bridge", subfolder="scheduler")
-    pipe(prompt, latents=bridge.sample(1, generator))
+    pipe(prompt)
 
 `--report` measures what each T costs and gains, to choose one. `--help` lists every argument.
 """
@@ -158,6 +158,7 @@ def save(args: FitArguments, data: EncodedImages, bridge: Any, scheduler: Any, h
         asdict(args),
         written,
         None if report is None else f"{report.verdict()}\n\n{report.table()}",
+        subject.has_short_time_class,
     )
 
 

@@ -11,26 +11,55 @@ from .card import save_card, shown_command, table
 
 
 def write_bridge_card(
-    folder: Path, bridge: Any, name: str, arguments: Mapping[str, Any], command: str, report: str | None = None
+    folder: Path,
+    bridge: Any,
+    name: str,
+    arguments: Mapping[str, Any],
+    command: str,
+    report: str | None = None,
+    has_class: bool = False,
 ) -> None:
-    """Write `README.md`: what data the bridge models, how to sample from it, and what was measured."""
+    """Write `README.md`: what data the bridge models, how to sample from it, and what was measured.
+
+    Args:
+        has_class: whether `short_time_pipeline` takes the pipeline that the bridge was fitted for.
+    """
     kind, time = type(bridge).__name__, bridge.config.max_diffusion_time
     stock = bridge.config.scheduler["_class_name"].removeprefix("ShortTime")
-    alone = not (folder / "model_index.json").is_file()
-    use = [
-        *([f"from diffusers_ext import {kind}, ShortTime{stock}", ""] if alone else []),
-        *([f'bridge = {kind}.from_pretrained("{name}")'] if alone else []),
-        *([f'pipe.scheduler = ShortTime{stock}.from_pretrained("{name}", subfolder="scheduler")'] if alone else []),
-        *(["image = pipe(prompt, latents=bridge.sample(1, generator)).images[0]"] if alone else []),
-    ] or [
-        "import diffusers_ext  # makes ShortTimePipeline known to diffusers: import it first",
-        "from diffusers import DiffusionPipeline",
-        "",
-        f'pipe = DiffusionPipeline.from_pretrained("{name}")',
-        "images = pipe(batch_size=4, num_inference_steps=10).images",
-    ]
-    grid = folder / "samples" / "samples.png"
     model = shown(str(arguments.get("pretrained_model_name_or_path")))
+    loaded = f'pipe = DiffusionPipeline.from_pretrained("{model}")'
+    bridged = f'bridge = {kind}.from_pretrained("{name}")'
+    if (folder / "model_index.json").is_file():
+        use = [
+            "import diffusers_ext  # makes ShortTimePipeline known to diffusers: import it first",
+            "from diffusers import DiffusionPipeline",
+            "",
+            f'pipe = DiffusionPipeline.from_pretrained("{name}")',
+            "images = pipe(batch_size=4, num_inference_steps=10).images",
+        ]
+    elif has_class:
+        use = [
+            "from diffusers import DiffusionPipeline",
+            f"from diffusers_ext import {kind}, ShortTime{stock}, short_time_pipeline",
+            "",
+            loaded,
+            bridged,
+            f"pipe = short_time_pipeline(pipe, {time:g}, bridge)",
+            f'pipe.scheduler = ShortTime{stock}.from_pretrained("{name}", subfolder="scheduler")',
+            'image = pipe("a prompt").images[0]  # at the size of the images that it was fitted to',
+        ]
+    else:
+        use = [
+            "import torch",
+            "from diffusers import DiffusionPipeline",
+            f"from diffusers_ext import {kind}, ShortTime{stock}",
+            "",
+            loaded,
+            bridged,
+            f'pipe.scheduler = ShortTime{stock}.from_pretrained("{name}", subfolder="scheduler")',
+            'image = pipe("a prompt", latents=bridge.sample(1, torch.Generator())).images[0]',
+        ]
+    grid = folder / "samples" / "samples.png"
     parts = [
         f"A `{kind}` of the data of `{model}`, diffused up to T = {time}, to sample it on "
         f"[short diffusion times](https://arxiv.org/abs/2206.05173).",

@@ -80,8 +80,8 @@ class Subject:
     """Whether the network is a `UNet2DModel` that sees the images themselves."""
     takes_captions = False
     """Whether images come from prompts."""
-    is_lora = False
-    """Whether a LoRA is trained, and not the network itself."""
+    is_lora = has_short_time_class = False
+    """Whether a LoRA is trained, and not the network itself; whether `on_short_times` has a class for text-to-image."""
 
     def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
         self.pipeline, self.name = pipeline, name

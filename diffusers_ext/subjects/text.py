@@ -248,6 +248,11 @@ class TextToImage(Subject):
         """Return the default of an argument of the pipeline's call."""
         return inspect.signature(type(self.pipeline).__call__).parameters[name].default
 
+    @property
+    def has_short_time_class(self) -> bool:  # type: ignore[override]
+        """Whether `on_short_times` has a class for the pipeline."""
+        return type(self.pipeline).__name__.removeprefix("ShortTime") in STOCK
+
     def on_short_times(self, scheduler: Any, bridge: Any) -> DiffusionPipeline:
         if (name := type(self.pipeline).__name__.removeprefix("ShortTime")) not in STOCK:
             return super().on_short_times(scheduler, bridge)
