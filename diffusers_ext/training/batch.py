@@ -40,6 +40,8 @@ class Batch:
 
         These are the first `share` of the rows, rounded up. Where that is less than one row it is one row in so many of
         the micro-batches, drawn from the seed, with the weight that keeps the mean: 1 / (share B), and else no row.
+        All devices compute the loss in the same of their micro-batches. So there, and only there, a run depends on how
+        many devices share its accumulation.
         """
         n = share * len(self.x0)
         if n >= 1:
