@@ -70,7 +70,7 @@ class LatentCache:
         }
         precision = [str(part.dtype) for name, part in encoders]
         told: list[Any] = [type(subject.pipeline).__name__, weights, precision, str(transform), captions, dict(mark)]
-        told.append(getattr(subject, "_told", None))
+        told.append(subject.told_guidance)
         key = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:20]
         self.folder = root / "diffusers_ext" / key
         self._files: dict[int, Any] = {}

@@ -40,11 +40,6 @@ class TextToImage(Subject):
     """A pipeline with `encode_prompt`; the subclasses know the conditions of their families."""
 
     takes_captions = True
-
-    def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
-        super().__init__(pipeline, name)
-        self._nulls: dict[int, Condition] = {}
-
     lora_config: Any = None
     """PEFT's configuration of the LoRA that is trained; `None` where the whole network is."""
     reload: Callable[[], DiffusionPipeline] | None = None
@@ -55,6 +50,12 @@ class TextToImage(Subject):
     """How many latents the network takes for one, in height and in width."""
     resolution: int | None = None
     """The resolution of the training; by default the pipeline's."""
+    told_guidance: float | None = None
+    """The guidance scale that the network is told, where it is told one; by default that of the pipeline's call."""
+
+    def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
+        super().__init__(pipeline, name)
+        self._nulls: dict[int, Condition] = {}
 
     def image_format(self, resolution: int | None = None) -> ImageFormat:
         size = self._latent_size() * self.factor if resolution is None else resolution
@@ -335,12 +336,11 @@ class Flux(TextToImage):
     """
 
     prompts, patch = 2, 2
-    _told: float | None = None
 
     def tell_guidance(self, scale: float) -> None:
         if not self.network.config.guidance_embeds:
             super().tell_guidance(scale)
-        self._told = scale
+        self.told_guidance = scale
 
     def _latent_size(self) -> int:
         return self.pipeline.default_sample_size
@@ -365,14 +365,14 @@ class Flux(TextToImage):
         condition = {"encoder_hidden_states": embeddings, "pooled_projections": pooled} | ids
         if not self.network.config.guidance_embeds:
             return condition
-        scale = self._default("guidance_scale") if self._told is None else self._told
+        scale = self._default("guidance_scale") if self.told_guidance is None else self.told_guidance
         return condition | {"guidance": torch.full((n,), scale, device=embeddings.device)}
 
     def call(self, n: int, *, guidance_scale: float = 1.0, **options: Any) -> dict[str, Any]:
         call = super().call(n, **options)
         del call["guidance_scale"]
-        if self._told is not None:
-            call["guidance_scale"] = self._told
+        if self.told_guidance is not None:
+            call["guidance_scale"] = self.told_guidance
         return call | ({"true_cfg_scale": guidance_scale, "negative_prompt": [""] * n} if guidance_scale > 1 else {})
 
 
