@@ -158,6 +158,30 @@ MUTATIONS = [
         "tests/test_per_channel.py",
     ),
     Mutation(
+        "share of the micro-batches",
+        "return slice(int(drawn)), 1 / n",
+        "return slice(int(drawn)), 1.0",
+        "tests/test_train_text.py -k weight_that_keeps",
+    ),
+    Mutation(
+        "latents of text-to-image",
+        '(latents - (config.get("shift_factor") or 0.0)).float()',
+        '(latents + (config.get("shift_factor") or 0.0)).float()',
+        "tests/test_text_subjects.py -k decodes",
+    ),
+    Mutation(
+        "other weights",
+        "ROUNDING, SMALLEST = 2.0**-8, 2.0**-24",
+        "ROUNDING, SMALLEST = 2.0**-4, 2.0**-24",
+        "tests/test_weights.py -k named",
+    ),
+    Mutation(
+        "null condition",
+        "return each_tensor(torch.zeros_like, condition) if zero else condition",
+        "return condition",
+        "tests/test_text_subjects.py -k null_condition",
+    ),
+    Mutation(
         "short-time text",
         "latents = draw_start(self.bridge, batch_size, generator).to(device, dtype)",
         "latents = draw_start(self.bridge, batch_size, generator).to(device, dtype) / self.scheduler.init_noise_sigma",
