@@ -43,11 +43,11 @@ class ConsistencyArguments(TrainingArguments):
 def main() -> None:
     args = parse_arguments(ConsistencyArguments)
     loop = TrainingLoop(args, "train_consistency", PAPER)
-    denoiser, schedule, process = loop.denoiser, loop.schedule, loop.denoiser.process
+    denoiser, process = loop.denoiser, loop.denoiser.process
 
     for batch in loop:
         x0, generator = batch.x0, batch.generator
-        sigma = schedule.draw_sigmas(len(x0), generator, x0.device)
+        sigma = loop.levels.draw(len(x0), generator, x0.device)
         x = process.perturb(x0, sigma, generator)
         denoised = denoiser(x, sigma, **batch.cond)
         terms = {

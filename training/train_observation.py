@@ -105,7 +105,7 @@ def step(
 ) -> None:
     """Train on one micro-batch. Denoising and consistency draw first, so that they draw as in train_consistency.py."""
     schedule, x0, generator = loop.schedule, batch.x0, batch.generator
-    sigma = schedule.draw_sigmas(len(x0), generator, x0.device)
+    sigma = loop.levels.draw(len(x0), generator, x0.device)
     x = denoiser.process.perturb(x0, sigma, generator)
     denoised = denoiser(x, sigma, **batch.cond)
     matching = {"prediction": denoised, "weight": loop.weight(sigma), **batch.cond}

@@ -77,6 +77,12 @@ class TrainingArguments(HubArguments, HeldOutArguments):
     min_snr_gamma: float | None = arg(
         None, "Min-SNR weighting with this gamma; by default the network's own output.", above=0, at_most=inf
     )
+    weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"] | None = arg(
+        None, "Flow models: law and weight of the noise levels, as in diffusers' scripts for Stable Diffusion 3."
+    )
+    logit_mean: float | None = arg(None, "Mean of logit_normal, by default 0.")
+    logit_std: float | None = arg(None, "Standard deviation of logit_normal, by default 1.", above=0)
+    mode_scale: float | None = arg(None, "Scale of mode, by default 1.29.", at_least=0)
     snr_gamma: float | None = arg(
         None, "Another name of min_snr_gamma, that of diffusers' scripts.", above=0, at_most=inf
     )

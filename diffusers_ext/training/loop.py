@@ -39,7 +39,6 @@ from ..data.sources import HubStream, ImageSource, load_images
 from ..errors import SIGNALLED, InputError, TrainingStopped
 from ..files import remove_partial
 from ..interop import noise_schedule, score_model_from
-from ..noise_levels import min_snr_weight
 from ..process import ReflectedProcess
 from ..randomness import Seeds
 from ..score import Denoiser
@@ -49,6 +48,7 @@ from .batch import Batch, fill_cache, make_batch
 from .best import Best
 from .build import build_subject
 from .environment import make_accelerator, require_as_asked
+from .levels import Levels
 from .lock import RunLock
 from .log import RunLog
 from .outcome import Outcome
@@ -143,6 +143,7 @@ class TrainingLoop:
         self.ema = EMAModel(self._trainable(), decay=args.ema_decay, foreach=True) if args.use_ema else None
         self.schedule = noise_schedule(self.pipeline.scheduler)
         self.score_model = score_model_from(self.model, self.pipeline.scheduler)
+        self.levels = Levels(args, self.schedule, self.pipeline.scheduler, self.score_model)
 
     def keep(self, part: Part) -> None:
         """Add a part to the run; call this before the loop begins. Checkpoints hold the part's state, which is restored
@@ -211,10 +212,8 @@ class TrainingLoop:
         )
 
     def weight(self, sigma: Tensor) -> Tensor:
-        """Return the score-matching weight, (B,): Min-SNR, or by default that of the network's own output."""
-        if self.args.min_snr_gamma is not None:
-            return min_snr_weight(sigma, self.args.min_snr_gamma)
-        return self.score_model.output_weight(sigma)
+        """Return the score-matching weight, (B,), see `Levels`."""
+        return self.levels.weight(sigma)
 
     def update(self, loss: Tensor, *, sigma: Tensor, **terms: Tensor) -> None:
         """Make the backward pass and, at the end of an accumulation, the optimiser step.

@@ -1,0 +1,71 @@
+"""The noise levels that training draws, and their weights.
+
+By default these are those of the schedule and of the network's own output. Flow models have the laws of Stable
+Diffusion 3 beside them: u in (0, 1) is drawn from a law (`logit_normal`, `mode`, or uniform), and the level is that of
+the u N-th of the scheduler's N steps, which begin at pure noise, with its shift; `sigma_sqrt` and `cosmap` are weights.
+
+Reference: Scaling Rectified Flow Transformers for High-Resolution Image Synthesis (Esser et al., 2024, arXiv
+2403.03206), section 3.1; the functions are those of diffusers' training scripts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from torch import Tensor
+
+from ..errors import InputError
+from ..interop import NoiseSchedule, live_config
+from ..noise_levels import min_snr_weight
+from ..score import ScoreModel
+from .arguments import TrainingArguments
+
+
+class Levels:
+    """Draws noise levels, and weighs them.
+
+    Args:
+        args: the run's arguments.
+        schedule: the noise levels of the model.
+        scheduler: the pipeline's scheduler.
+        model: the network as a function of (x, sigma).
+
+    Raises:
+        InputError: `--weighting_scheme` is for flow models.
+    """
+
+    def __init__(self, args: TrainingArguments, schedule: NoiseSchedule, scheduler: Any, model: ScoreModel) -> None:
+        self.args, self.schedule, self.model, self.scheme = args, schedule, model, args.weighting_scheme
+        if self.scheme is None:
+            return
+        if schedule.family != "flow":
+            raise InputError(
+                f"--weighting_scheme is for flow models, and the pipeline has a {type(scheduler).__name__}"
+            )
+        fresh = type(scheduler).from_config(live_config(scheduler))  # its grid has all trained steps
+        self.flow = fresh.sigmas[: schedule.num_train_timesteps].double()
+
+    def draw(self, n: int, generator: torch.Generator, device: torch.device) -> Tensor:
+        """Return n noise levels sigma, (n,)."""
+        if self.scheme is None:
+            return self.schedule.draw_sigmas(n, generator, device)
+        args = self.args
+        law = {"logit_mean": args.logit_mean or 0.0, "logit_std": args.logit_std or 1.0}
+        scale = 1.29 if args.mode_scale is None else args.mode_scale
+        u = compute_density_for_timestep_sampling(
+            self.scheme, n, **law, mode_scale=scale, device=device, generator=generator
+        )
+        self.flow = self.flow.to(device)
+        t = self.flow[(u * len(self.flow)).long().clamp(0, len(self.flow) - 1)]
+        return (t / (1 - t)).clamp(max=self.schedule.sigma_max).float()
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        """Return the score-matching weight, (B,): Min-SNR, or that of the network's own output, times the scheme's."""
+        if self.args.min_snr_gamma is not None:
+            return min_snr_weight(sigma, self.args.min_snr_gamma)
+        weight = self.model.output_weight(sigma)
+        if self.scheme is None:
+            return weight
+        return weight * compute_loss_weighting_for_sd3(self.scheme, sigma / (1 + sigma))
