@@ -80,7 +80,7 @@ class TrainingArguments(HubArguments, HeldOutArguments):
     weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"] | None = arg(
         None, "Flow models: law and weight of the noise levels, as in diffusers' scripts for Stable Diffusion 3."
     )
-    logit_mean: float | None = arg(None, "Mean of logit_normal, by default 0.")
+    logit_mean: float | None = arg(None, "Mean of logit_normal, by default 0.", at_least=-10, at_most=10)
     logit_std: float | None = arg(None, "Standard deviation of logit_normal, by default 1.", above=0)
     mode_scale: float | None = arg(None, "Scale of mode, by default 1.29.", at_least=0)
     snr_gamma: float | None = arg(
