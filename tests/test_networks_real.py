@@ -46,6 +46,12 @@ def crops() -> dict:
     }
 
 
+def cross(kind: str) -> dict:
+    """The blocks of a UNet with cross attention."""
+    down, up = (f"CrossAttnDownBlock{kind}", f"DownBlock{kind}"), (f"UpBlock{kind}", f"CrossAttnUpBlock{kind}")
+    return BLOCK | {"cross_attention_dim": WIDTH, "down_block_types": down, "up_block_types": up}
+
+
 # Of each class: its settings, the conditions of a call, the shape of a sample, and whether it is a flow.
 CASES = {
     "UNet2DModel": (
@@ -54,39 +60,10 @@ CASES = {
         IMAGE,
         False,
     ),
-    "UNet2DConditionModel": (
-        {
-            "cross_attention_dim": WIDTH,
-            "attention_head_dim": 4,
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            **BLOCK,
-        },
-        text(),
-        IMAGE,
-        False,
-    ),
-    "UNet3DConditionModel": (
-        {
-            "cross_attention_dim": WIDTH,
-            "attention_head_dim": 4,
-            "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
-            "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
-            **BLOCK,
-        },
-        text(),
-        VIDEO,
-        False,
-    ),
+    "UNet2DConditionModel": ({"attention_head_dim": 4, **cross("2D")}, text(), IMAGE, False),
+    "UNet3DConditionModel": ({"attention_head_dim": 4, **cross("3D")}, text(), VIDEO, False),
     "UNetMotionModel": (
-        {
-            "cross_attention_dim": WIDTH,
-            "num_attention_heads": 2,
-            "motion_num_attention_heads": 2,
-            "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
-            "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
-            **BLOCK,
-        },
+        {"num_attention_heads": 2, "motion_num_attention_heads": 2, **cross("Motion")},
         {"encoder_hidden_states": noise(2 * B, 3, WIDTH)},  # for each frame
         VIDEO,
         False,

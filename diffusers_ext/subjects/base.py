@@ -36,6 +36,7 @@ from ..conditions import Condition, dropped, each_tensor
 from ..errors import InputError
 from ..files import replacing_files
 from ..networks import unwrap
+from .latents import draw, law_of
 
 
 class NotKept(ValueError):
@@ -144,11 +145,8 @@ class Subject:
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return x0 of images (B, C, H, W): these themselves, or latents drawn from the autoencoder's distribution."""
-        if (autoencoder := self.autoencoder) is None:
-            return images
-        encoded = autoencoder.encode(images)
-        latents = encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents
-        return (latents - (autoencoder.config.get("shift_factor") or 0.0)) * autoencoder.config.scaling_factor
+        autoencoder = self.autoencoder
+        return images if autoencoder is None else draw(autoencoder, law_of(autoencoder, images), generator)
 
     @property
     def channels(self) -> int:

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from ..conditions import Condition, each_tensor
@@ -30,6 +29,7 @@ from ..networks import unwrap
 from ..pipelines.short_time_text import STOCK, short_time_text_class
 from .base import ImageFormat, Rows, Subject
 from .guidance import default_scale
+from .latents import draw, law_of
 from .lora import Lora, add_lora, config_of, save_lora, trained
 
 LOOKED_AT = 10_000
@@ -77,19 +77,12 @@ class TextToImage(Subject):
 
     @torch.no_grad()
     def law(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the law of the latents of images: the `moments` of a normal one, or the `latents` if there is none."""
-        autoencoder = self.autoencoder
-        encoded = autoencoder.encode(images.to(autoencoder.device, autoencoder.dtype))
-        if hasattr(encoded, "latent_dist"):
-            return {"moments": encoded.latent_dist.parameters}
-        return {"latents": encoded.latents}
+        """Return the law of the latents of images, see `latents`."""
+        return law_of(self.autoencoder, images.to(self.autoencoder.device, self.autoencoder.dtype))
 
     def drawn(self, law: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
         """Return x0, drawn from what `law` returned, in float32."""
-        config, latents = self.autoencoder.config, law.get("latents")
-        if latents is None:
-            latents = DiagonalGaussianDistribution(law["moments"]).sample(generator)
-        return (latents - (config.get("shift_factor") or 0.0)).float() * config.scaling_factor
+        return draw(self.autoencoder, law, generator).float()
 
     def conditions(self, rows: Rows) -> Condition:
         prompts = [""] * len(rows.images) if rows.captions is None else list(rows.captions)
@@ -255,8 +248,9 @@ class TextToImage(Subject):
         return type(self.pipeline).__name__.removeprefix("ShortTime") in STOCK
 
     def on_short_times(self, scheduler: Any, bridge: Any) -> DiffusionPipeline:
-        if (name := type(self.pipeline).__name__.removeprefix("ShortTime")) not in STOCK:
+        if not self.has_short_time_class:
             return super().on_short_times(scheduler, bridge)
+        name = type(self.pipeline).__name__.removeprefix("ShortTime")
         return short_time_text_class(name)(**self._arguments(scheduler=scheduler, bridge=bridge))
 
     def call(
