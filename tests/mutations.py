@@ -165,9 +165,21 @@ MUTATIONS = [
     ),
     Mutation(
         "latents of text-to-image",
-        '(latents - (config.get("shift_factor") or 0.0)).float()',
-        '(latents + (config.get("shift_factor") or 0.0)).float()',
+        '(latents - (config.get("shift_factor") or 0.0))',
+        '(latents + (config.get("shift_factor") or 0.0))',
         "tests/test_text_subjects.py -k decodes",
+    ),
+    Mutation(
+        "generator of the latents",
+        'DiagonalGaussianDistribution(law["moments"]).sample(generator)',
+        'DiagonalGaussianDistribution(law["moments"]).sample()',
+        "tests/test_text_subjects.py -k generator",
+    ),
+    Mutation(
+        "generator of the levels",
+        "mode_scale=scale, device=device, generator=generator",
+        "mode_scale=scale, device=device",
+        "tests/test_levels.py -k generator",
     ),
     Mutation(
         "other weights",

@@ -76,3 +76,12 @@ def test_without_a_scheme_the_schedule_draws_and_others_than_flow_models_have_no
     args = TrainingArguments(weighting_scheme="mode")
     with pytest.raises(InputError, match="--weighting_scheme is for flow models, and the pipeline has a DDIMScheduler"):
         Levels(args, noise_schedule(scheduler), scheduler, denoiser_from(lambda x, t: x, scheduler))
+
+
+@pytest.mark.parametrize("scheme", ["logit_normal", "mode", "none"])
+def test_the_generator_alone_draws_them(scheme) -> None:
+    made, cpu, before = levels(weighting_scheme=scheme), torch.device("cpu"), torch.get_rng_state()
+    first, again, other = (made.draw(9, torch.Generator().manual_seed(seed), cpu) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

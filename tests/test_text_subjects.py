@@ -202,3 +202,13 @@ def test_a_pipeline_without_text_encoders_says_so() -> None:
     pipe.register_modules(text_encoder=None)
     with pytest.raises(InputError, match="has no text encoder"):
         subject_of(pipe).conditions(rows(PROMPTS))
+
+
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_latents_are_drawn_by_the_generator_alone(name: str) -> None:
+    subject, images = subject_of(tiny(name)), torch.zeros(2, 3, SIZE, SIZE)
+    before = torch.get_rng_state()
+    first, again, other = (subject.encode(images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, again)
+    assert (first - other).abs().max() > 1e-3

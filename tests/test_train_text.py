@@ -3,6 +3,7 @@ computed by hand."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -461,3 +462,42 @@ def test_snr_gamma_is_min_snr_gamma() -> None:
     assert (args.min_snr_gamma, args.snr_gamma) == (5.0, None)
     with pytest.raises(InputError, match="are the same argument"):
         TrainingArguments(snr_gamma=5.0, min_snr_gamma=4.0)
+
+
+def test_processes_and_other_runs_fill_a_cache_together(data, tmp_path, monkeypatch) -> None:
+    """One after the other, so that the second finds what the first has written."""
+    from diffusers_ext.data import latent_cache
+    from diffusers_ext.data.images import Transform
+    from diffusers_ext.data.sources import DataArguments, load_images
+
+    monkeypatch.setattr(latent_cache, "ROWS", 4)
+    subject, transform = subject_of(tiny("sd")), Transform(SIZE, 3)
+    source = load_images(DataArguments(dataset_name=str(data), caption_column="text"), "train")
+    cache = latent_cache.LatentCache(subject, source, transform, tmp_path, {"content": "these"})
+    for rank in (0, 1):
+        process = SimpleNamespace(
+            process_index=rank, num_processes=2, is_main_process=rank == 0, wait_for_everyone=lambda: None
+        )
+        cache.fill(process, batch_size=3)
+    assert [file.name for file in sorted(cache.folder.iterdir())] == [
+        f"rows-{i:08d}.safetensors" for i in (0, 4, 8, 12)
+    ]
+    x0, condition = cache.rows(torch.tensor([13, 2]), torch.Generator().manual_seed(0))
+    images = torch.stack([transform(source.open(i), torch.Generator()) for i in (13, 2)])
+    expected = subject.encode(images, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(x0, expected, rtol=1e-4, atol=1e-5)
+    given = subject.conditions(rows(["grey 13", "grey 2"]))
+    torch.testing.assert_close(condition["encoder_hidden_states"], given["encoder_hidden_states"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_lora_is_refused_where_what_is_frozen_would_be_sharded(monkeypatch) -> None:
+    from accelerate import DistributedType
+
+    from diffusers_ext.training import TrainingArguments, loop
+
+    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True)
+    monkeypatch.setattr(loop, "make_accelerator", lambda **options: sharded)
+    monkeypatch.setattr(loop, "require_as_asked", lambda *args: None)
+    assert loop._accelerator(TrainingArguments()) is sharded
+    with pytest.raises(InputError, match="--rank is not made for FSDP"):
+        loop._accelerator(TrainingArguments(rank=4))

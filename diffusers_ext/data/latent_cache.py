@@ -82,11 +82,12 @@ class LatentCache:
             InputError: the disk has not enough space.
         """
         parts = range(0, self.n, ROWS)
-        missing = [first for first in parts if not self._file(first).is_file()]
-        if missing:
-            self._require_space(len(missing) * ROWS)
+        if missing := sum(not self._file(first).is_file() for first in parts):
+            self._require_space(missing * ROWS)
         accelerator.wait_for_everyone()
-        own = missing[accelerator.process_index :: accelerator.num_processes]
+        # Each process looks at parts of its own: another run may fill some meanwhile.
+        own = list(parts[accelerator.process_index :: accelerator.num_processes])
+        own = [first for first in own if not self._file(first).is_file()]
         quiet = not accelerator.is_main_process
         for first in tqdm(own, desc="encoding images and captions", unit=f"x{ROWS}", disable=quiet or not own):
             rows = range(first, min(first + ROWS, len(self.source)))

@@ -336,6 +336,8 @@ def _accelerator(args: TrainingArguments) -> Accelerator:
             f"these checkpoints cannot hold. Launch with FSDP version 2 (`fsdp_version: 2` in accelerate's config), or "
             f"without sharding (DistributedDataParallel)"
         )
+    if args.rank is not None and kind == DistributedType.FSDP:
+        raise InputError("--rank is not made for FSDP, which shards what is frozen, too: launch without sharding")
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
