@@ -501,3 +501,29 @@ def test_a_lora_is_refused_where_what_is_frozen_would_be_sharded(monkeypatch) ->
     assert loop._accelerator(TrainingArguments()) is sharded
     with pytest.raises(InputError, match="--rank is not made for FSDP"):
         loop._accelerator(TrainingArguments(rank=4))
+
+
+@pytest.mark.usefixtures("other_precision")
+def test_a_pipeline_that_has_gone_meanwhile_costs_no_result(models, data, tmp_path, load_script, monkeypatch):
+    """At the end the frozen parts, which were rounded, cannot be loaded again: they are saved as they are."""
+    import shutil
+
+    from diffusers_ext.subjects import text
+
+    said = []
+    monkeypatch.setattr(text.logger, "warning", said.append)
+    shutil.copytree(models("sd"), tmp_path / "model")
+    script = load_script("train_consistency")
+
+    class Gone(TrainingLoop):
+        def finish(self):
+            shutil.rmtree(tmp_path / "model")
+            super().finish()
+
+    script.TrainingLoop = Gone
+    script.run(*arguments(tmp_path / "model", data, tmp_path / "out", "--mixed_precision", "bf16"))
+    assert any("saved in half precision: the pipeline" in text for text in said)
+    trained = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    stock = DiffusionPipeline.from_pretrained(models("sd"))
+    pairs = zip(trained.text_encoder.parameters(), stock.text_encoder.parameters(), strict=True)
+    assert all(torch.equal(a, b.bfloat16().float()) for a, b in pairs)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..conditions import Condition, each_tensor
@@ -31,6 +32,8 @@ from .base import ImageFormat, Rows, Subject
 from .guidance import default_scale
 from .latents import draw, law_of
 from .lora import Lora, add_lora, config_of, save_lora, trained
+
+logger = logging.get_logger(__name__)
 
 LOOKED_AT = 10_000
 """So many captions are looked at to find those that are too long."""
@@ -44,6 +47,8 @@ class TextToImage(Subject):
     """PEFT's configuration of the LoRA that is trained; `None` where the whole network is."""
     reload: Callable[[], DiffusionPipeline] | None = None
     """Loads the pipeline as it was before its frozen parts were rounded."""
+    rounded = False
+    """Whether they are."""
     prompts = 1
     """How many prompts `encode_prompt` takes, for as many text encoders; all get the same."""
     patch = 1
@@ -148,6 +153,7 @@ class TextToImage(Subject):
 
     def freeze_in(self, dtype: torch.dtype) -> None:
         """Round what is not trained to half precision; an autoencoder that may overflow in float16 stays as it is."""
+        self.rounded = True
         for name, part in self.pipeline.components.items():
             overflows = name == "vae" and dtype == torch.float16 and part.config.get("force_upcast", False)
             if isinstance(part, nn.Module) and part is not self.network and not overflows:
@@ -185,18 +191,23 @@ class TextToImage(Subject):
         pipeline = type(self.pipeline)(**arguments)
         pipeline.set_progress_bar_config(disable=True)
         subject = type(self)(pipeline, self.name)
-        subject.lora_config, subject.reload, subject.resolution = self.lora_config, self.reload, self.resolution
+        for setting in ("lora_config", "reload", "rounded", "resolution", "told_guidance"):
+            setattr(subject, setting, getattr(self, setting))
         return subject
 
     def write(self, folder: Path) -> None:
-        """Write the LoRA alone, or the stock pipeline, with its frozen parts as they were loaded."""
+        """Write the LoRA alone, or the stock pipeline, with its frozen parts as they were loaded; if they cannot be
+        loaded again, this warns, and they are written in half precision."""
         if self.lora_config is not None:
             save_lora(self.pipeline, self.name, self.network, folder)
             return
         pipeline = self.pipeline
-        if self.reload is not None:
-            pipeline = self.reload()
-            pipeline.register_modules(**{self.name: self.network})
+        if self.rounded and self.reload is not None:
+            try:
+                pipeline = self.reload()
+                pipeline.register_modules(**{self.name: self.network})
+            except InputError as error:
+                logger.warning(f"what is not trained is saved in half precision: {error}")
         pipeline.save_pretrained(folder)
 
     def sample(self, n: int, num_inference_steps: int = 50, seed: int = 0, **rows: Any) -> np.ndarray:
@@ -207,14 +218,14 @@ class TextToImage(Subject):
         scale = 1.0 if captions is None else default_scale(self.pipeline)
         generator = torch.Generator().manual_seed(seed)
         options = {"num_inference_steps": num_inference_steps, "generator": generator, "output_type": "np"}
-        rounded = self.reload is not None and self.lora_config is None
         half = next(c.dtype for n, c in self.pipeline.components.items() if n.startswith("text_enc") and c is not None)
         device, others = self.network.device, self.others
         places = [next(other.parameters()).device for other in others]
         for other in others:
             other.to(device)
         try:
-            with torch.autocast(device.type, half) if rounded and half != torch.float32 else nullcontext():
+            mixed = self.rounded and not self.is_lora  # the network is in float32, the encoders are not
+            with torch.autocast(device.type, half) if mixed else nullcontext():
                 call = self.call(n, captions=prompts, guidance_scale=scale, resolution=self.resolution)
                 return self.pipeline(**call, **options).images
         finally:
