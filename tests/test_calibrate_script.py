@@ -552,3 +552,12 @@ def test_a_lora_is_measured_with_its_model(calibrate, captioned, tmp_path, capsy
         SystemExit, match="--guidance_scale: the network of a StableDiffusionPipeline is told no guidan"
     ):
         calibrate.run(*arguments, "--output_dir", "none", "--guidance_scale", 2)
+
+
+def test_the_printed_lines_take_any_name_of_a_folder():
+    code = calibration_report.example(
+        "o'neil's", "pass", {"pretrained_model_name_or_path": 'a "model"', "variant": "fp16"}
+    )
+    words = re.findall(r"from_pretrained\((.*)\)", code)
+    assert [eval(f"dict(name={word})")["name"] for word in words] == ['a "model"', "o'neil's"]
+    assert eval(f"dict(name={words[0]})")["variant"] == "fp16"

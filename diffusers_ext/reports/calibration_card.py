@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from math import isnan, prod
 from pathlib import Path
@@ -135,19 +136,18 @@ def example(name: str, line: str, arguments: Mapping[str, Any]) -> str:
         line: the line that calibrates the pipeline, see `calibrating_line`.
         arguments: those of the measurement: the pipeline's name, revision, variant and LoRA.
     """
-    options = "".join(f", {key}={arguments[key]!r}" for key in ("revision", "variant") if arguments.get(key))
-    loaded = f"pipe = DiffusionPipeline.from_pretrained({arguments['pretrained_model_name_or_path']!r}{options})"
-    lora = arguments.get("lora_weights")
+    options = "".join(f", {key}={json.dumps(arguments[key])}" for key in ("revision", "variant") if arguments.get(key))
+    model, lora = json.dumps(arguments["pretrained_model_name_or_path"]), arguments.get("lora_weights")
     return "\n".join(
         [
             "from diffusers import DiffusionPipeline",
             "from diffusers_ext import Calibration, calibrate_pipeline\n",
-            loaded,
-            *([f"pipe.load_lora_weights({lora!r})"] if lora else []),
-            f"calibration = Calibration.from_pretrained({name!r})",
+            f"pipe = DiffusionPipeline.from_pretrained({model}{options})",
+            *([f"pipe.load_lora_weights({json.dumps(lora)})"] if lora else []),
+            f"calibration = Calibration.from_pretrained({json.dumps(name)})",
             line,
         ]
-    ).replace("'", '"')
+    )
 
 
 def write_calibration_card(
