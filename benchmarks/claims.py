@@ -77,13 +77,13 @@ TUNING = "--lr_scheduler cosine --learning_rate 2e-4 --lr_warmup_steps 10"
 RECIPES = {
     "baseline": Recipe("train_consistency.py", 3, PLAIN),
     "control": Recipe("train_consistency.py", 3, PLAIN, seed=1),
-    # From half-way on, on a quarter of the batch: 4.5 passes a step there, 3 before.
-    "consistency": Recipe("train_consistency.py", 3.75, "--consistency_weight 10 --consistency_start 0.5"),
+    # From half-way on, on a quarter of the batch: 4 passes a step there, 3 before.
+    "consistency": Recipe("train_consistency.py", 3.5, "--consistency_weight 10 --consistency_start 0.5"),
     "ordinary": Recipe("train_consistency.py", 3, f"{PLAIN} {CLASSES}"),
     "reflected": Recipe("train_reflected.py", 3, f"{CLASSES} --sigma_log_mean -0.7 --sigma_log_std 1.0"),
     "trained_on": Recipe("train_consistency.py", 3, PLAIN, tuned=True),
     "observed": Recipe("train_observation.py", 4, OBSERVATION, tuned=True),
-    "observed_consistent": Recipe("train_observation.py", 5.5, f"{OBSERVATION} --consistency_weight 10", tuned=True),
+    "observed_consistent": Recipe("train_observation.py", 5, f"{OBSERVATION} --consistency_weight 10", tuned=True),
 }
 
 

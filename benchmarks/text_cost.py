@@ -5,18 +5,22 @@
 
 The networks have the sizes of Stable Diffusion 1.5, Stable Diffusion XL and Flux, and random weights; latents and
 prompts are random numbers, as a cache would hold them. `--rank 0` trains the whole network. "plain" is the denoising
-loss, "consistency" a step that carries that loss, on a quarter of the batch, at least one sample; "on average" is what
-a quarter of the samples comes to; "observation" is an update of the network and one of the discriminator.
+loss, "consistency" a step that carries that loss; "on average" is what a quarter of the samples comes to, with the rows
+of train_consistency.py; "observation" is an update of the network and one of the discriminator.
 
-Passes: forward passes of a sample with a graph, and without. On a GPU: time, and the peak of the memory in all, in
-bfloat16, under `torch.cuda.set_sync_debug_mode("error")`. Without one: tensors on the meta device, whose bytes are
-counted: weights, moments and gradients, and what the graph of a step holds for its backward pass.
+Work: passes of a sample, 1 forward and 2 backward (3 with checkpointing, which computes once more), as a ratio to a
+plain step; calls: the same for a call of the network, whatever the number of its samples. Time lies between the two: a
+GPU that is filled takes as long as the work, one that waits for the host as long as the calls. On a GPU: time, and the
+peak of the memory in all, in bfloat16, under `torch.cuda.set_sync_debug_mode("error")`. Without one: tensors on the
+meta device, whose bytes are counted, in bfloat16: weights, moments and gradients, and what the graph of a step holds
+for its backward pass.
 """
 
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import diffusers
 import torch
@@ -28,6 +32,7 @@ import diffusers_ext as ext
 from diffusers_ext.noise_levels import look_ahead_sigma
 from diffusers_ext.reports.card import table
 from diffusers_ext.subjects.lora import LAYERS, Lora, add_lora, config_of
+from diffusers_ext.training.batch import part_of
 
 PLACE = "cuda" if DEVICE == "cuda" else "meta"
 CROSS, UP = ("CrossAttnDownBlock2D",), ("CrossAttnUpBlock2D",)
@@ -69,11 +74,16 @@ class Step:
         flow = family == "flux"
         scheduler = (diffusers.FlowMatchEulerDiscreteScheduler if flow else diffusers.DDIMScheduler)()
         self.schedule = ext.noise_schedule(scheduler)
+        if PLACE == "meta":  # where there is no autocast
+            for parameter in self.network.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16)
         self.denoiser, self.flow = ext.denoiser_from(self.network, scheduler), flow
         self.learnt = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.learnt, fused=PLACE == "cuda")
         self.network.train()
-        self.rows, self.passes, self.held = slice(max(1, n // 4)), {True: 0, False: 0}, 0
+        rows, self.chance = part_of(n, 0.25)
+        self.rows, self.work, self.calls = slice(rows), 0.0, 0
+        self.with_graph = 4 if args.checkpointing else 3
         self.network.register_forward_hook(self.count)
 
     @staticmethod
@@ -88,7 +98,8 @@ class Step:
         return text | ({} if family == "sd" else {"added_cond_kwargs": added}), (4, side, side)
 
     def count(self, module: object, args: tuple, output: tuple) -> None:
-        self.passes[torch.is_grad_enabled()] += len(output[0]) / len(self.x0)
+        units = self.with_graph if torch.is_grad_enabled() else 1
+        self.work, self.calls = self.work + units * len(output[0]) / len(self.x0), self.calls + units
 
     def part(self, tree: object) -> object:
         return {k: self.part(v) for k, v in tree.items()} if isinstance(tree, dict) else tree[self.rows]  # type: ignore
@@ -132,6 +143,24 @@ class Step:
         self.step(extra)
 
 
+class FusedAttention(torch.autograd.Function):
+    """Attention that keeps its arguments and its result for the backward pass, as on a GPU; without values."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        result = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(kept) for kept in ctx.saved_tensors[:3])
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, *args: object, **options: object) -> Tensor:
+    return FusedAttention.apply(query, key, value)
+
+
 def held(run: Callable[[], None]) -> int:
     """The bytes that the graph of a step holds, each tensor once."""
     kept: dict[int, Tensor] = {}
@@ -155,22 +184,24 @@ def unsynchronised(run: Callable[[], None]) -> None:
 def main() -> None:
     defaults = {"resolution": 512, "batch_size": 1, "rank": 16, "rounds": 5, "checkpointing": False}
     args, _ = flags(__doc__, choices={"family": ("sd", "sdxl", "flux")}, family=str, **defaults)
+    if PLACE == "meta":
+        torch.nn.functional.scaled_dot_product_attention = attention
     steps = Step(args)
     variants = {"plain": steps.step, "consistency": steps.consistency, "observation": steps.observation}
-    passes, memory = {}, {}
-    weights = sum(p.numel() * p.element_size() for p in steps.network.parameters())
+    counted, memory = {}, {}
+    weights = sum(p.numel() * (4 if p.requires_grad else 2) for p in steps.network.parameters())
     trained = sum(p.numel() for p in steps.learnt)
     for name, run in variants.items():
-        steps.passes = {True: 0, False: 0}
         if PLACE == "cuda":
             run()
             torch.cuda.reset_peak_memory_stats()
+        steps.work, steps.calls = 0.0, 0
+        if PLACE == "cuda":
             run()
-            memory[name], per = torch.cuda.max_memory_allocated(), 2
+            memory[name] = torch.cuda.max_memory_allocated()
         else:
-            memory[name], per = weights + 12 * trained + held(run), 1
-        passes[name] = f"{steps.passes[True] / per:g} + {steps.passes[False] / per:g}"
-    share = 0.25 * args.batch_size / len(range(*steps.rows.indices(args.batch_size)))
+            memory[name] = weights + 12 * trained + held(run)
+        counted[name] = steps.work / steps.with_graph, steps.calls / steps.with_graph
     print(f"{args.family}, {args.resolution} x {args.resolution}, batch {args.batch_size}, {machine()}, "
           f"{'LoRA of rank ' + str(args.rank) if args.rank else 'the whole network'}: {trained / 1e6:.1f}M trained, "
           f"{'with' if args.checkpointing else 'without'} gradient checkpointing")  # fmt: skip
@@ -178,14 +209,16 @@ def main() -> None:
     if PLACE == "cuda":
         times = in_turn({name: partial(unsynchronised, run) for name, run in variants.items()}, args.rounds)
     rows = [
-        [name, passes[name], f"{memory[name] / 2**30:.2f} GiB", f"{memory[name] / memory['plain']:.2f}",
-         ratio(times[name], times["plain"]) if times else "-"]
+        [name, *(f"{count:.2f}" for count in counted[name]), f"{memory[name] / 2**30:.2f} GiB",
+         f"{memory[name] / memory['plain']:.2f}", ratio(times[name], times["plain"]) if times else "-"]
         for name in variants
     ]  # fmt: skip
+    means = [f"{1 + steps.chance * (count - 1):.2f}" for count in counted["consistency"]]
+    rows.insert(2, ["consistency, on average", *means, "", "", "-"])
     if times:
-        mean = [p + share * (c - p) for p, c in zip(times["plain"], times["consistency"], strict=True)]
-        rows.insert(2, ["consistency, on average", "", "", "", ratio(mean, times["plain"])])
-    print(table(["step", "passes: with a graph + without", "memory", ": plain", "time : plain"], rows))
+        mean = [p + steps.chance * (c - p) for p, c in zip(times["plain"], times["consistency"], strict=True)]
+        rows[2][-1] = ratio(mean, times["plain"])
+    print(table(["step", "work: plain", "calls: plain", "memory", ": plain", "time : plain"], rows))
 
 
 if __name__ == "__main__":

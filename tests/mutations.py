@@ -58,10 +58,11 @@ MUTATIONS = [
     ),
     Mutation(
         "losses",
-        "_mean_of_elements(residual_1 * residual_2)",
-        "_mean_of_elements(residual_1 * residual_1)",
+        "2 * r_1 * r_2 - (r_1 * r_2).detach()",
+        "2 * r_1 * r_2 - (r_1 * r_1).detach()",
         "tests/test_losses.py -k expected",
     ),
+    Mutation("losses, gradient", "r_1 = denoiser(x_1, s", "r_1 = denoiser(x_2, s", "tests/test_losses.py -k gradient"),
     Mutation("losses, adversarial", "r1_weight / 2 * r1", "r1_weight * r1", "tests/test_losses.py -k r1"),
     Mutation(
         "discriminator",
@@ -159,8 +160,8 @@ MUTATIONS = [
     ),
     Mutation(
         "share of the micro-batches",
-        "return slice(int(drawn)), 1 / n",
-        "return slice(int(drawn)), 1.0",
+        "return slice(rows if drawn else 0), 1 / chance",
+        "return slice(rows if drawn else 0), 1.0",
         "tests/test_train_text.py -k weight_that_keeps",
     ),
     Mutation(

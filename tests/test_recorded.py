@@ -110,7 +110,16 @@ def consistency_edm(load):
     unet().save_config("unet")
     save_images(Path("images"))
     data = ("--train_data_dir", "images", "--train_batch_size", "4", "--class_conditional", "--label_drop", "0.3")
-    rule = ("--rollout", "euler_maruyama", "--rollout_steps", "2", "--min_snr_gamma", "5")
+    rule = (
+        "--rollout",
+        "euler_maruyama",
+        "--rollout_steps",
+        "2",
+        "--min_snr_gamma",
+        "5",
+        "--consistency_fraction",
+        "0.5",
+    )
     load("train_consistency").run(*SCRATCH, *data, *TRAINING, *rule, "--scheduler", "EDMEulerScheduler")
     return numbers_of_training()
 

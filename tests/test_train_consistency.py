@@ -156,7 +156,7 @@ def test_ema_is_saved_and_differs_from_the_raw_weights(script, small, tmp_path):
 )
 def test_the_result_opens_with_plain_diffusers_where_stock_classes_suffice(script, small, tmp_path, options, kind):
     out = tmp_path / "out"
-    script.run(*small, *options, "--output_dir", out)
+    script.run(*small, *options, "--consistency_fraction", 0.5, "--output_dir", out)
     start, *records = log_of(out)
     assert start["start"]["images_per_step"] == 8
     assert [r["step"] for r in records] == [1, 2, 3, 3]

@@ -65,7 +65,7 @@ def test_weight_zero_is_plain_denoising_bit_for_bit(observation, consistency, sm
 
 def test_with_consistency_it_is_train_consistency_plus_the_game(observation, consistency, small, tmp_path):  # noqa: F811
     """A weight that vanishes leaves the losses of every step: the game draws after the others."""
-    argv = [*small, "--consistency_weight", 10, "--output_dir"]
+    argv = [*small, "--consistency_weight", 10, "--consistency_fraction", 0.5, "--output_dir"]
     consistency.run(*argv, tmp_path / "without")
     observation.run(*argv, tmp_path / "with", *TINY, "--observation_weight", 1e-30)
     losses = [

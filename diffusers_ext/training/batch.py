@@ -19,6 +19,9 @@ from ..randomness import Seeds, Stream
 from ..subjects import Condition, Subject
 from .arguments import TrainingArguments
 
+FEWEST = 8
+"""Rows of a call of the network: a GPU takes nearly as long for fewer."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -38,16 +41,26 @@ class Batch:
     def part(self, share: float) -> tuple[slice, float]:
         """Return the rows that a loss is computed of, and its weight.
 
-        These are the first `share` of the rows, rounded up. Where that is less than one row it is one row in so many of
-        the micro-batches, drawn from the seed, with the weight that keeps the mean: 1 / (share B), and else no row.
-        All devices compute the loss in the same of their micro-batches. So there, and only there, a run depends on how
-        many devices share its accumulation.
+        Where `part_of` asks for a part of the micro-batches, these are drawn from the seed, and the weight keeps the
+        mean; of the others it is no row. All devices compute the loss in the same of their micro-batches. So there, and
+        only there, a run depends on how many devices share its accumulation.
         """
-        n = share * len(self.x0)
-        if n >= 1:
-            return slice(math.ceil(n)), 1.0
-        drawn = torch.rand((), generator=self.seeds.generator(Stream.PART, self.turn)).item() < n
-        return slice(int(drawn)), 1 / n
+        rows, chance = part_of(len(self.x0), share)
+        if chance == 1:
+            return slice(rows), 1.0
+        drawn = torch.rand((), generator=self.seeds.generator(Stream.PART, self.turn)).item() < chance
+        return slice(rows if drawn else 0), 1 / chance
+
+
+def part_of(size: int, share: float) -> tuple[int, float]:
+    """Return of how many rows a loss on a share of the data is computed, and in which part of the micro-batches.
+
+    These are the first `share` of the rows, rounded up, in every micro-batch; but where that is less than a row, or
+    less than half of the rows and than `FEWEST`, more rows in some of the micro-batches.
+    """
+    n = share * size
+    rows = max(math.ceil(n), min(math.ceil(size / 2), FEWEST))
+    return rows, 1.0 if n >= 1 and rows == math.ceil(n) else n / rows
 
 
 def make_batch(
