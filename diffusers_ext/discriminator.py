@@ -4,11 +4,12 @@ With x_next in the coordinates x = x0 + sigma n, sd the standard deviation of th
 
     y    = x_next / (sd^2 + sigma_next^2)^1/2                        unit variance at every noise level
     phi  = features of y                                             (B, C), residual blocks, mean over the positions
-    c    = MLP(Fourier(ln sigma), Fourier(ln sigma_next)) + class    (B, C)
+    c    = MLP(Fourier(ln sigma), Fourier(ln sigma_next)) + class    (B, C), or + A prompt
 
     logit = <phi, c> / C^1/2                                         (B,), positive where it looks real
 
 which is projection conditioning; the unconditional direction that it usually adds is the bias of the MLP's last layer.
+The prompt is its pooled embedding, scaled to mean 0 and variance 1 over the features; A is a linear layer.
 
 **Minibatch standard deviation.** Before the last convolution one channel is added, the same number at all positions:
 the standard deviation of the features over a group of samples, averaged over features and positions. A group is
@@ -61,6 +62,7 @@ class NoiseLevelDiscriminator(ModelMixin, ConfigMixin):
             see each other.
         num_frequencies: Fourier features of each of the two noise levels.
         fourier_scale: standard deviation of these frequencies, in periods for each factor e of the noise level.
+        pooled_dim: features of the pooled embedding of a prompt; `None` without prompts.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -78,6 +80,7 @@ class NoiseLevelDiscriminator(ModelMixin, ConfigMixin):
         group_size: int | None = 4,
         num_frequencies: int = 64,
         fourier_scale: float = 0.25,
+        pooled_dim: int | None = None,
     ) -> None:
         super().__init__()
         if not block_out_channels:
@@ -89,6 +92,7 @@ class NoiseLevelDiscriminator(ModelMixin, ConfigMixin):
         require("block_out_channels", min(block_out_channels), at_least=1)
         require("group_size", group_size, at_least=2)
         require("num_class_embeds", num_class_embeds, at_least=1)
+        require("pooled_dim", pooled_dim, at_least=1)
         first, last = block_out_channels[0], block_out_channels[-1]
         self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
         self.blocks = nn.ModuleList(ResidualBlock(a, b) for a, b in pairwise(block_out_channels))
@@ -96,6 +100,10 @@ class NoiseLevelDiscriminator(ModelMixin, ConfigMixin):
         self.fourier = GaussianFourierProjection(num_frequencies, scale=fourier_scale, set_W_to_weight=False)
         self.level_embedding = TimestepEmbedding(4 * num_frequencies, last)  # sine and cosine of two levels
         self.class_embedding = None if num_class_embeds is None else nn.Embedding(num_class_embeds, last)
+        self.prompt_embedding = None
+        if pooled_dim is not None:
+            scaled = nn.LayerNorm(pooled_dim, elementwise_affine=False)
+            self.prompt_embedding = nn.Sequential(scaled, nn.Linear(pooled_dim, last, bias=False))
         self.gradient_checkpointing = False
         initialise(self.conv_in, "leaky_relu")
         initialise(self.conv_out, "leaky_relu")
@@ -106,6 +114,7 @@ class NoiseLevelDiscriminator(ModelMixin, ConfigMixin):
         sigma: Tensor | float,
         sigma_next: Tensor | float,
         class_labels: Tensor | None = None,
+        pooled: Tensor | None = None,
     ) -> Tensor:
         """Return logits, (B,), in float32 at least.
 
@@ -114,13 +123,14 @@ class NoiseLevelDiscriminator(ModelMixin, ConfigMixin):
             sigma: the level that they were made from; a number, () or (B,), positive and finite.
             sigma_next: their own level, likewise.
             class_labels: (B,) of integers, if and only if the discriminator knows classes.
+            pooled: pooled embeddings of prompts, (B, pooled_dim), if and only if it knows prompts.
 
         Raises:
-            ValueError: shapes do not fit, or labels are missing or not expected.
+            ValueError: shapes do not fit, or labels or prompts are missing or not expected.
         """
         if x_next.ndim != 4 or x_next.shape[1] != self.config.in_channels:
             raise ValueError(f"x_next has shape {tuple(x_next.shape)}, not (B, {self.config.in_channels}, H, W)")
-        c = self.condition(x_next, sigma, sigma_next, class_labels)
+        c = self.condition(x_next, sigma, sigma_next, class_labels, pooled)
         phi = self.features(self.scale(x_next, sigma_next))
         dtype = torch.promote_types(phi.dtype, torch.float32)
         return (phi.to(dtype) * c.to(dtype)).sum(1) * phi.shape[1] ** -0.5
@@ -144,16 +154,26 @@ class NoiseLevelDiscriminator(ModelMixin, ConfigMixin):
         return activate(self.conv_out(h)).mean((2, 3))
 
     def condition(
-        self, x_next: Tensor, sigma: Tensor | float, sigma_next: Tensor | float, class_labels: Tensor | None
+        self,
+        x_next: Tensor,
+        sigma: Tensor | float,
+        sigma_next: Tensor | float,
+        class_labels: Tensor | None,
+        pooled: Tensor | None = None,
     ) -> Tensor:
         """Return c, (B, C)."""
-        if (class_labels is None) != (self.class_embedding is None):
-            given = "missing" if class_labels is None else "given"
-            raise ValueError(f"class_labels are {given}, with num_class_embeds={self.config.num_class_embeds}")
+        given = {"class_labels": ("num_class_embeds", class_labels), "pooled": ("pooled_dim", pooled)}
+        for name, (size, value) in given.items():
+            if (value is None) != (self.config[size] is None):
+                state = "missing" if value is None else "given"
+                raise ValueError(f"{name} are {state}, with {size}={self.config[size]}")
         like = x_next.new_empty(len(x_next), dtype=torch.promote_types(x_next.dtype, torch.float32))
         levels = [self.fourier(align(s, like).expand_as(like)) for s in (sigma, sigma_next)]
-        c = self.level_embedding(torch.cat(levels, 1).to(self.conv_in.weight.dtype))
-        return c if self.class_embedding is None else c + self.class_embedding(class_labels)
+        dtype = self.conv_in.weight.dtype
+        c = self.level_embedding(torch.cat(levels, 1).to(dtype))
+        if self.class_embedding is not None:
+            c = c + self.class_embedding(class_labels)
+        return c if pooled is None or self.prompt_embedding is None else c + self.prompt_embedding(pooled.to(dtype))
 
 
 class ResidualBlock(nn.Module):

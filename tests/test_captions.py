@@ -14,6 +14,7 @@ from diffusers_ext.data.batches import Position, first_images, micro_batches
 from diffusers_ext.data.images import Transform
 from diffusers_ext.data.labelling import with_labels
 from diffusers_ext.data.prepared import describe
+from diffusers_ext.data.prompts import read_prompts
 from diffusers_ext.data.sources import DataArguments, View, load_images
 from diffusers_ext.errors import InputError
 
@@ -130,3 +131,26 @@ def test_the_place_says_what_was_cut_out(size, flip, centre) -> None:
         assert any(found)
         seen.add((top, left))
     assert len(seen) > 1 or centre or size == (5, 4)
+
+
+# --- prompts in a file ------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_the_lines_of_a_file(tmp_path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa red bicycle\r\n\r\n  ein grünes Fahrrad \r\n".encode())
+    assert read_prompts(str(tmp_path / "prompts.txt"), "prompt_file") == ["a red bicycle", "ein grünes Fahrrad"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "--prompt_file .*cannot be read as text in UTF-8"),
+        (b"gr\xfcn", "--prompt_file .*cannot be read as text in UTF-8"),
+        (b"\n \n", "--prompt_file .*holds no prompt"),
+    ],
+)
+def test_a_file_without_prompts_is_refused(content, message, tmp_path) -> None:
+    if content is not None:
+        (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_prompts(str(tmp_path / "prompts.txt"), "prompt_file")

@@ -45,6 +45,18 @@ def test_the_network_sees_unit_variance_at_every_noise_level(sigma_next: float) 
     assert seen[0].std().item() == pytest.approx(1, abs=5 / (2 * seen[0].numel()) ** 0.5)
 
 
+def test_the_prompt_turns_the_direction_by_its_embedding_of_mean_0_and_variance_1() -> None:
+    model, x, (sigma, sigma_next) = small(pooled_dim=3).double(), images(dtype=torch.float64), levels()
+    pooled = torch.tensor([[1.0, 2.0, 6.0]], dtype=torch.float64).expand(B, -1)
+    phi = model.features(model.scale(x, sigma_next))
+    unit = torch.tensor([-2.0, -1.0, 3.0], dtype=torch.float64) / (14 / 3) ** 0.5
+    (a,) = model.prompt_embedding.parameters()
+    none = (phi * model.condition(x, sigma, sigma_next, None, 0 * pooled)).sum(1) / 4  # 16 features
+    expected = none + phi @ (a @ unit) / 4
+    for factor in (1, 100):  # embeddings have any scale
+        torch.testing.assert_close(model(x, sigma, sigma_next, pooled=factor * pooled), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_sigma_and_sigma_next_have_a_role_each() -> None:
     model, x = small().double(), images(dtype=torch.float64)
     sigma, sigma_next = levels()
@@ -126,6 +138,8 @@ def test_every_parameter_has_a_part_in_the_logits() -> None:
             (torch.zeros(1, 2, 8, 8), 1.0, 0.5),
             "class_labels are missing, with num_class_embeds=3",
         ),
+        ({"pooled_dim": 3}, (torch.zeros(1, 2, 8, 8), 1.0, 0.5), "pooled are missing, with pooled_dim=3"),
+        ({"pooled_dim": 0}, None, "pooled_dim must be at least 1"),
     ],
 )
 def test_wrong_input_is_refused(changes: dict, call: tuple | None, message: str) -> None:
@@ -293,10 +307,10 @@ def test_mixed_precision_is_close_and_gives_float32_logits() -> None:
 
 
 def test_a_saved_discriminator_comes_back(tmp_path) -> None:
-    model = small(num_class_embeds=3, group_size=None, sigma_data=0.3, fourier_scale=0.5)
+    model = small(num_class_embeds=3, group_size=None, sigma_data=0.3, fourier_scale=0.5, pooled_dim=5)
     model.save_pretrained(tmp_path)
     loaded = NoiseLevelDiscriminator.from_pretrained(tmp_path)
-    args = (images(), *levels(), torch.arange(B) % 3)
+    args = (images(), *levels(), torch.arange(B) % 3, torch.randn(B, 5, generator=seeded(4)))
     torch.testing.assert_close(loaded(*args), model.eval()(*args), rtol=1e-5, atol=1e-5)
     assert all(loaded.config[key] == (list(v) if isinstance(v, tuple) else v) for key, v in model.config.items())
     assert diffusers.NoiseLevelDiscriminator is NoiseLevelDiscriminator

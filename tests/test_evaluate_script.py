@@ -13,16 +13,20 @@ import pytest
 import stranger
 import torch
 from datasets import Dataset, Features, Image
-from diffusers import DDIMPipeline, DDIMScheduler, EDMEulerScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, EDMEulerScheduler
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
 from PIL import Image as Picture
+from safetensors.torch import load_file
 from test_calibrate_script import captioned, tiny_stable_diffusion  # noqa: F401
 from test_models import tiny_unet
+from test_weights import lora
+from tiny_pipelines import tiny
 
 from diffusers_ext import ClassConditionalPipeline
 from diffusers_ext.evaluation import Drawing, Evaluation, read_schedulers
 from diffusers_ext.evaluation.samples import Counted
+from diffusers_ext.randomness import Seeds, Stream
 
 NUMBER = r"-?\d+\.\d+(?:e[-+]\d+)?"
 SCRIPT = Path(__file__).parents[1] / "training" / "evaluate.py"
@@ -295,6 +299,49 @@ def test_text_to_image_pipelines_draw_from_captions(evaluate, captioned, tmp_pat
     (cell,) = load(tmp_path / "o").cells
     assert (cell.nfe, cell.num_samples) == (2, 20)
     assert load(tmp_path / "o").likelihoods == {}
+
+
+def test_a_lora_is_compared_with_its_pipeline_for_the_prompts_of_a_file(evaluate, captioned, tmp_path, capsys):  # noqa: F811
+    """Truth: what the stock pipeline draws with the LoRA, and without it."""
+    pipe = tiny("sd")
+    pipe.save_pretrained(tmp_path / "model")
+    state = {k.replace(".style", ""): v for k, v in lora(pipe, size=1.0).unet.state_dict().items() if ".lora_" in k}
+    pipe.save_lora_weights(tmp_path / "style", unet_lora_layers=state)
+    (tmp_path / "prompts.txt").write_text("a bike\ncat 7\n")
+    models = ("--pretrained_model_name_or_path", tmp_path / "model", tmp_path / "model")
+    data = ("--dataset_name", captioned, "--reference", "train", "--prompt_file", tmp_path / "prompts.txt")
+    options = ("--extractor", "pixels", "--num_samples", 20, "--train_batch_size", 10, "--nfe", "2", "--resolution", 16)
+    argv = (*models, *data, *options, "--output_dir", tmp_path / "out")
+    evaluate.run(*argv, "--lora_weights", "none", tmp_path / "style", "--push_to_hub")
+    found = load(tmp_path / "out")
+    assert list(found.models) == ["model", "style"]
+    assert found.models["style"].endswith("style")
+    assert found.cells[0].quality.kernel.estimate != found.cells[1].quality.kernel.estimate
+    assert "kernel_distance" in (tmp_path / "style" / "README.md").read_text()
+    for name in found.models:
+        (file,) = (tmp_path / "out" / "drawn").glob(f"{name}-*/000000.safetensors")
+        stock = DiffusionPipeline.from_pretrained(tmp_path / "model")
+        stock.set_progress_bar_config(disable=True)
+        if name == "style":
+            stock.load_lora_weights(tmp_path / "style")
+        generator = torch.Generator().manual_seed(Seeds(0)(Stream.SAMPLES, 0))
+        call = {
+            "guidance_scale": 1.0,
+            "num_inference_steps": found.cells[0].steps,
+            "height": 16,
+            "width": 16,
+            "output_type": "np",
+        }
+        images = torch.from_numpy(stock(["a bike", "cat 7"] * 5, generator=generator, **call).images).movedim(3, 1)
+        assert (images * 255 - load_file(file)["images"]).abs().max() < 1, name
+    for wrong, message in (
+        (("--lora_weights", "none"), "--lora_weights has 1 for 2 pipelines"),
+        (("--lora_weights", "none", "none"), "names the same model twice"),
+        (("--lora_weights", "none", tmp_path / "nowhere"), "could not be loaded"),
+    ):
+        with pytest.raises(SystemExit) as refused:
+            evaluate.run(*argv, *wrong)
+        assert message in str(refused.value) + capsys.readouterr().err
 
 
 def test_the_card_of_a_local_model_gets_the_results(evaluate, models, tmp_path, capsys):

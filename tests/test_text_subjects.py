@@ -51,6 +51,24 @@ def without_none(tree):
     return {name: value for name, value in cleaned.items() if not (isinstance(value, dict) and not value)}
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_pooled_prompt_is_what_the_network_is_told_or_the_mean_over_the_tokens(name) -> None:
+    subject = subject_of(tiny(name))
+    condition = subject.conditions(rows(PROMPTS))
+    pooled = subject.pooled(condition)
+    if "added_cond_kwargs" in condition and "text_embeds" in condition["added_cond_kwargs"]:
+        expected = subject.pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False, device="cpu")[2]
+    elif "pooled_projections" in condition:
+        encoded = subject.pipeline.encode_prompt(PROMPTS, *[None] * (subject.prompts - 1))
+        expected = encoded[2 if name.startswith("sd3") else 1]
+    else:
+        mask = condition.get("encoder_attention_mask", torch.ones(condition["encoder_hidden_states"].shape[:2]))
+        tokens = condition["encoder_hidden_states"]
+        expected = torch.stack([tokens[i][mask[i].bool()].mean(0) for i in range(2)])
+    torch.testing.assert_close(pooled, expected)
+    assert (pooled[0] - pooled[1]).abs().max() > 1e-4
+
+
 def received(subject, condition) -> dict:
     """The condition as the network gets it from `Network`."""
     got = {}

@@ -2,6 +2,8 @@
 computed by hand."""
 
 import json
+import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,11 +21,13 @@ from test_short_time_text import call
 from test_text_subjects import assert_same, received, recorded, rows
 from tiny_pipelines import SIZE, tiny
 
+from diffusers_ext import NoiseLevelDiscriminator
 from diffusers_ext.errors import InputError
 from diffusers_ext.randomness import Seeds
 from diffusers_ext.subjects import Lora, subject_of
 from diffusers_ext.training import Batch, TrainingLoop
 
+ROOT = Path(__file__).parents[1]
 WITH_LORA = ("sd", "sd-v", "sdxl", "sd3", "flux", "flux-schnell")
 FAMILIES = (*WITH_LORA, "pixart", "pixart-alpha")
 LORA = ("--rank", 2, "--lora_alpha", 6, "--learning_rate", 0.1, "--no_use_ema")
@@ -123,7 +127,7 @@ def test_the_trained_pipeline_draws_what_the_stock_one_does_with_its_lora(models
             super().finish()
 
     script.TrainingLoop = Kept
-    script.run(*arguments(models("sd"), data, tmp_path / "out", *LORA, "--lora_layers", "to_q", "ff.net.2"))
+    script.run(*arguments(models("sd"), data, tmp_path / "out", *LORA, "--lora_layers", "to_q,ff.net.2"))
     done = stranger.run(STRANGER, models("sd"), tmp_path / "out", tmp_path / "images.pt", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     ours = torch.from_numpy(drawn(kept["pipe"], "sd")).movedim(3, 1)
@@ -230,18 +234,22 @@ def micro_batch(size: int, turn: int = 0) -> Batch:
     return Batch(torch.zeros(size, 1), {}, torch.Generator(), turn, Seeds(3))
 
 
-@pytest.mark.parametrize(("batch", "share"), [(1, 0.25), (2, 0.25), (3, 0.1)])
-def test_of_small_micro_batches_some_are_taken_with_the_weight_that_keeps_the_mean(batch, share) -> None:
-    n = 20_000
+@pytest.mark.parametrize(
+    ("batch", "share", "rows_"), [(1, 0.25, 1), (2, 0.25, 1), (3, 0.1, 2), (4, 0.25, 2), (16, 0.25, 8), (40, 0.01, 8)]
+)
+def test_of_small_micro_batches_some_are_taken_with_the_weight_that_keeps_the_mean(batch, share, rows_) -> None:
+    n, chance = 20_000, share * batch / rows_
     taken = [micro_batch(batch, turn).part(share) for turn in range(n)]
-    assert {part.stop for part, _ in taken} == {0, 1}
-    assert {weight for _, weight in taken} == {1 / (share * batch)}
-    mean = sum(part.stop * weight for part, weight in taken) / n
-    assert mean == pytest.approx(1, abs=4 * (1 / (share * batch) / n) ** 0.5)
+    assert {part.stop for part, _ in taken} == {0, rows_}
+    assert {weight for _, weight in taken} == {1 / chance}
+    mean = sum((part.stop > 0) * weight for part, weight in taken) / n
+    assert mean == pytest.approx(1, abs=4 * (1 / chance / n) ** 0.5)
     assert taken == [micro_batch(batch, turn).part(share) for turn in range(n)]
 
 
-@pytest.mark.parametrize(("batch", "share", "rows_"), [(4, 0.25, 1), (5, 0.25, 2), (8, 1.0, 8)])
+@pytest.mark.parametrize(
+    ("batch", "share", "rows_"), [(1, 1.0, 1), (4, 0.5, 2), (8, 1.0, 8), (32, 0.25, 8), (64, 0.25, 16), (70, 0.2, 14)]
+)
 def test_of_larger_ones_it_is_the_first_rows(batch, share, rows_) -> None:
     assert micro_batch(batch).part(share) == (slice(rows_), 1.0)
 
@@ -474,20 +482,49 @@ def test_processes_and_other_runs_fill_a_cache_together(data, tmp_path, monkeypa
     subject, transform = subject_of(tiny("sd")), Transform(SIZE, 3)
     source = load_images(DataArguments(dataset_name=str(data), caption_column="text"), "train")
     cache = latent_cache.LatentCache(subject, source, transform, tmp_path, {"content": "these"})
+    cache.folder.mkdir(parents=True)
+    left, written_now = cache.folder / ".partial-7-rows-00000000.safetensors", cache.folder / ".partial-8-rows"
+    left.write_text("of a run that was killed yesterday")
+    os.utime(left, (time.time() - 86400,) * 2)
+    written_now.write_text("of another run")
     for rank in (0, 1):
         process = SimpleNamespace(
             process_index=rank, num_processes=2, is_main_process=rank == 0, wait_for_everyone=lambda: None
         )
         cache.fill(process, batch_size=3)
-    assert [file.name for file in sorted(cache.folder.iterdir())] == [
-        f"rows-{i:08d}.safetensors" for i in (0, 4, 8, 12)
-    ]
+    files = [file.name for file in sorted(cache.folder.iterdir())]
+    assert files == [written_now.name, *(f"rows-{i:08d}.safetensors" for i in (0, 4, 8, 12))]
     x0, condition = cache.rows(torch.tensor([13, 2]), torch.Generator().manual_seed(0))
     images = torch.stack([transform(source.open(i), torch.Generator()) for i in (13, 2)])
     expected = subject.encode(images, torch.Generator().manual_seed(0))
     torch.testing.assert_close(x0, expected, rtol=1e-4, atol=1e-5)
     given = subject.conditions(rows(["grey 13", "grey 2"]))
     torch.testing.assert_close(condition["encoder_hidden_states"], given["encoder_hidden_states"], rtol=1e-4, atol=1e-5)
+
+
+def test_sharded_weights_are_fine_tuned_as_whole_ones(models, data, tmp_path, load_script):
+    """Two processes with FSDP2 against one with two accumulation steps."""
+    from test_loop import SHARDED_DRIVER
+
+    (tmp_path / "driver.py").write_text(SHARDED_DRIVER)
+    more = ("--learning_rate", 1e-3, "--consistency_fraction", 0.5)
+    argv = [*map(str, arguments(models("sd"), data, tmp_path / "two", *more))]
+    done = stranger.ranks(2, tmp_path / "driver.py", ROOT / "training" / "train_consistency.py", *argv)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("spread True 2 0.5") == 2
+    whole = arguments(models("sd"), data, tmp_path / "one", *more, "--gradient_accumulation_steps", 2)
+    load_script("train_consistency").run(*whole)
+    losses = []
+    for name in ("two", "one"):
+        lines = [json.loads(line) for line in (tmp_path / name / "logs" / "log.jsonl").read_text().splitlines()]
+        losses.append([line["denoising"] for line in lines if "lr" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    two, one, start = (
+        DiffusionPipeline.from_pretrained(folder).unet.state_dict()
+        for folder in (tmp_path / "two", tmp_path / "one", models("sd"))
+    )
+    apart, moved = (sum((a[k] - b[k]).square().sum() for k in a) for a, b in ((two, one), (one, start)))
+    assert apart < 0.02**2 * moved
 
 
 def test_a_lora_is_refused_where_what_is_frozen_would_be_sharded(monkeypatch) -> None:
@@ -527,3 +564,52 @@ def test_a_pipeline_that_has_gone_meanwhile_costs_no_result(models, data, tmp_pa
     stock = DiffusionPipeline.from_pretrained(models("sd"))
     pairs = zip(trained.text_encoder.parameters(), stock.text_encoder.parameters(), strict=True)
     assert all(torch.equal(a, b.bfloat16().float()) for a, b in pairs)
+
+
+def test_the_grid_shows_the_prompts_of_a_file(models, data, tmp_path, load_script, monkeypatch):
+    asked = []
+    own = subject_of(tiny("sd")).__class__.sample
+
+    def sample(self, n, steps=50, seed=0, **options):
+        asked.append(options["captions"])
+        return own(self, n, steps, seed, **options)
+
+    monkeypatch.setattr(subject_of(tiny("sd")).__class__, "sample", sample)
+    (tmp_path / "prompts.txt").write_text("cat 7\na boat\na bike\n")
+    more = ("--validation_prompt", "a bike", "--validation_prompt_file", tmp_path / "prompts.txt")
+    load_script("train_consistency").run(
+        *arguments(models("sd"), data, tmp_path / "out", *more, *LORA, "--num_validation_images", 3)
+    )
+    assert asked == [["a bike", "cat 7", "a boat"]]
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "flux", "pixart"])
+def test_a_discriminator_may_see_the_prompt(name, models, data, tmp_path, load_script):
+    more = ("--discriminator_channels", "8,8", "--frechet_samples", 0, "--push_discriminator")
+    for flag in ((), ("--discriminator_sees_prompt",)):
+        out = tmp_path / f"out{len(flag)}"
+        load_script("train_observation").run(*arguments(models(name), data, out, *more, *flag))
+        disc = NoiseLevelDiscriminator.from_pretrained(out / "discriminator")
+        subject = subject_of(tiny(name))
+        size = subject.pooled(subject.null_condition(SIZE)).shape[1]
+        assert disc.config.pooled_dim == (size if flag else None)
+    start = tmp_path / "out1" / "logs" / "log.jsonl"
+    assert "real_logits" in start.read_text()
+
+
+def test_a_discriminator_of_images_without_prompts_sees_none(tmp_path, load_script):
+    argv = ("--preset", "digits", "--discriminator_sees_prompt", "--max_train_steps", 1, "--output_dir", tmp_path)
+    with pytest.raises(SystemExit, match="--discriminator_sees_prompt: the model takes no prompts"):
+        load_script("train_observation").run(*argv, "--report_to", "none")
+
+
+@pytest.mark.parametrize(("package", "flags"), [("bitsandbytes", ("--use_8bit_adam",)), ("wandb", ())])
+def test_with_packages_that_are_not_required(package, flags, models, data, tmp_path, load_script, monkeypatch):
+    """With the real ones, where they are installed."""
+    pytest.importorskip(package)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    report = ("--report_to", "wandb" if package == "wandb" else "none")
+    load_script("train_consistency").run(*arguments(models("sd"), data, tmp_path / "out", *LORA, *report, *flags))
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
+    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/*.png"))) == (2 if package == "wandb" else 0)

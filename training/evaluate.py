@@ -19,6 +19,8 @@ from typing import Any, Literal
 import torch
 
 from diffusers_ext.commands import parse_arguments
+from diffusers_ext.data.columns import NONE
+from diffusers_ext.data.prompts import read_prompts
 from diffusers_ext.data.sources import HubStream, load_images
 from diffusers_ext.errors import NOT_PUSHED, InputError, TrainingStopped, command
 from diffusers_ext.evaluation import (
@@ -34,7 +36,7 @@ from diffusers_ext.evaluation import (
 from diffusers_ext.fields import arg
 from diffusers_ext.files import is_local
 from diffusers_ext.reports.card import shown_command
-from diffusers_ext.subjects import load_pipeline
+from diffusers_ext.subjects import load_lora, load_pipeline
 from diffusers_ext.training.environment import make_accelerator
 
 
@@ -48,6 +50,12 @@ class ModelArguments(EvaluationArguments):
     names: list[str] = field(
         default_factory=list, metadata={"help": "What to call them; by default the last part of each."}
     )
+    lora_weights: list[str] = field(
+        default_factory=list, metadata={"help": f"For each pipeline a LoRA (Hub name or folder), or {NONE}."}
+    )
+    prompt_file: str | None = arg(
+        None, "Text-to-image: file of the prompts, one in a line; by default the captions of the data."
+    )
     revision: str | None = arg(None, "Git revision of the pipelines.")
     variant: str | None = arg(None, "Weights variant of the pipelines, e.g. fp16.")
     torch_dtype: Literal["float32", "float16", "bfloat16"] = arg("float32", "Precision of the networks that draw.")
@@ -60,27 +68,46 @@ class ModelArguments(EvaluationArguments):
         models, names = self.pretrained_model_name_or_path, self.names
         if not models:
             raise InputError("name the models: --pretrained_model_name_or_path A B ...")
-        places = [str(Path(model).resolve()) if is_local(model) else model for model in models]
-        if twice := [model for i, model in enumerate(models) if places[i] in places[:i]]:
+        if (loras := len(self.lora_weights)) not in (0, len(models)):
+            raise InputError(f"--lora_weights has {loras} for {len(models)} pipelines: one for each of them, or {NONE}")
+        places = [[str(Path(part).resolve()) if is_local(part) else part for part in pair] for pair in self.parts]
+        if twice := [" with ".join(pair) for i, pair in enumerate(self.parts) if places[i] in places[:i]]:
             raise InputError(f"--pretrained_model_name_or_path names the same model twice: {', '.join(twice)}")
         if not names:
-            lasts = [Path(model.rstrip("/")).name for model in models]
-            self.names = lasts if len(set(lasts)) == len(lasts) else list(models)
+            own = [pair[-1] for pair in self.parts]
+            lasts = [Path(name.rstrip("/")).name for name in own]
+            self.names = next(
+                names
+                for names in (lasts, own, [" with ".join(pair) for pair in self.parts])
+                if len(set(names)) == len(names)
+            )
         elif len(names) != len(models) or len(set(names)) != len(names):
             raise InputError(f"--names must be {len(models)} different names, one for each model, got {names}")
 
     @property
+    def parts(self) -> list[list[str]]:
+        """The Hub name or folder of each pipeline, and that of its LoRA, if it has one."""
+        models = self.pretrained_model_name_or_path
+        loras = self.lora_weights or [NONE] * len(models)
+        return [[model] if lora == NONE else [model, lora] for model, lora in zip(models, loras, strict=True)]
+
+    @property
     def models(self) -> dict[str, str]:
-        """The Hub name or folder of each model, by the model's name."""
-        return dict(zip(self.names, self.pretrained_model_name_or_path, strict=True))
+        """The Hub name or folder of what was trained, the LoRA if there is one, by the model's name."""
+        return {name: pair[-1] for name, pair in zip(self.names, self.parts, strict=True)}
 
 
-def load(args: ModelArguments, path: str, device: torch.device) -> Any:
+def load(args: ModelArguments, path: str, lora: str | None = None) -> Any:
     dtype = getattr(torch, args.torch_dtype)
-    return load_pipeline(path, args.revision, args.variant, args.cache_dir, dtype).to(device)
+    pipeline = load_pipeline(path, args.revision, args.variant, args.cache_dir, dtype)
+    if lora is not None:
+        load_lora(pipeline, lora, args.cache_dir)
+    return pipeline
 
 
-def captions(args: ModelArguments) -> list[str] | None:
+def prompts(args: ModelArguments) -> list[str] | None:
+    if args.prompt_file is not None:
+        return read_prompts(args.prompt_file, "prompt_file")
     if args.caption_column is None:
         return None
     source = load_images(args, args.train_split)
@@ -109,11 +136,12 @@ def main() -> None:
     args = parse_arguments(ModelArguments)
     accelerator = make_accelerator()
     evaluation = evaluate(
-        {name: load(args, path, accelerator.device) for name, path in args.models.items()},
+        {name: load(args, *pair).to(accelerator.device) for name, pair in zip(args.names, args.parts, strict=True)},
         partial(load_real_images, args, say=accelerator.print),
         args.output_dir,
         **args.options(),
-        prompts=captions(args),
+        prompts=prompts(args),
+        sources=args.models,
         accelerator=accelerator,
         command=shown_command(f"accelerate launch {shlex.join(sys.argv)}"),
     )

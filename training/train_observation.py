@@ -61,6 +61,9 @@ class ObservationArguments(TrainingArguments):
     discriminator_beta1: float = arg(0.0, "AdamW beta1 of the discriminator.", at_least=0, below=1)
     discriminator_beta2: float = arg(0.99, "AdamW beta2 of the discriminator.", at_least=0, below=1)
     discriminator_channels: str = arg("64,128,256,256", "Its features; the resolution halves between two of them.")
+    discriminator_sees_prompt: bool = arg(
+        False, "Text-to-image: it is told the pooled embedding of the prompt, or the mean over its tokens."
+    )
     max_logit: float = arg(
         100.0,
         "Stop when mean logits are beyond this, or R1 beyond its square, for three records.",
@@ -130,8 +133,8 @@ def step(
     if projection == "random":  # drawn for each optimiser step, the same on all devices
         projection = list(PROJECTIONS)[loop.seeds(Stream.PROJECTION, loop.step) % len(PROJECTIONS)]
     # Both losses use the weights before the update; the sampler step reuses the prediction of the denoising loss.
-    labels = {} if loop.subject.takes_captions else batch.cond
-    game = {"denoised": denoised, "projection": projection, "discriminator_cond": labels, **batch.cond}
+    seen = adversary.seen(batch.cond)
+    game = {"denoised": denoised, "projection": projection, "discriminator_cond": seen, **batch.cond}
     penalty = {"sigma_data": adversary.network.config.sigma_data, "r1_weight": args.r1_weight}
     judged = discriminator_loss(denoiser, adversary.judge, x, x0, sigma, sigma_next, **penalty, **game)
     terms["observation"] = observation_loss(denoiser, adversary.judge, x, sigma, sigma_next, **game)
@@ -146,7 +149,7 @@ def main() -> None:
     denoiser, adversary = loop.denoiser, None
     if args.observation_weight > 0:
         adversary = Adversary(
-            new_discriminator(loop, args.discriminator_channels),
+            new_discriminator(loop, args.discriminator_channels, args.discriminator_sees_prompt),
             learning_rate=args.discriminator_learning_rate,
             betas=(args.discriminator_beta1, args.discriminator_beta2),
             max_logit=args.max_logit,

@@ -1,6 +1,7 @@
 """Encode once: latents and conditions of all images on the disk, so that the encoders need not be on the GPU.
 
-    cache = LatentCache.filled(subject, source, transform, ...)     # with a bar; a stopped one goes on where it was
+    cache = LatentCache(subject, source, transform, root, mark)
+    cache.fill(accelerator, batch_size)                     # with a bar; a stopped one goes on where it was
     x0, condition = cache.rows(batch.indices, generator)
 
 The cache lies beside that of `datasets`, in a folder whose name depends on the weights of the encoders, the data, the
@@ -16,7 +17,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from tqdm.auto import tqdm
 
 from ..conditions import Condition
 from ..errors import InputError
-from ..files import replacing
+from ..files import PARTIAL, replacing
 from ..subjects import TextToImage
 from ..weights import sample_of
 from .batches import collate, read_image
@@ -36,6 +39,8 @@ from .images import Transform
 from .sources import ImageSource
 
 ROWS = 128
+STALE_SECONDS = 3600
+"""A half-written file of this age is left over by a run that was killed."""
 LAW, CONDITION = "law", "condition"
 
 
@@ -89,6 +94,8 @@ class LatentCache:
         own = list(parts[accelerator.process_index :: accelerator.num_processes])
         own = [first for first in own if not self._file(first).is_file()]
         quiet = not accelerator.is_main_process
+        if not quiet:
+            self._remove_stale()
         for first in tqdm(own, desc="encoding images and captions", unit=f"x{ROWS}", disable=quiet or not own):
             rows = range(first, min(first + ROWS, len(self.source)))
             encoded = [self._encoded(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
@@ -97,6 +104,13 @@ class LatentCache:
             with replacing(self._file(first)) as aside:
                 save_file(tensors, aside)
         accelerator.wait_for_everyone()
+
+    def _remove_stale(self) -> None:
+        """Remove what killed runs have left half written; a file that another run writes now is younger."""
+        for left in self.folder.glob(f"{PARTIAL}*"):
+            with suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                    left.unlink()
 
     def rows(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Condition]:
         """Return x0 and the conditions of some images, on the network's device.

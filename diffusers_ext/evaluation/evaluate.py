@@ -130,6 +130,7 @@ def evaluate(
     extractor: str | Extractor | None = None,
     likelihood: LikelihoodSettings | None = LIKELIHOOD,
     accelerator: Accelerator | None = None,
+    sources: Mapping[str, str] | None = None,
     command: str = "",
 ) -> Evaluation:
     """Draw from every model with every scheduler and number of evaluations, and measure what was drawn.
@@ -155,6 +156,7 @@ def evaluate(
         likelihood: on how many held-out images the likelihood of models of pixels is measured, and how exactly; `None`
             leaves it out.
         accelerator: needed where several processes share the work; each then calls this function with equal arguments.
+        sources: what the report says of where each model comes from; by default where its pipeline was loaded from.
         command: the command line, for the report.
 
     Returns:
@@ -177,8 +179,8 @@ def evaluate(
     options |= {"guidance_scale": guidance_scale, "prompts": prompts}
 
     with _at_rest(subjects.values(), resolution):
-        sources = {name: model.name_or_path for name, model in models.items()}
-        drawings = _plan(subjects, sources, asked, levels, resolution, options, say)
+        loaded = {name: model.name_or_path for name, model in models.items()}
+        drawings = _plan(subjects, loaded, asked, levels, resolution, options, say)
         real = data if isinstance(data, RealImages) else data(*image_format)
         _check_shape(real, image_format)
         chosen = _extractor(extractor, real, drawings[0].device) if rank == 0 else None
@@ -197,7 +199,7 @@ def evaluate(
             accelerator.wait_for_everyone()
         if chosen is not None:
             judge = Judge(real, chosen, num_samples, progress=True)
-            evaluation = _summary(judge, real, sources, seed, command)
+            evaluation = _summary(judge, real, loaded if sources is None else sources, seed, command)
             evaluation.likelihoods = {drawing.model: measure(drawing, drawn) for drawing in likely}
             _compare(evaluation, drawings, judge, real, drawn, _folder(folder / "samples"))
             evaluation.save(folder / "results.json")
@@ -233,7 +235,7 @@ def _check_conditions(subjects: Mapping[str, Subject], guidance_scale: float, pr
         if guidance_scale != 1 and not subject.takes_captions and subject.null_class is None:
             raise InputError(f"--guidance_scale {guidance_scale}: {name} has no null class to guide away from")
         if prompts is not None and not subject.takes_captions:
-            raise InputError(f"--caption_column: {name} takes no prompts")
+            raise InputError(f"{name} takes no prompts: leave --caption_column and --prompt_file away")
 
 
 def _check_shape(real: RealImages, image_format: ImageFormat) -> None:

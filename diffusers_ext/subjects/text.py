@@ -107,6 +107,11 @@ class TextToImage(Subject):
             f"{', '.join(FAMILIES)}: measure it with diffusers_ext.estimate_calibration, which takes them as they are"
         )
 
+    def pooled(self, condition: Condition) -> Tensor:
+        """Return the pooled embeddings of the prompts, (B, features), of a condition; by default, where the network is
+        told none, the mean over the tokens."""
+        return condition["encoder_hidden_states"].mean(1)
+
     def too_long(self, captions: Sequence[str]) -> str:
         looked_at, tokenizer = list(captions[:LOOKED_AT]), self.pipeline.tokenizer
         if not looked_at or tokenizer is None:
@@ -312,6 +317,9 @@ class StableDiffusionXL(StableDiffusion):
         added = {"text_embeds": pooled, "time_ids": times}
         return {"encoder_hidden_states": embeddings, "added_cond_kwargs": added}
 
+    def pooled(self, condition: Condition) -> Tensor:
+        return condition["added_cond_kwargs"]["text_embeds"]
+
     def _null(self, resolution: int) -> Condition:
         condition = self._conditions([""], resolution)
         del condition["added_cond_kwargs"]["time_ids"]
@@ -331,6 +339,9 @@ class StableDiffusion3(TextToImage):
     def _conditions(self, prompts: list[str], resolution: int, places: Tensor | None = None) -> Condition:
         embeddings, _, pooled, _ = self._encoded(prompts)
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
+
+    def pooled(self, condition: Condition) -> Tensor:
+        return condition["pooled_projections"]
 
 
 class Flux(TextToImage):
@@ -373,6 +384,9 @@ class Flux(TextToImage):
         scale = self._default("guidance_scale") if self.told_guidance is None else self.told_guidance
         return condition | {"guidance": torch.full((n,), scale, device=embeddings.device)}
 
+    def pooled(self, condition: Condition) -> Tensor:
+        return condition["pooled_projections"]
+
     def call(self, n: int, *, guidance_scale: float = 1.0, **options: Any) -> dict[str, Any]:
         call = super().call(n, **options)
         del call["guidance_scale"]
@@ -395,6 +409,10 @@ class PixArt(TextToImage):
             return condition
         size = torch.tensor([[resolution, resolution]]).to(embeddings).expand(len(prompts), -1)
         return condition | {"added_cond_kwargs": {"resolution": size, "aspect_ratio": torch.ones_like(size[:, :1])}}
+
+    def pooled(self, condition: Condition) -> Tensor:
+        mask = condition["encoder_attention_mask"][:, :, None]
+        return (condition["encoder_hidden_states"] * mask).sum(1) / mask.sum(1)
 
 
 FAMILIES: dict[str, type[TextToImage]] = {

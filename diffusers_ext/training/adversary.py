@@ -36,9 +36,10 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from ..discriminator import NoiseLevelDiscriminator
-from ..errors import TrainingStopped
+from ..errors import InputError, TrainingStopped
 from ..losses import DiscriminatorLoss
 from ..randomness import Stream
+from ..subjects import Condition, TextToImage
 from .parts import Run
 
 DIVERGED_RECORDS = 3
@@ -50,14 +51,24 @@ IMAGE_STD, LATENT_STD = 0.5, 1.0
 """Standard deviation of images in [-1, 1], the usual estimate, and of latents, which autoencoders scale so."""
 
 
-def new_discriminator(run: Run, channels: str) -> NoiseLevelDiscriminator:
+def new_discriminator(run: Run, channels: str, sees_prompt: bool = False) -> NoiseLevelDiscriminator:
     """Make a discriminator that fits what the loop trains, labels included; it is the same on all devices.
 
     Args:
         channels: features at each resolution, separated by commas.
+        sees_prompt: it is told the pooled embedding of the prompt.
+
+    Raises:
+        InputError: it shall see prompts, and the model takes none.
     """
-    subject = run.subject
+    subject, pooled_dim = run.subject, None
     classes = subject.num_classes
+    if sees_prompt:
+        if not isinstance(subject, TextToImage):
+            raise InputError("--discriminator_sees_prompt: the model takes no prompts")
+        null = subject.null_condition(run.data.transform.resolution)
+        assert null is not None
+        pooled_dim = subject.pooled(null).shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seeds(Stream.DISCRIMINATOR))
         return NoiseLevelDiscriminator(
@@ -65,6 +76,7 @@ def new_discriminator(run: Run, channels: str) -> NoiseLevelDiscriminator:
             [int(width) for width in channels.split(",")],
             sigma_data=run.schedule.sigma_data or (IMAGE_STD if subject.autoencoder is None else LATENT_STD),
             num_class_embeds=None if classes is None else classes + (subject.null_class is not None),
+            pooled_dim=pooled_dim,
         )
 
 
@@ -129,6 +141,13 @@ class Adversary:
         )
         if run.accelerator.mixed_precision == "bf16":
             network.forward = torch.autocast(run.accelerator.device.type, torch.bfloat16)(network.forward)
+
+    def seen(self, condition: Condition) -> Condition:
+        """Return what the discriminator is told of the network's condition: class labels, or the pooled prompt."""
+        subject = self.run.subject
+        if not isinstance(subject, TextToImage):
+            return condition
+        return {} if self.network.config.pooled_dim is None else {"pooled": subject.pooled(condition)}
 
     def update(self, judged: DiscriminatorLoss, *, sigma: torch.Tensor) -> None:
         """Make the backward pass and, at the end of an accumulation, the optimiser step; call it after `loop.update`.

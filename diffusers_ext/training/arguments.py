@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from diffusers import DiffusionPipeline
 
+from ..data.prompts import read_prompts
 from ..data.sources import HeldOutArguments
 from ..errors import InputError
 from ..fields import arg
@@ -117,6 +118,9 @@ class TrainingArguments(HubArguments, HeldOutArguments):
     validation_prompt: list[str] | None = arg(
         None, "Text-to-image: prompts of the sample grid, in turn; by default captions of the held-out images."
     )
+    validation_prompt_file: str | None = arg(
+        None, "Text file with more of these prompts, one in a line; see --num_validation_images."
+    )
     num_validation_images: int = arg(16, "Images of a sample grid; 0 makes none.", at_least=0)
     num_inference_steps: int = arg(50, "Sampler steps of a sample grid.", at_least=1)
 
@@ -138,8 +142,13 @@ class TrainingArguments(HubArguments, HeldOutArguments):
             if self.min_snr_gamma not in (None, self.snr_gamma):
                 raise InputError("--snr_gamma and --min_snr_gamma are the same argument: give one of them")
             self.min_snr_gamma, self.snr_gamma = self.snr_gamma, None
+        if self.validation_prompt_file is not None:
+            read = read_prompts(self.validation_prompt_file, "validation_prompt_file")
+            self.validation_prompt = list(dict.fromkeys([*(self.validation_prompt or []), *read]))
         if self.rank is None and (of_lora := [n for n in LORA_ARGUMENTS if getattr(self, n) is not None]):
             raise InputError(f"--{of_lora[0]} is a setting of a LoRA: say its --rank, too")
+        if self.lora_layers is not None:  # diffusers' scripts have commas between them
+            self.lora_layers = [layer for word in self.lora_layers for layer in word.split(",") if layer]
         if self.cache_latents and (self.streaming or self.random_flip or not self.center_crop):
             raise InputError(
                 "--cache_latents holds each image once: it needs --center_crop, and no --random_flip or --streaming"

@@ -18,7 +18,8 @@ from ..subjects import Lora, Subject, TextToImage, load_pipeline, subject_of
 from .arguments import LORA_ARGUMENTS, TrainingArguments
 
 OF_TEXT = (
-    *("caption_column", "rank", *LORA_ARGUMENTS, "guidance_scale", "proportion_empty_prompts", "validation_prompt"),
+    *("caption_column", "rank", *LORA_ARGUMENTS, "guidance_scale", "proportion_empty_prompts"),
+    *("validation_prompt_file", "validation_prompt"),
 )
 
 

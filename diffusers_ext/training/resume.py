@@ -33,6 +33,7 @@ _MAY_CHANGE = (
     *("dataloader_num_workers", "gradient_accumulation_steps", "max_train_steps", "num_train_epochs"),
     *("max_skipped_steps", "allow_tf32", "channels_last", "torch_compile", "gradient_checkpointing"),
     *("cache_latents", "patience", "max_logit", "push_discriminator", "validation_prompt"),
+    *("validation_prompt_file",),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "hub_strategy", "hub_timeout", "license"),
 )
 
