@@ -100,7 +100,7 @@ def draw(pipe: DiffusionPipeline, prompts: list[str], n: int) -> np.ndarray:
 
 def main() -> None:
     args: Namespace
-    defaults = {"minutes": 10.0, "output_dir": "text-to-image", "docs": "docs", "samples": 500}
+    defaults = {"minutes": 10.0, "output_dir": "text-to-image", "docs": "docs", "samples": 300}
     args, more = flags(__doc__, rest=True, cifar10=str, autoencoder=str, **defaults)
     out = Path(args.output_dir)
     everything, pair = captioned(args.cifar10, out)
@@ -134,7 +134,7 @@ def main() -> None:
     models = ["--pretrained_model_name_or_path", *[str(base)] * 4, "--lora_weights", "none", *map(str, loras)]
     models += ["--names", "before", *(f"LoRA, {name}" for name in RECIPES), "--output_dir", str(out / "evaluation")]
     data = ["--dataset_name", str(pair), "--caption_column", "text", "--reference", "train", "--resolution", str(SIDE)]
-    how = ["--extractor", "pixels", "--schedulers", "DDIM", "--nfe", "50", "--guidance_scale", "3"]
+    how = ["--extractor", "pixels", "--schedulers", "DDIM", "--nfe", "25", "--guidance_scale", "3"]
     how += ["--num_samples", str(args.samples), "--train_batch_size", "50", "--center_crop"]
     subprocess.run([sys.executable, str(ROOT / "training" / "evaluate.py"), *models, *data, *how], check=True)
     print(f"{steps} steps; {(time.monotonic() - start) / 60:.0f} minutes in all")
