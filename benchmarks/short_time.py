@@ -7,8 +7,9 @@
 One model of all times, sampled on [0, T] from N(0, I) and from each bridge, fitted to the training images; and a model
 trained on [0, T] alone for as many steps (T = `--trained_time`). Frechet distance of a small classifier's features to
 held-out images, the same noise for all; "real images" are as many training images. Seconds for an image, drawing the
-start included, are those of the machine at that moment: compare within a column of one run only. Writes the evaluation
-(index.html, table.md, results.json ...), diffusion_time.json and its picture; what is there is not drawn again.
+start included, are those of the machine at that moment: compare within a column of one run only. What a draw of a
+bridge costs is printed in evaluations of the network. Writes the evaluation (index.html, table.md, results.json ...),
+diffusion_time.json and its picture; what is there is not drawn again.
 """
 
 from functools import partial
@@ -16,11 +17,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from bench import flags
+import torch
+from bench import DEVICE, flags, in_turn, ratio
 from trained import batches, held_out_images, kept, load, train
 
 from diffusers_ext import FlowBridge, GaussianBridge, MixtureBridge, ShortTimePipeline, diffusion_time_report
 from diffusers_ext.evaluation import evaluate, markdown_table, swap_scheduler, write_report
+from diffusers_ext.reports.card import table
 
 BRIDGES: dict[str, Any] = {"Gaussian": GaussianBridge, "mixture": MixtureBridge, "flow": FlowBridge}
 MULTISTEP = "DPMSolverMultistep:timestep_spacing=trailing"
@@ -29,6 +32,14 @@ SOLVERS = {
     "DPMSolverMultistep": MULTISTEP,
     "SDE": f"{MULTISTEP}:algorithm_type=sde-dpmsolver++:solver_order=1",
 }
+
+
+@torch.no_grad()
+def cost_of_a_draw(bridge: Any, network: Any, n: int) -> str:
+    """Time of a draw of n starts, in evaluations of the network for as many images."""
+    x, time = torch.zeros(n, *bridge.config.shape, device=DEVICE), torch.zeros(n, device=DEVICE)
+    times = in_turn({"draw": partial(bridge.to(DEVICE).sample, n), "network": partial(network, x, time)}, 5)
+    return ratio(times["draw"], times["network"])
 
 
 def main() -> None:
@@ -47,6 +58,10 @@ def main() -> None:
         bridges[name, T] = kept(kind, out / f"bridge-{name}-{T}", partial(kind.fit, images, scheduler, T))
     starts = {name: [bridges[name, T] for T in args.times if T < 1] for name in BRIDGES}
     held_out = batches(full, real.reference, args.report_samples)
+    costs = [
+        [f"{n}, T = {T:g}", *(cost_of_a_draw(b, full.network, k) for k in (1, 64))] for (n, T), b in bridges.items()
+    ]
+    print(table(["a draw, in evaluations of the network", "1 image", "64 images"], costs))
     report = diffusion_time_report(full.network, scheduler, held_out, starts, args.times, levels=256)
     report.save(out / "diffusion_time.json")
     report.plot(out / "diffusion_time.png")

@@ -711,3 +711,25 @@ def test_log_of_two_pi_is_there():
     """The density of N(0, I) at 0, by hand."""
     model = GaussianBridge([3], T, stored_scheduler(SCHEDULER), 2)
     assert model.log_prob(torch.zeros(1, 3)).item() == pytest.approx(-1.5 * log(2 * pi))
+
+
+@pytest.mark.parametrize(("passes", "evaluations"), [(2, 2), (3, 3), (None, 8)])
+def test_a_draw_evaluates_the_networks_of_a_flow_once_for_each_group(passes, evaluations) -> None:
+    """And is inverted by the map that judges it, at one evaluation each."""
+    model = FlowBridge([9], T, stored_scheduler(SCHEDULER), 8, 8, transforms=2, hidden_features=(16,), passes=passes)
+    generator, calls = torch.Generator().manual_seed(0), []
+    for spline in model.flow.transform.transforms:
+        for parameter in spline.parameters():
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+        spline.hyper.register_forward_hook(lambda *_: calls.append(1))
+    noise = torch.randn(5, 8, generator=generator)
+    w = model._sample_latent(noise, 0, None)
+    assert (len(calls), (w - noise).abs().max() > 0.1) == (2 * evaluations, True)
+    calls.clear()
+    judged = model._flow_log_prob(w, torch.zeros(5, dtype=torch.long))
+    assert len(calls) == 2
+    (jacobian,) = torch.autograd.functional.jacobian(lambda v: model._transform(torch.zeros(1).long(), v)(v), (w[:1],))
+    back = model._transform(torch.zeros(5).long(), w)(w)
+    torch.testing.assert_close(back, noise, rtol=1e-3, atol=1e-4)
+    expected = -(noise[0] ** 2).sum() / 2 - 4 * np.log(2 * np.pi) + torch.linalg.slogdet(jacobian[0, :, 0])[1]
+    torch.testing.assert_close(judged[0], expected, rtol=1e-3, atol=1e-3)

@@ -211,7 +211,7 @@ NUMBERS = {
         lambda **o: fitted(MixtureBridge, **o),
     ),
     "FlowBridge": (
-        ("transforms", "bins", "max_steps", "batch_size", "learning_rate", "held_out", "patience", "T"),
+        ("transforms", "bins", "passes", "max_steps", "batch_size", "learning_rate", "held_out", "patience", "T"),
         (nan, 0),
         lambda **o: fitted(FlowBridge, **o),
     ),
