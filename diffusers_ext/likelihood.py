@@ -7,7 +7,13 @@ is exact. Both start from a prior at sigma_max; D is the number of dimensions, a
 
     dx/dsigma = v = -sigma s,      log p(x) = log prior(x_max) + int_{sigma_min}^{sigma_max} div v dsigma.
 
-The divergence is exact (D backward passes) or Hutchinson's z . grad(v . z), whose mean over random signs z is div v.
+With Gaussian noise the unknown of the solver is z = x / a, a = (1 + sigma^2)^1/2, which stays of the size of the data,
+
+    dz/du = sigma v / a - (1 - a^-2) z,        the divergence of z in u is that of sigma v less D (1 - a^-2),
+
+so that where x only grows with sigma, beyond the scale of the data, there is next to nothing to solve, and the steps
+are long. The divergence is exact (D backward passes) or Hutchinson's p . grad(v . p), whose mean over random signs p is
+div v.
 
 **SDE** (`elbo`). Let x_sigma be a draw of the process from the point x at sigma_min: its kernel has the scale
 tau = (sigma^2 - sigma_min^2)^1/2. The reverse SDE has no density in closed form, but by Girsanov's theorem and Jensen's
@@ -142,7 +148,7 @@ def log_likelihood(
         sigma_min, sigma_max: 0 < sigma_min < sigma_max; the model is asked for no level outside.
         divergence: `exact`, with as many backward passes as x has dimensions at each evaluation, or `hutchinson`,
             unbiased, with `probes` of them. The probes are drawn from `generator`, once for the whole solution.
-        rtol, atol: tolerances of one step, for the root mean square of x and for log p per dimension, in the worst
+        rtol, atol: tolerances of one step, for the root mean square of z and for log p per dimension, in the worst
             sample of the batch; the error of log p per dimension comes to some times that. Per dimension the rounding
             of float32 (1e-7) stays below any sensible tolerance. That of a network in half precision does not: cast it
             to float32.
@@ -168,17 +174,26 @@ def log_likelihood(
     value_and_divergence = _divergence_of(divergence, x, probes, generator)
     dims, lost = prod(x.shape[1:]), torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
+    def scale(sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a and 1 - a^-2; in a box, where x does not grow, 1 and 0."""
+        s = torch.zeros_like(sigma) if isinstance(process, ReflectedProcess) else sigma
+        return (1 + s**2).sqrt().to(x), (s**2 / (1 + s**2)).to(x)
+
     def velocity(u: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        sigma, y = u.exp(), state[0]
+        sigma, z = u.exp(), state[0]
+        a, rate = scale(sigma)
+        y = a * z
         v, div = value_and_divergence(lambda x: -(sigma**2) * model.score(x, sigma, **cond), process.constrain(y))
         lost.logical_or_(~(v.flatten(1).isfinite().all(1) & div.isfinite()))  # such samples stay where they are
         v, div = v.where(align(lost, v) == 0, 0), div.where(~lost, 0)
-        return _orientation(process, y) * v, div / dims
+        return _orientation(process, y) * v / a - rate * z, div / dims - rate
 
     u = torch.tensor([sigma_min, sigma_max], dtype=torch.float64, device=x.device).log()
     options = {"norm": _worst_sample, "step_t": u[1:], "min_step": log(sigma_max / sigma_min) / max_steps}
-    start = (x, x.new_zeros(len(x)))
-    y, gain = (v[-1] for v in odeint(velocity, start, u, rtol=rtol, atol=atol, method=method, options=options))
+    (first, _), (last, _) = (scale(level) for level in u.exp())
+    start = (x / first, x.new_zeros(len(x)))
+    z, gain = (v[-1] for v in odeint(velocity, start, u, rtol=rtol, atol=atol, method=method, options=options))
+    y, gain = last * z, gain + torch.log(last / first)
     log_prior = process.log_prior if log_prior is None else log_prior
     return (log_prior(process.constrain(y), sigma_max) + dims * gain).where(~lost, torch.nan)
 
