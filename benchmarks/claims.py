@@ -10,8 +10,9 @@ docs/claims.md is made. What is there is neither trained nor drawn again.
 
 The cost of training is counted in passes of the network over a batch, forward 1 and backward 2, and equal for the two
 sides of a comparison; a discriminator's own passes are not counted in. A comparison is paired: both sides draw from the
-same noise, and the interval (95%, jackknife) is that of their difference. It covers the sampling, not another seed of
-the training: `control` trains the baseline once more, from another seed, to show how much that does.
+same noise, and the interval (95%, jackknife) is that of their difference. Every side is trained from `--seeds` seeds;
+the difference is the mean, and its interval reaches over those of all seeds, so that a verdict holds for each of them.
+`control` trains the baseline once more, from another seed, to show how much that does.
 """
 
 import json
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from bench import DEVICE, flags
 from diffusers import DiffusionPipeline
+from reflected_guidance import TREATMENTS, scheduler_for
 from torch import Tensor
 from trained import ROOT, OutOfTime, batches, kept, load, of_the_data, train
 
@@ -40,7 +42,6 @@ from diffusers_ext.evaluation import (
     RealImages,
     load_real_images,
     steps_for,
-    swap_scheduler,
 )
 from diffusers_ext.evaluation.real_images import rows_of
 from diffusers_ext.extractors import default_extractor, make_extractor
@@ -80,7 +81,8 @@ RECIPES = {
     # From half-way on, on a quarter of the batch: 4 passes a step there, 3 before.
     "consistency": Recipe("train_consistency.py", 3.5, "--consistency_weight 10 --consistency_start 0.5"),
     "ordinary": Recipe("train_consistency.py", 3, f"{PLAIN} {CLASSES}"),
-    "reflected": Recipe("train_reflected.py", 3, f"{CLASSES} --sigma_log_mean -0.7 --sigma_log_std 1.0"),
+    "reflected": Recipe("train_reflected.py", 3, CLASSES),
+    "reflected_likely": Recipe("train_reflected.py", 3, f"{CLASSES} --purpose likelihood"),
     "trained_on": Recipe("train_consistency.py", 3, PLAIN, tuned=True),
     "observed": Recipe("train_observation.py", 4, OBSERVATION, tuned=True),
     "observed_consistent": Recipe("train_observation.py", 5, f"{OBSERVATION} --consistency_weight 10", tuned=True),
@@ -90,15 +92,16 @@ RECIPES = {
 class Lab:
     """Models, samples and distances, each made when it is first asked for."""
 
-    def __init__(self, args: Namespace, for_training: list[str]) -> None:
-        self.args, self.out, self.budget = args, args.output_dir, BUDGETS[args.preset]
+    def __init__(self, args: Namespace, for_training: list[str], number: int = 0, first: Any = None) -> None:
+        self.args, self.seed, self.first, self.budget = args, args.seed + number, first, BUDGETS[args.preset]
+        self.out = args.output_dir / f"seed-{self.seed}" if number else args.output_dir
         self.for_training = ["--preset", args.preset, *self.budget.options.split(), *for_training]
         self.deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
         self.drawn, self.models = self.out / "drawn", {}
 
     def train(self, name: str) -> Path:
         script, cost, options, tuned, beside = RECIPES[name]
-        seed, passes = self.args.seed + beside, self.budget.tuning * 4 if tuned else self.budget.steps * 3
+        seed, passes = self.seed + beside, self.budget.tuning * 4 if tuned else self.budget.steps * 3
         steps = round(passes / cost)
         arguments = [*self.for_training, "--num_validation_images", "0", "--max_validation_samples", "64"]
         arguments += ["--seed", str(seed), "--max_train_steps", str(steps), *options.split()]
@@ -138,6 +141,8 @@ class Lab:
 
     @cached_property
     def judge(self) -> Judge:
+        if self.first is not None:
+            return self.first.judge
         images, labels = self.real.training.images, self.real.training.labels
         name = default_extractor(images.shape[1], images.shape[2], True)
         extractor = make_extractor(name, device=DEVICE, train_images=images, train_labels=labels)
@@ -148,10 +153,10 @@ class Lab:
     ) -> Drawing:
         """Samples of a model by a scheduler of this name; a calibrated one has the baseline's calibration."""
         pipeline, n = self.model(model).pipeline if isinstance(model, str) else model, self.budget.samples
-        scheduler = swap_scheduler(pipeline, stock := name.removeprefix("Calibrated"), **settings)
+        scheduler = scheduler_for(pipeline, stock := name.removeprefix("Calibrated"), **settings)
         if name != stock:
             scheduler = calibrated_class(type(scheduler).__name__).from_scheduler(scheduler, self.calibration)
-        options = {"batch_size": 250, "seed": self.args.seed, "guidance_scale": guidance}
+        options = {"batch_size": 250, "seed": self.seed, "guidance_scale": guidance}
         drawing = Drawing.of(pipeline, scheduler, steps_for(scheduler, nfe), n, **options)
         drawing.draw(self.drawn)
         drawing.extract(self.drawn, self.judge.extractor)
@@ -193,22 +198,35 @@ def control(lab: Lab) -> Iterator[Claim]:
         yield f"None: the baseline against itself from another seed (DDIM, {nfe} evaluations)", "", found
 
 
+# Guided samplers of diffusers. Without the flag (`consistent`) DDIM steps along the eps of an x0 that is not clipped.
+STOCK: dict[str, tuple[str, dict[str, Any]]] = {
+    "DDIM, x0 clipped": ("DDIM", {"clip_sample": True}),
+    "DDIM, x0 clipped, use_clipped_model_output": ("DDIM", {"clip_sample": True, "consistent": True}),
+    "DDIM, clamped at the end": ("DDIM", {"clip_sample": False}),
+    "DDPM, x0 clipped": ("DDPM", {"clip_sample": True}),
+    "DDIM, dynamic thresholding, use_clipped_model_output": (
+        "DDIM", {"clip_sample": False, "consistent": True, **TREATMENTS["dynamic thresholding"]},
+    ),
+}  # fmt: skip
+
+
 def reflected(lab: Lab) -> Iterator[Claim]:
     ode, free = {"name": "own", "algorithm_type": "ode"}, {"clip_sample": False}
     found = lab.versus(lab.draw("reflected", 20, **ode), lab.draw("ordinary", 20, **free))
     theirs = "FID 2.72 (CIFAR-10), as good as ordinary models of its time"
     yield "Samples without guidance are as good (ODE against DDIM, 20 evaluations)", theirs, found
     ours = lab.draw("reflected", 20, guidance=8.0, **ode)
-    found = lab.versus(ours, lab.draw("ordinary", 20, guidance=8.0, clip_sample=True))
     theirs = "the ODE can be guided, where thresholding breaks it (shown in pictures)"
-    yield "Guided by the ODE at scale 8, samples stay faithful (against DDIM, x0 clipped)", theirs, found
+    for how, (name, settings) in STOCK.items():
+        found = lab.versus(ours, lab.draw("ordinary", 20, name, 8.0, **settings))
+        yield f"Guided by the ODE at scale 8, samples stay faithful (against {how})", theirs, found
     drawings = ours, lab.draw("ordinary", 20, guidance=8.0, **free)
     after, before = (drawing.counted(lab.drawn).out_of_range for drawing in drawings)
     found = f"values out of range {before:.1%} → {after:.1%}", Interval(*[after - before] * 3)
     yield "No value leaves the range of the data (against DDIM, scale 8)", "by construction", found
-    after, before = lab.bits("reflected"), lab.bits("ordinary")
+    after, before = lab.bits("reflected_likely"), lab.bits("ordinary")
     found = f"bits per dimension {before.mean():.3f} → {after.mean():.3f} (bound)", student_interval(after - before)
-    yield "The likelihood is as good", "2.68 (CIFAR-10), near the best of its time", found
+    yield "The likelihood is as good (trained for it)", "2.68 (CIFAR-10), near the best of its time", found
 
 
 def short_time(lab: Lab) -> Iterator[Claim]:
@@ -261,9 +279,6 @@ def combinations(lab: Lab) -> Iterator[Claim]:
     flow = lab.short(ext.FlowBridge)
     found = lab.versus(lab.draw(flow, 10, "CalibratedDDIM"), lab.draw(flow, 10))
     yield f"Calibrated, from a flow at T = {T}, against uncalibrated (DDIM, 10 evaluations)", "not tried", found
-    heun = lab.draw("reflected", 20, "own", 8.0, algorithm_type="heun")
-    claim = "Reflected, guided by Heun's ODE at scale 8, against DDPM with x0 clipped (20 evaluations)"
-    yield claim, "not tried", lab.versus(heun, lab.draw("ordinary", 20, "DDPM", 8.0, clip_sample=True))
 
 
 METHODS = {m.__name__: m for m in (consistency, reflected, short_time, observation, calibrated, combinations, control)}
@@ -275,6 +290,16 @@ def verdict(difference: Interval, better: bool, claimed: bool = True) -> str:
     low, high = (difference.low, difference.high) if better else (-difference.high, -difference.low)
     words = ("reproduced", "not reproduced") if claimed else ("better", "worse")
     return words[0] if high < 0 else words[1] if low > 0 else "too small to tell"
+
+
+def over_seeds(found: tuple[Claim, ...]) -> Claim:
+    """One claim of several seeds: what was found of each, the mean difference, an interval over those of all."""
+    differences = [difference for _, _, (_, difference) in found]
+    mean = sum(d.estimate for d in differences) / len(differences)
+    whole = Interval(mean, min(d.low for d in differences), max(d.high for d in differences))
+    claim, theirs, (ours, _) = found[0]
+    others = (other.removeprefix("Frechet distance ") for _, _, (other, _) in found[1:])
+    return claim, theirs, ("; ".join([ours, *others]), whole)
 
 
 def read(docs: Path, preset: str) -> dict[str, Any]:
@@ -303,16 +328,21 @@ def write_table(docs: Path) -> None:
     (docs / "claims.md").write_text("\n\n".join(parts) + "\n")
 
 
-def write(lab: Lab, rows: list[dict[str, Any]]) -> None:
+def write(labs: list[Lab], rows: list[dict[str, Any]]) -> None:
     """docs/claims/PRESET.json of rows, and the page."""
+    lab = labs[0]
     floor, budget, docs = lab.judge.floor.frechet, lab.budget, lab.args.docs
     described = (
         f"{budget.samples} samples; {lab.judge.extractor.label}; reference: {lab.real.described}; "
         f"{len(lab.real.floor.images)} other real images are at {floor.estimate:.2f} "
-        f"({floor.low:.2f} to {floor.high:.2f}). Seed {lab.args.seed}; {budget.steps} steps from scratch, "
+        f"({floor.low:.2f} to {floor.high:.2f}). {budget.steps} steps from scratch, "
         f"{budget.tuning} of fine-tuning."
     )
-    runs = {path.stem: json.loads(path.read_text()) for path in sorted(lab.out.glob("*.json"))}
+    runs = read(docs, lab.args.preset).get("runs", {})
+    for one in labs:
+        runs |= {
+            f"{path.stem}, seed {one.seed}": json.loads(path.read_text()) for path in sorted(one.out.glob("*.json"))
+        }
     record = json.dumps({"described": described, "rows": rows, "runs": runs}, indent=1, ensure_ascii=False)
     write_file(docs / "claims" / f"{lab.args.preset}.json", record + "\n")
     write_table(docs)
@@ -321,24 +351,27 @@ def write(lab: Lab, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     args, for_training = flags(
         __doc__, rest=True, choices={"preset": BUDGETS, "methods": METHODS}, preset="digits",
-        methods=list(METHODS)[:5], output_dir=None, docs=ROOT / "docs", seed=0, minutes=0.0,
+        methods=list(METHODS)[:5], output_dir=None, docs=ROOT / "docs", seed=0, seeds=2, minutes=0.0,
     )  # fmt: skip
     args.output_dir = Path(args.output_dir or f"claims-{args.preset}")
     parse_arguments(TrainingArguments, ["--preset", args.preset, *for_training])  # errors before anything is trained
     lab, rows = Lab(args, for_training), read(args.docs, args.preset)["rows"]
+    labs = [lab, *(Lab(args, for_training, number, lab) for number in range(1, args.seeds))]
     data = f"--dataset_name ${args.preset.upper()} " if "--dataset_name" in for_training else ""
     try:
         for method in args.methods:
             paper = PAPERS[method]
             command = f"python benchmarks/claims.py --preset {args.preset} {data}--methods {method}"
             rows = [row for row in rows if row["method"] != method]
-            for claim, theirs, (ours, difference) in METHODS[method](lab):
+            for found in zip(*(METHODS[method](one) for one in labs), strict=True):
+                claim, theirs, (ours, difference) = over_seeds(found)
                 said = verdict(difference, claim != HARM, bool(paper))
                 row = {"method": method, "paper": paper, "claim": claim, "theirs": theirs, "ours": ours}
+                row["seeds"] = [args.seed + number for number in range(args.seeds)]
                 rows.append(row | {"difference": difference, "verdict": said, "command": command})
                 print(f"{method}: {claim}: {ours}, {said}", flush=True)
             rows.sort(key=lambda row: list(METHODS).index(row["method"]))
-            write(lab, rows)
+            write(labs, rows)
     except OutOfTime:
         sys.exit(f"{args.minutes:g} minutes are over: repeat the command to go on")
     print(f"done: {args.docs / 'claims.md'}")

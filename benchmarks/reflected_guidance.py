@@ -38,21 +38,25 @@ Row = dict[str, Any]
 MEASURES = ("distance", "accuracy", "saturated")
 
 
-def scheduler_for(pipeline: DiffusionPipeline, name: str, clamp: bool = False, **settings: Any) -> Any:
-    """A scheduler by its name; with `clamp` one that clamps x_t to [-1, 1] after every step."""
+def scheduler_for(
+    pipeline: DiffusionPipeline, name: str, clamp: bool = False, consistent: bool = False, **settings: Any
+) -> Any:
+    """A scheduler by its name; with `clamp` one that clamps x_t to [-1, 1] after every step, with `consistent` one that
+    derives eps from the clipped x0, which DDIM does with `use_clipped_model_output` alone."""
     if name == "Reflected":  # which swap_scheduler refuses to an ordinary model
         return ReflectedScheduler.from_config(pipeline.scheduler.config, **settings)
     scheduler = swap_scheduler(pipeline, name, **settings)
-    if clamp:
-        kind = type(scheduler)
+    if clamp or consistent:
+        kind, flag = type(scheduler), {"use_clipped_model_output": True} if consistent else {}
 
         @functools.wraps(kind.step)
         def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-            output = kind.step(self, *args, **kwargs)
-            output[0].clamp_(-1, 1)
+            output = kind.step(self, *args, **kwargs | flag)
+            if clamp:
+                output[0].clamp_(-1, 1)
             return output
 
-        scheduler.__class__ = type(f"Clamped{kind.__name__}", (kind,), {"step": step})
+        scheduler.__class__ = type(f"{'Clamped' if clamp else 'Consistent'}{kind.__name__}", (kind,), {"step": step})
     return scheduler
 
 
@@ -71,6 +75,10 @@ METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {  # a model, a scheduler 
     **{
         f"{name}, {treatment}": ("ordinary", name, ORDINARY | settings)
         for name, (treatment, settings) in product(("DDPM", "DDIM"), TREATMENTS.items())
+    },
+    **{
+        f"DDIM, {treatment}, eps from it": ("ordinary", "DDIM", ORDINARY | TREATMENTS[treatment] | {"consistent": True})
+        for treatment in ("x0 clipped", "dynamic thresholding")
     },
     "ordinary model, ReflectedScheduler": ("ordinary", "Reflected", {}),
     "ordinary model, ReflectedScheduler, x clamped": ("ordinary", "Reflected", {"boundary": "project"}),
@@ -136,8 +144,9 @@ def main() -> None:
         drawing = Drawing.of(pipeline, scheduler, count, n, **options)
         drawing.draw(drawn)
         images = torch.cat(list(drawing.images(drawn))).float() / 127.5 - 1
-        distance = judge.quality(drawing.features(drawn, extractor)).frechet.estimate
+        distance, low, high = judge.quality(drawing.features(drawn, extractor)).frechet
         row = {"method": method, "scale": scale, "steps": steps, "num_samples": n, "distance": distance}
+        row |= {"low": low, "high": high}
         rows.append(row | shares(classifier, images, labels) | {"outside": drawing.counted(drawn).out_of_range})
         print(json.dumps(rows[-1]), flush=True)
     (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

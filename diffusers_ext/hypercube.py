@@ -23,6 +23,16 @@ negative, so that nothing cancels, even where two images tie (at a face) or four
 
 and the score is the mean of c - x over the images, x0 with weight 1 among them, divided by sigma^2.
 
+**Backwards from x at sigma to sigma_next < sigma, given x0**, there are two ways. The probability flow of the kernel,
+
+    dx / d ln sigma = -sigma^2 d/dx log p(x | x0),
+
+carries the law at sigma to that at sigma_next (`heat_kernel_flow`; Heun's rule in ln sigma). And a draw of the process
+itself at sigma_next, given both ends (`heat_kernel_bridge`), is exact: the free path began in x0 and is, at sigma, at
+one of the points c that fold onto x, with probability proportional to exp(-(c - x0)^2 / (2 sigma^2)); between the two,
+
+    x_next = reflect(x0 + r^2 (c - x0) + sigma_next (1 - r^2)^1/2 n),        r = sigma_next / sigma.
+
 Shapes: `x` and `x0` are (B, ...) of any rank, inside the box; `sigma` is a number, () or (B,). Nothing is reduced: the
 density of a point of the box is the product over its coordinates. Half precision is computed in float32; what comes
 back has the dtype of `x`.
@@ -41,6 +51,8 @@ from torch import Tensor
 from .shapes import align
 
 SWITCH = 0.35
+TURNS = 4
+"""Images of the bridge on each side, in periods: from sigma = 1.5 on, where x is uniform, others count no longer."""
 
 
 def reflect(x: Tensor) -> Tensor:
@@ -75,6 +87,39 @@ def heat_kernel_score(x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
         weights += weight
         pull.addcmul_(weight, gap)
     return torch.where(sigma < SWITCH, pull / weights / sigma**2, slope / (1 + waves)).to(dtype)
+
+
+def heat_kernel_flow(
+    x: Tensor, x0: Tensor, sigma: Tensor | float, sigma_next: Tensor | float, steps: int = 4
+) -> Tensor:
+    """Return where the probability flow of p(. | x0) takes x, from sigma to sigma_next, in so many steps of Heun."""
+    dtype, (x, x0, sigma) = x.dtype, _prepare(x, x0, sigma)
+    h = (sigma / align(sigma_next, x)).log() / steps
+    slope = sigma**2 * heat_kernel_score(x, x0, sigma)
+    for _ in range(steps):
+        sigma = sigma * torch.exp(-h)
+        ahead = reflect(x + h * slope)
+        x = reflect(x + h / 2 * (slope + sigma**2 * heat_kernel_score(ahead, x0, sigma)))
+        slope = sigma**2 * heat_kernel_score(x, x0, sigma)
+    return x.to(dtype)
+
+
+def heat_kernel_bridge(
+    x: Tensor, x0: Tensor, sigma: Tensor | float, sigma_next: Tensor | float, noise: Tensor, choice: Tensor
+) -> Tensor:
+    """Return a draw at sigma_next of the process that starts in x0 and is in x at sigma.
+
+    Args:
+        noise, choice: independent, of the shape of x: a standard normal draw, and one that is uniform on [0, 1).
+    """
+    dtype, (x, x0, sigma) = x.dtype, _prepare(x, x0, sigma)
+    ratio = (align(sigma_next, x) / sigma) ** 2
+    turns = 2 * torch.arange(-TURNS, TURNS + 1, device=x.device, dtype=x.dtype)
+    gaps = torch.cat([x[..., None] + turns, turns - x[..., None]], -1) - x0[..., None]
+    weights = torch.softmax(-((gaps / sigma[..., None]) ** 2) / 2, -1).cumsum(-1)
+    index = (weights < choice[..., None] * weights[..., -1:]).sum(-1, keepdim=True)
+    gap = gaps.gather(-1, index)[..., 0]
+    return reflect(x0 + ratio * gap + sigma * (ratio * (1 - ratio)).sqrt() * noise).to(dtype)
 
 
 def _prepare(x: Tensor, x0: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:

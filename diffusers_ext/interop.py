@@ -32,7 +32,7 @@ from .noise_levels import log_linear_sigmas, log_normal_sigmas
 from .process import GaussianProcess, Process, ReflectedProcess
 from .randomness import randint
 from .ranges import require
-from .score import Denoiser, ReflectedModel, ScoreModel, preconditioning
+from .score import REFLECTED_PREDICTIONS, Denoiser, ReflectedModel, ScoreModel, preconditioning
 from .stock import EDM_SCHEDULERS, FLOW_SCHEDULERS, VP_SCHEDULERS
 
 
@@ -221,14 +221,31 @@ class FlowSchedule(TableSchedule):
 
 
 class ReflectedSchedule(TableSchedule):
-    """The schedule of a reflected process in the box of `process`; the network predicts epsilon := -sigma score."""
+    """The schedule of a reflected process in the box of `process`; the network predicts `epsilon` or a `point`.
+
+    Its `coefficients` are those of epsilon: `score.reflected_eps` says what a network's output means.
+
+    Raises:
+        ValueError: the prediction type is another one, or as `TableSchedule`.
+    """
 
     family = "reflected"
 
-    def __init__(self, num_train_timesteps: int, sigma_min: float, sigma_max: float, process: ReflectedProcess) -> None:
+    def __init__(
+        self,
+        num_train_timesteps: int,
+        sigma_min: float,
+        sigma_max: float,
+        process: ReflectedProcess,
+        prediction_type: str = "epsilon",
+    ) -> None:
+        if prediction_type not in REFLECTED_PREDICTIONS:
+            known = " or ".join(REFLECTED_PREDICTIONS)
+            raise ValueError(f"the network of a reflected process predicts {known}, not {prediction_type!r}")
         super().__init__(
             "epsilon", num_train_timesteps, log_linear_sigmas(num_train_timesteps, sigma_min, sigma_max).flip(0)
         )
+        self.prediction_type = prediction_type
         self.sigma_min, self.sigma_max, self.process = sigma_min, sigma_max, process  # the table's ends are rounded
 
 
@@ -342,7 +359,7 @@ def score_model_from(model: Any, scheduler: Any, convention: NetworkConvention |
     schedule = noise_schedule(scheduler)
     if isinstance(schedule.process, ReflectedProcess):
         network = Network(model, schedule.num_train_timesteps, convention)
-        return ReflectedModel(network, schedule.time, schedule.process)
+        return ReflectedModel(network, schedule.time, schedule.process, schedule.prediction_type)
     return denoiser_from(model, scheduler, convention)
 
 

@@ -12,6 +12,8 @@ with the first dimension of `x`.
 
 Data in a box can keep to it: `ReflectedProcess` folds the noise back at the faces. Tweedie's formula is false there:
 the score of uniform data is 0 at every noise level, and yet E[x0 | x] is not x. The score is what all processes share.
+In each coordinate it is that of one point of the box, score = d/dx log p(x | point): the kernel's score rises strictly
+with x0, and the score of the data is a mean of such.
 
 References: Elucidating the Design Space of Diffusion-Based Generative Models (Karras, Aittala, Aila, Laine, 2022,
 arXiv 2206.00364), section 2; Reflected Diffusion Models (Lou, Ermon, 2023, arXiv 2304.04740).
@@ -27,7 +29,7 @@ from math import isfinite, log, pi
 import torch
 from torch import Tensor
 
-from .hypercube import heat_kernel_score, reflect
+from .hypercube import heat_kernel_bridge, heat_kernel_flow, heat_kernel_score, reflect
 from .randomness import rand, randn, randn_like
 from .shapes import align as align
 
@@ -122,9 +124,27 @@ class ReflectedProcess(Process):
     def target_score(self, x: Tensor, x0: Tensor, sigma: Tensor | float) -> Tensor:
         return heat_kernel_score(self._in_unit_box(x), self._in_unit_box(x0), sigma / self.width) / self.width
 
+    def flow(self, x: Tensor, x0: Tensor, sigma: Tensor | float, sigma_next: Tensor | float) -> Tensor:
+        """Return where the probability flow of p(. | x0) takes x from sigma to sigma_next, (B, ...)."""
+        units = (self._in_unit_box(x), self._in_unit_box(x0), sigma / self.width, sigma_next / self.width)
+        return self._from_unit_box(heat_kernel_flow(*units))
+
+    def posterior(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        sigma: Tensor | float,
+        sigma_next: Tensor | float,
+        noise: Tensor,
+        choice: Tensor,
+    ) -> Tensor:
+        """Draw x_next ~ p(x_next | x, x0) at sigma_next < sigma, exactly; `noise` is N(0, I), `choice` U[0, 1)."""
+        units = (self._in_unit_box(x), self._in_unit_box(x0), sigma / self.width, sigma_next / self.width)
+        return self._from_unit_box(heat_kernel_bridge(*units, noise, choice))
+
     def constrain(self, x: Tensor) -> Tensor:
         """Fold x back into the box; points of the box stay as they are, to the last bit."""
-        folded = (self.low + self.width * reflect(self._in_unit_box(x))).clamp(self.low, self.high)
+        folded = self._from_unit_box(reflect(self._in_unit_box(x)))
         return torch.where((x < self.low) | (x > self.high), folded, x)
 
     def orientation(self, x: Tensor) -> Tensor:
@@ -164,3 +184,6 @@ class ReflectedProcess(Process):
 
     def _in_unit_box(self, x: Tensor) -> Tensor:
         return (x - self.low) / self.width
+
+    def _from_unit_box(self, x: Tensor) -> Tensor:
+        return (self.low + self.width * x).clamp(self.low, self.high)

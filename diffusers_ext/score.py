@@ -15,8 +15,15 @@ coefficients, as functions of s = sigma (sd = the standard deviation of the data
     EDM, epsilon             (s^2+sd^2)^-1/2    sd^2/(s^2+sd^2)     s sd/(s^2+sd^2)^1/2
     EDM, v_prediction        (s^2+sd^2)^-1/2    sd^2/(s^2+sd^2)     -s sd/(s^2+sd^2)^1/2
 
-`x0` exists for Gaussian noise only; the score is what every process has. On a reflected process the network's output is
-eps := -sigma score, which is what epsilon is in the Gaussian case.
+`x0` exists for Gaussian noise only; the score is what every process has. On a reflected process, with the box [-1, 1]
+as unit and k(x, x0, sigma) = grad_x log p(x | x0), a network predicts
+
+    epsilon            eps := F(x, time) = -sigma score, which is what epsilon is in the Gaussian case, or
+    point              P = clamp(c_skip x + c_out F(x, time), -1, 1), of v_prediction;    score = k(x, P, sigma).
+
+(F is given x as it is: in a box it has the scale of the data at every level.) In each coordinate every score of a
+reflected process is k at exactly one point of the box, so that nothing is lost, and it has no flux through the faces by
+itself. At small sigma P is the ordinary denoiser; at large sigma the score vanishes whatever the network says.
 
 References: Karras et al., 2022, arXiv 2206.00364, table 1 (EDM); Progressive Distillation (Salimans, Ho, 2022, arXiv
 2202.00512), section 4 (v = alpha eps - sigma x0); Flow Matching (Lipman et al., 2022, arXiv 2210.02747), flow =
@@ -29,12 +36,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from math import pi
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .process import GaussianProcess, Process, ReflectedProcess, align
+
+WEIGHT_FLOOR = 0.01
+"""Of b^2, in the weight of a reflected model: bounds it where there is next to nothing to learn."""
 
 
 class Coefficients(NamedTuple):
@@ -156,23 +167,46 @@ class Denoiser(ScoreModel):
         return (sigma / self.coefficients(sigma).c_out) ** 2
 
 
+REFLECTED_PREDICTIONS = ("epsilon", "point")
+
+
+def reflected_point(process: ReflectedProcess, output: Tensor, x: Tensor, sigma: Tensor | float) -> Tensor:
+    """Return P, (B, ...), from the output of a network that predicts a point."""
+    centre, half = (process.low + process.high) / 2, process.width / 2
+    _, c_skip, c_out = vp_v_prediction(align(sigma, x) / half)
+    # Clamped and never folded: a network overshoots the face that it means.
+    return centre + half * (c_skip * (x - centre) / half + c_out * output).clamp(-1, 1)
+
+
+def reflected_eps(
+    process: ReflectedProcess, prediction_type: str, output: Tensor, x: Tensor, sigma: Tensor | float
+) -> Tensor:
+    """Return eps = -sigma score, (B, ...), from a network's output, of either prediction."""
+    if prediction_type == "epsilon":
+        return output
+    return -align(sigma, x) * process.target_score(x, reflected_point(process, output, x, sigma), sigma)
+
+
 @dataclass(frozen=True)
 class ReflectedModel(ScoreModel):
     """eps(x, sigma, **cond) = -sigma score of a network trained on a reflected process; in float32 at least.
 
     Args:
-        network: F(x, time, **cond) -> eps, both (B, ...).
+        network: F(x, time, **cond), see the table above; x and the output are (B, ...).
         time: sigma -> what the network is given as its time, of the shape of sigma.
         process: the box.
+        prediction_type: `epsilon` or `point`.
     """
 
     network: Callable[..., Tensor]
     time: Callable[[Tensor], Tensor]
     process: ReflectedProcess = field(default=ReflectedProcess())
+    prediction_type: str = "epsilon"
 
     def __call__(self, x: Tensor, sigma: Tensor | float, **cond: Any) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.network(x, self.time(align(sigma, x).flatten()), **cond)
+        output = self.network(x, self.time(align(sigma, x).flatten()), **cond).to(x.dtype)
+        return reflected_eps(self.process, self.prediction_type, output, x, sigma)
 
     def score(self, x: Tensor, sigma: Tensor | float, **cond: Any) -> Tensor:
         eps = self(x, sigma, **cond)
@@ -182,4 +216,9 @@ class ReflectedModel(ScoreModel):
         return -prediction - align(sigma, x) * self.process.target_score(x, x0, sigma)
 
     def output_weight(self, sigma: Tensor) -> Tensor:
-        return torch.ones_like(sigma)
+        """Return 1 for epsilon. For a point 1/(b^2 + 0.01): b^2 = q/(e^q - 1), q = (pi sigma/width)^2, follows the mean
+        square of eps itself, which vanishes where the law becomes uniform."""
+        if self.prediction_type == "epsilon":
+            return torch.ones_like(sigma)
+        q = (pi * sigma / self.process.width) ** 2
+        return 1 / (q / torch.expm1(q) + WEIGHT_FLOOR)

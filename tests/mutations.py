@@ -62,6 +62,32 @@ MUTATIONS = [
         "2 * r_1 * r_2 - (r_1 * r_1).detach()",
         "tests/test_losses.py -k expected",
     ),
+    Mutation("point", "c_out * output).clamp(-1, 1)", "c_out * output)", "tests/test_reflected_point.py -k clamped"),
+    Mutation(
+        "point, units",
+        "vp_v_prediction(align(sigma, x) / half)",
+        "vp_v_prediction(align(sigma, x))",
+        "tests/test_reflected_point.py -k exact_score",
+    ),
+    Mutation(
+        "bridge in the box",
+        "(ratio * (1 - ratio)).sqrt() * noise",
+        "(1 - ratio).sqrt() * noise",
+        "tests/test_reflected_point.py -k posterior",
+    ),
+    Mutation(
+        "flow in the box",
+        "h / 2 * (slope + sigma**2",
+        "h * (slope + sigma**2",
+        "tests/test_reflected_point.py -k flow_of",
+    ),
+    Mutation(
+        "weight of a point",
+        "(pi * sigma / self.process.width) ** 2",
+        "(pi * sigma) ** 2",
+        "tests/test_reflected_point.py -k weight",
+    ),
+    Mutation("scaled flow", "* v / a - rate * z", "* v / a", "tests/test_likelihood.py"),
     Mutation("losses, gradient", "r_1 = denoiser(x_1, s", "r_1 = denoiser(x_2, s", "tests/test_losses.py -k gradient"),
     Mutation("losses, adversarial", "r1_weight / 2 * r1", "r1_weight * r1", "tests/test_losses.py -k r1"),
     Mutation(

@@ -267,10 +267,11 @@ def test_the_hook_that_calibrates_a_network(rows, guidance) -> None:
 
 
 @pytest.mark.parametrize("device", [None, META], ids=["timesteps on the CPU", "timesteps on the device"])
-@pytest.mark.parametrize("trained", ["reflected", "the ordinary way"])
+@pytest.mark.parametrize("trained", ["reflected", "point", "the ordinary way"])
 @pytest.mark.parametrize("algorithm_type", ["sde", "ode", "heun"])
 def test_the_reflected_step(algorithm_type: str, trained: str, device) -> None:
-    network = {} if trained == "reflected" else {"beta_schedule": "linear", "prediction_type": "v_prediction"}
+    ordinary = {"beta_schedule": "linear", "prediction_type": "v_prediction"}
+    network = {"reflected": {}, "point": {"prediction_type": "point"}}.get(trained, ordinary)
     scheduler = ReflectedScheduler(algorithm_type=algorithm_type, **network)
     scheduler.set_timesteps(3, device)
     sample = batch()

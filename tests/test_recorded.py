@@ -134,12 +134,17 @@ def observation_latent(load):
     return numbers_of_training("transformer") | {"judge": summary(load_file(Path("out", "discriminator", WEIGHTS)))}
 
 
-def reflected(load):
+def reflected(load, *more):
     """Class-conditional."""
     unet().save_config("unet")
-    law = ("--class_conditional", "--sigma_log_mean", "-0.5")
-    load("train_reflected").run(*SCRATCH, *DIGITS, *TRAINING, *law)
+    law = more or ("--prediction_type", "epsilon", "--sigma_log_mean", "-0.5")
+    load("train_reflected").run(*SCRATCH, *DIGITS, *TRAINING, "--class_conditional", *law)
     return numbers_of_training()
+
+
+def reflected_point(load):
+    """Class-conditional, by the law of a likelihood."""
+    return reflected(load, "--purpose", "likelihood")
 
 
 def short_time(load):
@@ -213,6 +218,7 @@ RUNS = {
         consistency_edm,
         observation_latent,
         reflected,
+        reflected_point,
         short_time,
         bridge_of_classes,
         bridge_of_latents,

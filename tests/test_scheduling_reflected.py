@@ -601,7 +601,7 @@ def test_a_setting_can_be_changed_on_the_way() -> None:
         ({"step_variable": "t"}, "step_variable 't' is not one of log_sigma, sigma, sigma_squared"),
         ({"boundary": "wrap"}, "boundary 'wrap' is not one of reflect, project"),
         ({"sigma_spacing": "linear"}, "sigma_spacing 'linear' is not one of log_linear, karras"),
-        ({"prediction_type": "sample"}, "predicts epsilon, not 'sample'"),
+        ({"prediction_type": "sample"}, "predicts epsilon or point, not 'sample'"),
         ({"prediction_type": "noise", "beta_schedule": "linear"}, "'noise' is not one of"),
         ({"beta_schedule": "cosine"}, "beta_schedule 'cosine'"),
         ({"num_train_timesteps": 1}, "num_train_timesteps must be at least 2, got 1"),

@@ -26,7 +26,8 @@ def test_what_it_trains_opens_and_keeps_to_the_box(reflected, small, tmp_path): 
     assert isinstance(pipeline, ReflectedPipeline)
     assert pipeline.config.null_class == 10
     config = pipeline.scheduler.config
-    assert (config.sigma_min, config.sigma_max, config.algorithm_type) == (0.01, 10.0, "heun")
+    assert (config.sigma_min, config.sigma_max, config.algorithm_type) == (0.01, 3.0, "heun")
+    assert config.prediction_type == "point"
     assert (config.low, config.high) == (-1, 1)
     seen = []
 
@@ -44,6 +45,7 @@ def test_the_validated_loss_of_a_zero_network_is_the_norm_of_the_score(reflected
     """Where sigma is small the kernel is Gaussian, at a face folded in half: sigma^2 |score|^2 has mean 1. At sigma_max
     it is uniform, with score 0."""
     argv = [*map(str, small), "--max_validation_samples", "64", "--output_dir", str(tmp_path / "out")]
+    argv += ["--prediction_type", "epsilon"]
     loop = TrainingLoop(parse_arguments(reflected.ReflectedArguments, argv), "test", reflected.PAPER)
     for parameter in loop.pipeline.unet.conv_out.parameters():
         torch.nn.init.zeros_(parameter)
@@ -106,9 +108,22 @@ def test_the_box_must_hold_the_data(reflected, small, tmp_path):  # noqa: F811
         reflected.run(*argv)
 
 
-@pytest.mark.parametrize(("options", "mean", "std"), [((), -0.80, 1.79), (("--sigma_log_mean", "-0.7"), -0.70, 1.20)])
-def test_the_law_of_the_noise_levels(reflected, small, tmp_path, monkeypatch, options, mean, std):  # noqa: F811
-    """Log-uniform on [0.02, 10]: mean ln(0.2)/2, standard deviation ln(500)/12^1/2. Or log-normal, hardly cut there."""
+EPSILON = ("--prediction_type", "epsilon")
+
+
+@pytest.mark.parametrize(
+    ("options", "mean", "std", "sigma_max"),
+    [
+        ((), -0.218, 0.764, 3),
+        (("--purpose", "likelihood"), -0.714, 0.970, 3),
+        (("--purpose", "likelihood", "--sigma_log_mean", "-2", "--sigma_log_std", "0.1"), -2, 0.1, 3),
+        (EPSILON, -0.80, 1.79, 10),
+        ((*EPSILON, "--sigma_log_mean", "-0.7"), -0.70, 1.20, 10),
+    ],
+)
+def test_the_law_of_the_noise_levels(reflected, small, tmp_path, monkeypatch, options, mean, std, sigma_max):  # noqa: F811
+    """Log-normal, moved into the bounds: mean and standard deviation by quadrature. For epsilon log-uniform on [0.02,
+    10]: mean ln(0.2)/2, standard deviation ln(500)/12^1/2; or log-normal, hardly cut there."""
     drawn, plain = [], reflected.score_matching_loss
 
     def spy(model, x, x0, sigma, **kwargs):
@@ -122,6 +137,6 @@ def test_the_law_of_the_noise_levels(reflected, small, tmp_path, monkeypatch, op
     reflected.run(*small, *argv, *options, "--output_dir", tmp_path / "out")
     (sigma,) = drawn
     assert sigma.min() >= 0.02 * (1 - 1e-6)
-    assert sigma.max() <= 10 * (1 + 1e-6)
+    assert sigma.max() <= sigma_max * (1 + 1e-6)
     assert sigma.log().mean().item() == pytest.approx(mean, abs=4 * std / 1000**0.5)
     assert sigma.log().std().item() == pytest.approx(std, rel=0.1)

@@ -8,13 +8,17 @@ The result opens as `ReflectedPipeline`, after `import diffusers_ext`. `--help` 
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from diffusers_ext import log_normal_sigmas, score_matching_loss
 from diffusers_ext.commands import parse_arguments
 from diffusers_ext.errors import InputError, command
 from diffusers_ext.fields import arg
+from diffusers_ext.interop import NoiseSchedule
 from diffusers_ext.training import TrainingArguments, TrainingLoop
+
+SIGMA_MAX = 3.0  # 1.5 widths of [-1, 1]: there the law is uniform to 3e-5
+LAWS = {"samples": (-0.2, 0.8), "likelihood": (-0.7, 1.0)}  # mean and standard deviation of ln(sigma), chosen by trying
 
 PAPER = ("Reflected Diffusion Models", "2304.04740")
 
@@ -27,11 +31,18 @@ class ReflectedArguments(TrainingArguments):
 
     label_drop: float = arg(0.2, "Share of labels replaced by the null class.", at_least=0, at_most=1)
     sigma_min: float | None = arg(None, "Lowest noise level: 0.02 by default, 0.0002 for likelihood.", above=0)
-    sigma_max: float | None = arg(None, "Highest noise level, 10 by default.", above=0)
-    sigma_log_mean: float | None = arg(
-        None, "Draw ln(sigma) from a normal law of this mean, within bounds; by default it is uniform."
+    sigma_max: float | None = arg(None, "Highest noise level: 3 by default, 10 for epsilon.", above=0)
+    purpose: Literal["samples", "likelihood"] = arg(
+        "samples", "What the law of the noise levels serves, where the network predicts a point."
     )
-    sigma_log_std: float = arg(1.2, "Standard deviation of that law.", above=0)
+    sigma_log_mean: float | None = arg(
+        None,
+        "Draw ln(sigma) from a normal law of this mean, within bounds; by default -0.2 for samples, -0.7 for "
+        "likelihood, and for epsilon it is uniform.",
+    )
+    sigma_log_std: float | None = arg(
+        None, "Standard deviation of that law: by default 0.8 for samples, 1 for likelihood, 1.2 for epsilon.", above=0
+    )
     algorithm_type: str | None = arg(None, "Sampler: sde (the default), ode or heun.")
 
     def __post_init__(self) -> None:
@@ -42,7 +53,22 @@ class ReflectedArguments(TrainingArguments):
 
     def scheduler_settings(self) -> dict[str, Any]:
         own = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "algorithm_type": self.algorithm_type}
-        return super().scheduler_settings() | own
+        settings = super().scheduler_settings() | own
+        if self.scheduler in (None, self.needs_scheduler) and self.beta_schedule is None:  # others are refused later
+            settings["prediction_type"] = prediction = self.prediction_type or "point"
+            if self.sigma_max is None and prediction == "point":
+                settings["sigma_max"] = SIGMA_MAX
+        return settings
+
+    def law(self, schedule: NoiseSchedule) -> tuple[float, float] | None:
+        """Return mean and standard deviation of ln(sigma); `None` for a uniform one within the bounds."""
+        mean, std = LAWS[self.purpose]
+        if schedule.prediction_type == "epsilon":
+            if self.sigma_log_mean is None:
+                return None
+            std = 1.2
+        mean = mean if self.sigma_log_mean is None else self.sigma_log_mean
+        return mean, std if self.sigma_log_std is None else self.sigma_log_std
 
 
 @command
@@ -50,13 +76,14 @@ def main() -> None:
     args = parse_arguments(ReflectedArguments)
     loop = TrainingLoop(args, "train_reflected", PAPER)
     model, schedule, process = loop.score_model, loop.schedule, loop.score_model.process
+    law = args.law(schedule)
 
     for batch in loop:
         n, generator, device = len(batch.x0), batch.generator, batch.x0.device
-        if args.sigma_log_mean is None:
+        if law is None:
             sigma = schedule.draw_sigmas(n, generator, device)
         else:
-            sigma = log_normal_sigmas(n, args.sigma_log_mean, args.sigma_log_std, generator, device)
+            sigma = log_normal_sigmas(n, *law, generator, device)
             sigma = sigma.clamp(schedule.sigma_min, schedule.sigma_max)
         x = process.perturb(batch.x0, sigma, generator)
         loss = score_matching_loss(model, x, batch.x0, sigma, weight=loop.weight(sigma), **batch.cond)

@@ -17,8 +17,18 @@ The true score has no flux through the faces, so the flow needs no boundary term
 C is applied all the same: it folds x back (`reflect`) or clamps it (`project`: the projection scheme of the same
 process, which converges slowly).
 
+**A network that predicts a point** P (`prediction_type="point"`, see `score`) keeps it for the length of a step, whose
+remaining equation is that of the kernel p(x | P) alone:
+
+    sde     x <- a draw of p(x_next | x, x0 = P)                       exact for this P
+    ode     x <- the probability flow of p(. | P), from sigma to sigma'
+
+and the last step returns P. There is one evaluation a step; `step_variable` and `boundary` play no part; `heun` is that
+above. Guidance combines outputs of the network, and so points, before they are clamped.
+
 The chain starts at sigma_max, where a reflected process is uniform, and ends at sigma_min: there is no denoising step
-to 0, because Tweedie's formula is false in a box.
+to 0, because Tweedie's formula is false in a box. (A point is another thing: that of the exact score is the mean of the
+data near x where sigma is small.)
 
 **Models trained the ordinary way** (with Gaussian noise) run, too: with the `beta_*` settings of their scheduler in the
 configuration, as in `ReflectedScheduler.from_config(pipe.scheduler.config)`, the network gets the scale and time that
@@ -45,6 +55,7 @@ from ..interop import NoiseSchedule, ReflectedSchedule, noise_schedule
 from ..noise_levels import karras_sigmas, log_linear_sigmas
 from ..process import ReflectedProcess, align
 from ..ranges import require
+from ..score import reflected_eps, reflected_point
 
 SPACINGS = {"log_linear": log_linear_sigmas, "karras": karras_sigmas}
 ALGORITHMS = ("sde", "ode", "heun")
@@ -90,7 +101,7 @@ class ReflectedScheduler(SchedulerMixin, ConfigMixin):
         step_variable: `log_sigma`, `sigma` or `sigma_squared`: the variance rule of the SDE, and the variable in which
             the ODE's step is straight.
         boundary: `reflect` or `project`.
-        prediction_type: `epsilon` := -sigma score; models trained the ordinary way may have another.
+        prediction_type: `epsilon` := -sigma score, or `point`; models trained the ordinary way may have another.
         sigma_spacing: `log_linear` or `karras`.
         beta_schedule, beta_start, beta_end, trained_betas, rescale_betas_zero_snr: of a variance-preserving model
             trained the ordinary way; by default the model is one of the reflected process.
@@ -134,10 +145,8 @@ class ReflectedScheduler(SchedulerMixin, ConfigMixin):
         if beta_schedule is not None or trained_betas is not None:
             network = {name: self.config[name] for name in _OF_THE_NETWORK}
             self.alphas_cumprod, self.schedule = _stock(network).alphas_cumprod, _trained(network)
-        elif prediction_type == "epsilon":
-            self.schedule = ReflectedSchedule(num_train_timesteps, sigma_min, sigma_max, self.process)
         else:
-            raise ValueError(f"the network of a reflected process predicts epsilon, not {prediction_type!r}")
+            self.schedule = ReflectedSchedule(num_train_timesteps, sigma_min, sigma_max, self.process, prediction_type)
         rounding = 1 + 1e-6
         if sigma_min * rounding < self.schedule.sigma_min or sigma_max > self.schedule.sigma_max * rounding:
             raise ValueError(
@@ -235,7 +244,8 @@ class ReflectedScheduler(SchedulerMixin, ConfigMixin):
             generator: the source of the noise of `sde`, or a list with one for each sample.
 
         Returns:
-            The next sample, in the dtype of `sample`; the step is computed in float32 at least.
+            The next sample, in the dtype of `sample`; the step is computed in float32 at least. The last step of `ode`
+            and `sde` returns the point, where the network predicts one.
 
         Raises:
             ValueError: the timestep is not one of the grid (this is not checked on an accelerator), or is its end.
@@ -244,6 +254,11 @@ class ReflectedScheduler(SchedulerMixin, ConfigMixin):
         index = self._index(timestep, x.device)
         sigmas = self.sigmas.to(x.device)
         sigma = sigmas[index].to(x.dtype)
+        if self.schedule.prediction_type == "point" and self.order == 1:
+            x = self._with_point(
+                self._output(model_output, x), x, sigma[0], sigmas[index + 1][0].to(x.dtype), generator
+            )
+            return self._result(x, sample.dtype, return_dict)
         eps = self.eps(model_output, x, sigma)
         r, dsigma_dr = STEP_VARIABLES[self.config.step_variable]
         slope = dsigma_dr(sigma) * eps
@@ -266,11 +281,28 @@ class ReflectedScheduler(SchedulerMixin, ConfigMixin):
         x = (self.process.constrain(x) if self.config.boundary == "reflect" else x.clamp(low, high)).to(dtype)
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
+    def _with_point(self, output: Tensor, x: Tensor, sigma: Tensor, sigma_next: Tensor, generator: Any) -> Tensor:
+        """Make a step with the point that the network predicts; the last one ends there."""
+        point = reflected_point(self.process, output, x, sigma)
+        if self.config.algorithm_type == "ode":
+            x = self.process.flow(x, point, sigma, sigma_next)
+        else:
+            noise, other = (randn_tensor(x.shape, generator, x.device, x.dtype) for _ in range(2))
+            x = self.process.posterior(x, point, sigma, sigma_next, noise, torch.special.ndtr(other))
+        return torch.where(sigma_next <= self.sigmas[-1].to(sigma_next), point, x)
+
     def eps(self, model_output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """Return eps = -sigma score, (B, ...), from the network's output at x, without its variance channels; `sigma`
         has shape () or (1,)."""
-        _, c_skip, c_out = self.schedule.coefficients(sigma)
-        return ((1 - c_skip) * x - c_out * model_output[:, : x.shape[1]].to(x.dtype)) / sigma
+        output, schedule = self._output(model_output, x), self.schedule
+        if isinstance(schedule, ReflectedSchedule):
+            return reflected_eps(self.process, schedule.prediction_type, output, x, sigma.reshape(()))
+        _, c_skip, c_out = schedule.coefficients(sigma)
+        return ((1 - c_skip) * x - c_out * output) / sigma
+
+    @staticmethod
+    def _output(model_output: Tensor, x: Tensor) -> Tensor:
+        return model_output[:, : x.shape[1]].to(x.dtype)
 
     def _index(self, timestep: Tensor | float, device: torch.device) -> Tensor:
         """Return the index of a timestep on the grid, (1,), on the device and without a wait for it."""
