@@ -178,6 +178,13 @@ def reflected_point(process: ReflectedProcess, output: Tensor, x: Tensor, sigma:
     return centre + half * (c_skip * (x - centre) / half + c_out * output).clamp(-1, 1)
 
 
+def reflected_output(process: ReflectedProcess, point: Tensor, x: Tensor, sigma: Tensor | float) -> Tensor:
+    """Return the output of a network that predicts this point, (B, ...): the inverse of `reflected_point`."""
+    centre, half = (process.low + process.high) / 2, process.width / 2
+    _, c_skip, c_out = vp_v_prediction(align(sigma, x) / half)
+    return ((point - centre) / half - c_skip * (x - centre) / half) / c_out
+
+
 def reflected_eps(
     process: ReflectedProcess, prediction_type: str, output: Tensor, x: Tensor, sigma: Tensor | float
 ) -> Tensor:

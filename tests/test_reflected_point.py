@@ -234,21 +234,28 @@ def test_the_sde_has_the_law_of_the_data_process() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["ode", "sde", "heun"])
-def test_guidance_combines_points_before_they_are_clamped(algorithm: str) -> None:
+def test_guidance_combines_points_of_the_box_and_clamps_the_result(algorithm: str) -> None:
     torch.manual_seed(0)
     unet = tiny_unet(num_class_embeds=4)
     pipe = ReflectedPipeline(unet, scheduler(algorithm), null_class=3)
     pipe.set_progress_bar_config(disable=True)
     x = 2 * torch.rand(2, 1, 8, 8, generator=seeded()) - 1
-    drawn = pipe([0, 2], latents=x, guidance_scale=4.0, num_inference_steps=1, generator=seeded(), output_type="np")
-    time = torch.tensor(999.0)
+    time, process = torch.tensor(999.0), pipe.scheduler.process
     with torch.no_grad():
-        free, guided = (unet(x, time, torch.tensor(labels)).sample for labels in ([3, 3], [0, 2]))
-    point = reflected_point(pipe.scheduler.process, free + 4 * (guided - free), x, 3.0)
+        for parameter in unet.conv_out.parameters():
+            parameter.mul_(20)  # so that points are beyond the box
+        outputs = [unet(x, time, torch.tensor(labels)).sample for labels in ([3, 3], [0, 2])]
+    free, guided = (reflected_point(process, output, x, 3.0) for output in outputs)
+    assert (guided.abs() == 1).float().mean() > 0.1
+    point = (free + 4 * (guided - free)).clamp(-1, 1)
+    seen = pipe._predict(x, time, torch.tensor([0, 2]), 4.0)
+    torch.testing.assert_close(reflected_point(process, seen, x, 3.0), point, rtol=1e-4, atol=1e-4)
+    eps = -3 * process.target_score(x, point, 3.0)
+    torch.testing.assert_close(pipe.scheduler.eps(seen, x, torch.tensor([3.0])), eps, rtol=1e-3, atol=1e-4)
     if algorithm != "heun":
-        np.testing.assert_allclose(drawn.images, (point.movedim(1, 3).numpy() + 1) / 2, atol=1e-5)
-    eps = -3 * pipe.scheduler.process.target_score(x, point, 3.0)
-    torch.testing.assert_close(pipe.scheduler.eps(free + 4 * (guided - free), x, torch.tensor([3.0])), eps)
+        options = {"guidance_scale": 4.0, "num_inference_steps": 1, "generator": seeded(), "output_type": "np"}
+        drawn = pipe([0, 2], latents=x, **options).images
+        np.testing.assert_allclose(drawn, (point.movedim(1, 3).numpy() + 1) / 2, atol=1e-4)
 
 
 def test_the_configuration_makes_the_model() -> None:

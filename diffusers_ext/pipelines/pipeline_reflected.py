@@ -5,7 +5,8 @@ The chain follows the fixed grids of `ReflectedScheduler`, or an adaptive solver
     dx/du = sigma eps(x, sigma),        u = ln sigma.
 
 A learned score may have some flux through a face; beyond the face the flow is continued by its mirror image. Guidance
-is that of `ClassConditionalPipeline`: it combines scores linearly, and no scale of it leads out of the box.
+is that of `ClassConditionalPipeline`: it combines scores linearly, or, of a network that predicts a point, points of
+the box, and the result is clamped to the box again. No scale of it leads out of the box.
 
 Reference: Reflected Diffusion Models (Lou, Ermon, 2023, arXiv 2304.04740).
 """
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from ..ranges import require
 from ..schedulers import ReflectedScheduler
+from ..score import reflected_output, reflected_point
 from .pipeline_class_conditional import ClassConditionalPipeline
 
 MAX_STEPS = 1000
@@ -116,6 +118,13 @@ class ReflectedPipeline(ClassConditionalPipeline):
         if isinstance(generator, list):
             return torch.cat([prior(self._shape(1), generator=g) for g in generator])
         return prior(self._shape(n), generator=generator)
+
+    def _output(self, output: Tensor, sample: Tensor, t: Any) -> Tensor:
+        schedule, process = self.scheduler.schedule, self.scheduler.process
+        if schedule.prediction_type != "point":
+            return output
+        sigma, x = schedule.sigma(torch.as_tensor(t, device=sample.device)), process.constrain(sample)
+        return reflected_output(process, reflected_point(process, output.to(x.dtype), x, sigma), x, sigma)
 
     def _in_unit_range(self, sample: Tensor) -> Tensor:
         return (sample - self.scheduler.process.low) / self.scheduler.process.width

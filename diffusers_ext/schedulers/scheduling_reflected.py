@@ -24,7 +24,7 @@ remaining equation is that of the kernel p(x | P) alone:
     ode     x <- the probability flow of p(. | P), from sigma to sigma'
 
 and the last step returns P. There is one evaluation a step; `step_variable` and `boundary` play no part; `heun` is that
-above. Guidance combines outputs of the network, and so points, before they are clamped.
+above. `ReflectedPipeline` guides by a combination of points of the box, which is clamped again.
 
 The chain starts at sigma_max, where a reflected process is uniform, and ends at sigma_min: there is no denoising step
 to 0, because Tweedie's formula is false in a box. (A point is another thing: that of the exact score is the mean of the
