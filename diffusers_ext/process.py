@@ -118,6 +118,11 @@ class ReflectedProcess(Process):
         """high - low."""
         return self.high - self.low
 
+    @property
+    def centre(self) -> float:
+        """(low + high) / 2."""
+        return (self.low + self.high) / 2
+
     def perturb(self, x0: Tensor, sigma: Tensor | float, generator: torch.Generator | None = None) -> Tensor:
         return self.constrain(x0 + align(sigma, x0) * randn_like(x0, generator))
 

@@ -172,17 +172,22 @@ REFLECTED_PREDICTIONS = ("epsilon", "point")
 
 def reflected_point(process: ReflectedProcess, output: Tensor, x: Tensor, sigma: Tensor | float) -> Tensor:
     """Return P, (B, ...), from the output of a network that predicts a point."""
-    centre, half = (process.low + process.high) / 2, process.width / 2
-    _, c_skip, c_out = vp_v_prediction(align(sigma, x) / half)
+    skip, c_out = _in_half_widths(process, x, sigma)
     # Clamped and never folded: a network overshoots the face that it means.
-    return centre + half * (c_skip * (x - centre) / half + c_out * output).clamp(-1, 1)
+    return process.centre + process.width / 2 * (skip + c_out * output).clamp(-1, 1)
 
 
 def reflected_output(process: ReflectedProcess, point: Tensor, x: Tensor, sigma: Tensor | float) -> Tensor:
     """Return the output of a network that predicts this point, (B, ...): the inverse of `reflected_point`."""
-    centre, half = (process.low + process.high) / 2, process.width / 2
+    skip, c_out = _in_half_widths(process, x, sigma)
+    return ((point - process.centre) / (process.width / 2) - skip) / c_out
+
+
+def _in_half_widths(process: ReflectedProcess, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return c_skip x and c_out where the box is [-1, 1]."""
+    half = process.width / 2
     _, c_skip, c_out = vp_v_prediction(align(sigma, x) / half)
-    return ((point - centre) / half - c_skip * (x - centre) / half) / c_out
+    return c_skip * (x - process.centre) / half, c_out
 
 
 def reflected_eps(
