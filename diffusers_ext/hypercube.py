@@ -95,12 +95,11 @@ def heat_kernel_flow(
     """Return where the probability flow of p(. | x0) takes x, from sigma to sigma_next, in so many steps of Heun."""
     dtype, (x, x0, sigma) = x.dtype, _prepare(x, x0, sigma)
     h = (sigma / align(sigma_next, x)).log() / steps
-    slope = sigma**2 * heat_kernel_score(x, x0, sigma)
     for _ in range(steps):
+        slope = sigma**2 * heat_kernel_score(x, x0, sigma)
         sigma = sigma * torch.exp(-h)
         ahead = reflect(x + h * slope)
         x = reflect(x + h / 2 * (slope + sigma**2 * heat_kernel_score(ahead, x0, sigma)))
-        slope = sigma**2 * heat_kernel_score(x, x0, sigma)
     return x.to(dtype)
 
 

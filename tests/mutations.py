@@ -87,6 +87,12 @@ MUTATIONS = [
         "(pi * sigma) ** 2",
         "tests/test_reflected_point.py -k weight",
     ),
+    Mutation(
+        "noise of a point's step",
+        "(randn_tensor(x.shape, generator, x.device, x.dtype) for",
+        "(randn_tensor(x.shape) for",
+        "tests/test_reflected_point.py -k randomness",
+    ),
     Mutation("scaled flow", "* v / a - rate * z", "* v / a", "tests/test_likelihood.py"),
     Mutation("losses, gradient", "r_1 = denoiser(x_1, s", "r_1 = denoiser(x_2, s", "tests/test_losses.py -k gradient"),
     Mutation("losses, adversarial", "r1_weight / 2 * r1", "r1_weight * r1", "tests/test_losses.py -k r1"),

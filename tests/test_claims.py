@@ -19,13 +19,22 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 @pytest.fixture
 def claims(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in ("bench", "trained"):
+    for name in ("bench", "trained", "reflected_guidance"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     spec = importlib.util.spec_from_file_location("claims", BENCHMARKS / "claims.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "claims", module)
     spec.loader.exec_module(module)
     return module
+
+
+def test_a_claim_of_two_seeds_holds_for_each_of_them(claims):
+    one = ("better", "theirs", ("Frechet distance 3.00 → 1.00", Interval(-2.0, -3.0, -1.0)))
+    other = ("better", "theirs", ("Frechet distance 2.00 → 1.90", Interval(-0.1, -0.5, 0.3)))
+    claim, theirs, (ours, difference) = claims.over_seeds((one, other))
+    assert (claim, theirs, ours) == ("better", "theirs", "Frechet distance 3.00 → 1.00; 2.00 → 1.90")
+    assert difference == Interval(-1.05, -3.0, 0.3)
+    assert claims.verdict(difference, better=True) == "too small to tell"
 
 
 def test_a_verdict_is_the_side_of_zero_that_the_interval_lies_on(claims):

@@ -276,6 +276,10 @@ def test_models_that_do_not_fit_each_other_or_are_broken_are_refused(evaluate, m
     assert "name the models: --pretrained_model_name_or_path" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="could not be loaded"):
         evaluate.run(*arguments([tmp_path / "nowhere"], tmp_path / "out"))
+    (tmp_path / "prompts.txt").write_text("a bike\n")
+    for file, message in (("prompts.txt", "first takes no prompts: leave"), ("none.txt", "cannot be read as text")):
+        with pytest.raises(SystemExit, match=message):
+            evaluate.run(*arguments(models, tmp_path / "out", "--prompt_file", tmp_path / file))
     next((models[0] / "unet").glob("*.safetensors")).unlink()
     with pytest.raises(SystemExit, match="could not be loaded"):
         evaluate.run(*arguments(models, tmp_path / "out"))

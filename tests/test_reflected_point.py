@@ -233,6 +233,19 @@ def test_the_sde_has_the_law_of_the_data_process() -> None:
     assert errors[0] > errors[1]
 
 
+def test_all_randomness_of_a_step_is_the_generators() -> None:
+    sampler = scheduler("sde")
+    sampler.set_timesteps(10)
+    output, x, t = torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 0.3), sampler.timesteps[3]
+    state = torch.get_rng_state()
+    first, again, other = (sampler.step(output, t, x, generator=seeded(s)).prev_sample for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    each = sampler.step(output, t, x, generator=[seeded(1), seeded(1)]).prev_sample
+    assert torch.equal(each[0], each[1])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("algorithm", ["ode", "sde", "heun"])
 def test_guidance_combines_points_of_the_box_and_clamps_the_result(algorithm: str) -> None:
     torch.manual_seed(0)

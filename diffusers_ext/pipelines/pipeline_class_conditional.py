@@ -186,11 +186,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
         else:
             both = torch.cat([labels, torch.full_like(labels, self.config.null_class)])
             outputs, variance = self._split(self.unet(torch.cat([model_input] * 2), t, class_labels=both).sample)
-            output, null = (self._output(one, sample, t) for one in outputs.chunk(2))
+            output, null = (self._bounded(one, sample, t) for one in outputs.chunk(2))
             output = null + guidance_scale * (output - null)
         return torch.cat([output, variance[: len(output)]], 1) if self._reads_variance else output
 
-    def _output(self, output: Tensor, sample: Tensor, t: Any) -> Tensor:
+    def _bounded(self, output: Tensor, sample: Tensor, t: Any) -> Tensor:
         """Return what guidance combines of an output of the network at (sample, t); a subclass may bound it."""
         return output
 

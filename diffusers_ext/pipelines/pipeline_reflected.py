@@ -119,7 +119,7 @@ class ReflectedPipeline(ClassConditionalPipeline):
             return torch.cat([prior(self._shape(1), generator=g) for g in generator])
         return prior(self._shape(n), generator=generator)
 
-    def _output(self, output: Tensor, sample: Tensor, t: Any) -> Tensor:
+    def _bounded(self, output: Tensor, sample: Tensor, t: Any) -> Tensor:
         schedule, process = self.scheduler.schedule, self.scheduler.process
         if schedule.prediction_type != "point":
             return output
