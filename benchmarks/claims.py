@@ -10,9 +10,10 @@ docs/claims.md is made. What is there is neither trained nor drawn again.
 
 The cost of training is counted in passes of the network over a batch, forward 1 and backward 2, and equal for the two
 sides of a comparison; a discriminator's own passes are not counted in. A comparison is paired: both sides draw from the
-same noise, and the interval (95%, jackknife) is that of their difference. Every side is trained from `--seeds` seeds;
-the difference is the mean, and its interval reaches over those of all seeds, so that a verdict holds for each of them.
-`control` trains the baseline once more, from another seed, to show how much that does.
+same noise, and the interval (95%, jackknife) is that of their difference: of the extractor's features, and, as a second
+measure, of pixels. Every side is trained from `--seeds` seeds; the difference is the mean, and its interval reaches
+over those of all seeds, so that a verdict holds for each of them. `control` trains the baseline once more, from another
+seed, to show how much that does.
 """
 
 import json
@@ -46,7 +47,7 @@ from diffusers_ext.evaluation import (
 from diffusers_ext.evaluation.real_images import rows_of
 from diffusers_ext.extractors import default_extractor, make_extractor
 from diffusers_ext.files import write_file
-from diffusers_ext.metrics import Interval, frechet_distance, pseudo_values, student_interval
+from diffusers_ext.metrics import Interval, student_interval
 from diffusers_ext.reports.card import table
 from diffusers_ext.schedulers import calibrated_class
 from diffusers_ext.subjects import Subject
@@ -54,7 +55,8 @@ from diffusers_ext.training import TrainingArguments
 
 T = 0.6
 HARM = "It does harm to multistep solvers at many steps (PNDM, 50 evaluations)"
-Found = tuple[str, Interval]  # ours in words, and the difference, method less baseline, of which less is better
+# Ours in words, the difference, method less baseline, of which less is better, and that of pixels, of samples.
+Found = tuple[str, Interval, Interval | None]
 Claim = tuple[str, str, Found]
 
 
@@ -70,7 +72,7 @@ BUDGETS = {
 # How a model is trained: by a script, at a cost of so many passes a step, with options, perhaps from the baseline on,
 # and from a seed beside ours. From scratch it takes as many passes as the budget's steps of denoising, fine-tuned as
 # many as those of observation guidance (4: the generator's, and the forward pass for the discriminator's fake).
-Recipe = namedtuple("Recipe", "script cost options tuned seed", defaults=[False, 0])
+Recipe = namedtuple("Recipe", "script cost options base seed", defaults=["", 0])
 PLAIN, CLASSES = "--consistency_weight 0", "--class_conditional --label_drop 0.2"
 OBSERVATION = "--frechet_samples 0 --discriminator_learning_rate 1e-3 --observation_weight 0.005"
 # To a learning rate of 0: at a constant one the last steps are noise that hides what is compared.
@@ -83,9 +85,12 @@ RECIPES = {
     "ordinary": Recipe("train_consistency.py", 3, f"{PLAIN} {CLASSES}"),
     "reflected": Recipe("train_reflected.py", 3, CLASSES),
     "reflected_likely": Recipe("train_reflected.py", 3, f"{CLASSES} --purpose likelihood"),
-    "trained_on": Recipe("train_consistency.py", 3, PLAIN, tuned=True),
-    "observed": Recipe("train_observation.py", 4, OBSERVATION, tuned=True),
-    "observed_consistent": Recipe("train_observation.py", 5, f"{OBSERVATION} --consistency_weight 10", tuned=True),
+    "trained_on": Recipe("train_consistency.py", 3, PLAIN, "baseline"),
+    "observed": Recipe("train_observation.py", 4, OBSERVATION, "baseline"),
+    "observed_consistent": Recipe("train_observation.py", 5, f"{OBSERVATION} --consistency_weight 10", "baseline"),
+    "linear": Recipe("train_consistency.py", 3, f"{PLAIN} --beta_schedule linear"),
+    "linear_trained_on": Recipe("train_consistency.py", 3, PLAIN, "linear"),
+    "linear_observed": Recipe("train_observation.py", 4, OBSERVATION, "linear"),
 }
 
 
@@ -100,13 +105,13 @@ class Lab:
         self.drawn, self.models = self.out / "drawn", {}
 
     def train(self, name: str) -> Path:
-        script, cost, options, tuned, beside = RECIPES[name]
-        seed, passes = self.seed + beside, self.budget.tuning * 4 if tuned else self.budget.steps * 3
+        script, cost, options, base, beside = RECIPES[name]
+        seed, passes = self.seed + beside, self.budget.tuning * 4 if base else self.budget.steps * 3
         steps = round(passes / cost)
         arguments = [*self.for_training, "--num_validation_images", "0", "--max_validation_samples", "64"]
         arguments += ["--seed", str(seed), "--max_train_steps", str(steps), *options.split()]
-        if tuned:
-            arguments += ["--pretrained_model_name_or_path", str(self.train("baseline")), *TUNING.split()]
+        if base:
+            arguments += ["--pretrained_model_name_or_path", str(self.train(base)), *TUNING.split()]
         folder, record = self.out / name, {"seed": seed, "steps": steps, "passes": steps * cost}
         return train(script, folder, arguments, deadline=self.deadline, **record)
 
@@ -159,17 +164,16 @@ class Lab:
         options = {"batch_size": 250, "seed": self.seed, "guidance_scale": guidance}
         drawing = Drawing.of(pipeline, scheduler, steps_for(scheduler, nfe), n, **options)
         drawing.draw(self.drawn)
-        drawing.extract(self.drawn, self.judge.extractor)
         if time.monotonic() > self.deadline:
             raise OutOfTime
         return drawing
 
     def versus(self, method: Drawing, baseline: Drawing) -> Found:
         """The two distances in words, and the interval of their difference, paired."""
-        reference, extractor = self.judge.manifold.reference, self.judge.extractor
-        features = [one.features(self.drawn, extractor).to(reference.device) for one in (method, baseline)]
-        ours, theirs = (pseudo_values(frechet_distance, one, reference) for one in features)
-        return f"Frechet distance {theirs.mean():.2f} → {ours.mean():.2f}", student_interval(ours - theirs)
+        ours, theirs = (self.judge.measure(one, self.drawn) for one in (method, baseline))
+        found, pixels = ours.change(theirs), ours.change(theirs, "pixels")
+        assert found is not None
+        return f"Frechet distance {theirs.frechet.estimate:.2f} → {ours.frechet.estimate:.2f}", found, pixels
 
     def bits(self, name: str, n: int = 256) -> Tensor:
         """The bound of n held-out images, given their labels."""
@@ -222,10 +226,11 @@ def reflected(lab: Lab) -> Iterator[Claim]:
         yield f"Guided by the ODE at scale 8, samples stay faithful (against {how})", theirs, found
     drawings = ours, lab.draw("ordinary", 20, guidance=8.0, **free)
     after, before = (drawing.counted(lab.drawn).out_of_range for drawing in drawings)
-    found = f"values out of range {before:.1%} → {after:.1%}", Interval(*[after - before] * 3)
+    found = f"values out of range {before:.1%} → {after:.1%}", Interval(*[after - before] * 3), None
     yield "No value leaves the range of the data (against DDIM, scale 8)", "by construction", found
     after, before = lab.bits("reflected_likely"), lab.bits("ordinary")
-    found = f"bits per dimension {before.mean():.3f} → {after.mean():.3f} (bound)", student_interval(after - before)
+    said = f"bits per dimension {before.mean():.3f} → {after.mean():.3f} (bound)"
+    found = said, student_interval(after - before), None
     yield "The likelihood is as good (trained for it)", "2.68 (CIFAR-10), near the best of its time", found
 
 
@@ -251,7 +256,8 @@ def short_time(lab: Lab) -> Iterator[Claim]:
     gain, bits = report.difference(cell, other), [report.terms(*c).bits_per_dim.mean for c in (other, cell)]
     nats = images.images[0].numel() * log(2)  # of an image, for each bit per dimension
     mean, half = gain.mean / nats, 1.96 * gain.std_error / nats
-    found = f"bits per dimension {bits[0]:.4f} → {bits[1]:.4f} (bound)", Interval(mean, mean - half, mean + half)
+    said = f"bits per dimension {bits[0]:.4f} → {bits[1]:.4f} (bound)"
+    found = said, Interval(mean, mean - half, mean + half), None
     theirs = "3.09 → 3.07 (CIFAR-10; not verified by us)"
     yield f"The likelihood at T = {T} is no worse than at T = 1 (flow)", theirs, found
 
@@ -262,6 +268,9 @@ def observation(lab: Lab) -> Iterator[Claim]:
         found = lab.versus(lab.draw("observed", nfe), lab.draw("trained_on", nfe))
         theirs = f"{figures[nfe]} (CIFAR-10)" if nfe in figures else "no figure"
         yield f"Fine-tuning with a discriminator improves samples (DDIM, {nfe} evaluations)", theirs, found
+    for nfe in (5, 10, 20):  # where few steps hurt: the premise of the method
+        found = lab.versus(lab.draw("linear_observed", nfe), lab.draw("linear_trained_on", nfe))
+        yield f"The same of a model with linear betas (DDIM, {nfe} evaluations)", "as above", found
     found = lab.versus(lab.draw("observed", 50, "PNDM"), lab.draw("trained_on", 50, "PNDM"))
     yield HARM, "FID 4.24 → 4.87 (CIFAR-10, S-PNDM; the authors' logs)", found
 
@@ -294,12 +303,21 @@ def verdict(difference: Interval, better: bool, claimed: bool = True) -> str:
 
 def over_seeds(found: tuple[Claim, ...]) -> Claim:
     """One claim of several seeds: what was found of each, the mean difference, an interval over those of all."""
-    differences = [difference for _, _, (_, difference) in found]
-    mean = sum(d.estimate for d in differences) / len(differences)
-    whole = Interval(mean, min(d.low for d in differences), max(d.high for d in differences))
-    claim, theirs, (ours, _) = found[0]
-    others = (other.removeprefix("Frechet distance ") for _, _, (other, _) in found[1:])
-    return claim, theirs, ("; ".join([ours, *others]), whole)
+    differences = [difference for _, _, (_, difference, _) in found]
+    pixels = [difference for _, _, (_, _, difference) in found if difference is not None]
+    claim, theirs, (ours, *_) = found[0]
+    others = (other.removeprefix("Frechet distance ") for _, _, (other, *_) in found[1:])
+    return claim, theirs, ("; ".join([ours, *others]), hull(differences), hull(pixels) if pixels else None)
+
+
+def hull(differences: list[Interval]) -> Interval:
+    """The mean of several differences, and the interval that holds those of all."""
+    mean = sum(one.estimate for one in differences) / len(differences)
+    return Interval(mean, min(one.low for one in differences), max(one.high for one in differences))
+
+
+def shown(d: Interval) -> str:
+    return f"{d.estimate:+.3g} ({d.low:+.3g} to {d.high:+.3g})"
 
 
 def read(docs: Path, preset: str) -> dict[str, Any]:
@@ -316,11 +334,11 @@ def write_table(docs: Path) -> None:
         for row in found["rows"]:
             d = Interval(*row["difference"])
             address = f"[{row['paper']}](https://arxiv.org/abs/{row['paper']})" if row["paper"] else ""
-            shown = f"{d.estimate:+.3g} ({d.low:+.3g} to {d.high:+.3g})"
-            rows.append([address, row["claim"], row["theirs"], row["ours"], shown, row["verdict"]])
+            rows.append([address, row["claim"], row["theirs"], row["ours"], shown(d), row["verdict"]])
+            rows[-1].insert(5, shown(Interval(*row["pixels"])) if row.get("pixels") else "")
         parts.append(f"## {preset}")
         if rows:
-            parts.append(table(["paper", "claim", "theirs", "ours", "difference (95%)", "verdict"], rows))
+            parts.append(table(["paper", "claim", "theirs", "ours", "difference (95%)", "of pixels", "verdict"], rows))
             parts.append("\n".join(f"    {command}" for command in dict.fromkeys(r["command"] for r in found["rows"])))
             parts.append(found["described"])
         if missing := [name for name in METHODS if name not in {row["method"] for row in found["rows"]}]:
@@ -364,11 +382,11 @@ def main() -> None:
             command = f"python benchmarks/claims.py --preset {args.preset} {data}--methods {method}"
             rows = [row for row in rows if row["method"] != method]
             for found in zip(*(METHODS[method](one) for one in labs), strict=True):
-                claim, theirs, (ours, difference) = over_seeds(found)
+                claim, theirs, (ours, difference, pixels) = over_seeds(found)
                 said = verdict(difference, claim != HARM, bool(paper))
                 row = {"method": method, "paper": paper, "claim": claim, "theirs": theirs, "ours": ours}
                 row["seeds"] = [args.seed + number for number in range(args.seeds)]
-                rows.append(row | {"difference": difference, "verdict": said, "command": command})
+                rows.append(row | {"difference": difference, "pixels": pixels, "verdict": said, "command": command})
                 print(f"{method}: {claim}: {ours}, {said}", flush=True)
             rows.sort(key=lambda row: list(METHODS).index(row["method"]))
             write(labs, rows)

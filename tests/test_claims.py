@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from diffusers_ext.evaluation import Manifold, quality
 from diffusers_ext.metrics import Interval
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -29,11 +30,12 @@ def claims(monkeypatch):
 
 
 def test_a_claim_of_two_seeds_holds_for_each_of_them(claims):
-    one = ("better", "theirs", ("Frechet distance 3.00 → 1.00", Interval(-2.0, -3.0, -1.0)))
-    other = ("better", "theirs", ("Frechet distance 2.00 → 1.90", Interval(-0.1, -0.5, 0.3)))
-    claim, theirs, (ours, difference) = claims.over_seeds((one, other))
+    one = ("better", "theirs", ("Frechet distance 3.00 → 1.00", Interval(-2.0, -3.0, -1.0), Interval(2, 1, 3)))
+    other = ("better", "theirs", ("Frechet distance 2.00 → 1.90", Interval(-0.1, -0.5, 0.3), Interval(3, 2.5, 4)))
+    claim, theirs, (ours, difference, pixels) = claims.over_seeds((one, other))
     assert (claim, theirs, ours) == ("better", "theirs", "Frechet distance 3.00 → 1.00; 2.00 → 1.90")
     assert difference == Interval(-1.05, -3.0, 0.3)
+    assert pixels == Interval(2.5, 1, 4)
     assert claims.verdict(difference, better=True) == "too small to tell"
 
 
@@ -52,20 +54,19 @@ def test_a_difference_is_paired(claims):
     """x and x + c against N(0, I): the distances are 0 and |c|^2, and what x has by chance is in both."""
     generator = torch.Generator().manual_seed(1)
     x, reference = (torch.randn(2000, 8, generator=generator) for _ in range(2))
-    judge = SimpleNamespace(extractor=None, manifold=SimpleNamespace(reference=reference))
+    manifold = Manifold.of(reference, reference, None, 100)
+    seen = torch.randn(2000, 3, generator=generator)
+    judge = SimpleNamespace(measure=lambda one, folder: quality(one, manifold, (2 * one[:, :3], seen)))
     lab = SimpleNamespace(judge=judge, drawn=None)
-
-    def drawing(features):
-        return SimpleNamespace(features=lambda folder, extractor: features)
-
-    words, difference = claims.Lab.versus(lab, drawing(x + 0.3), drawing(x))
+    words, difference, pixels = claims.Lab.versus(lab, x + 0.3, x)
+    assert pixels.low < 3 * 0.6**2 < pixels.high
     assert difference.low < 8 * 0.3**2 < difference.high
     assert words.startswith("Frechet distance ")
     before, after = (float(word) for word in words.removeprefix("Frechet distance ").split(" → "))
     assert after - before == pytest.approx(0.72, abs=0.2)  # from the baseline to the method
-    _, paired = claims.Lab.versus(lab, drawing(1.01 * x), drawing(x))
+    _, paired, _ = claims.Lab.versus(lab, 1.01 * x, x)
     other = torch.randn(2000, 8, generator=generator)
-    _, unpaired = claims.Lab.versus(lab, drawing(1.01 * x), drawing(other))
+    _, unpaired, _ = claims.Lab.versus(lab, 1.01 * x, other)
     assert paired.high - paired.low < 0.5 * (unpaired.high - unpaired.low)
 
 
@@ -74,7 +75,8 @@ def test_the_page_shows_all_rows_and_what_is_missing(claims, tmp_path):
     (tmp_path / "claims" / "HEAD.md").write_text("# Claims\n")
     row = {
         "method": "calibrated", "paper": "2302.10688", "claim": "It helps", "theirs": "FID 2 → 1", "ours": "3 → 2.5",
-        "difference": [-0.5, -0.75, -0.25], "verdict": "reproduced", "command": "python benchmarks/claims.py",
+        "difference": [-0.5, -0.75, -0.25], "pixels": [0.1, 0.05, 0.2], "verdict": "reproduced",
+        "command": "python benchmarks/claims.py",
     }  # fmt: skip
     (tmp_path / "claims" / "digits.json").write_text(json.dumps({"rows": [row], "described": "500 samples"}))
     claims.write_table(tmp_path)
@@ -82,7 +84,7 @@ def test_the_page_shows_all_rows_and_what_is_missing(claims, tmp_path):
     assert text.startswith("# Claims\n")
     line = next(line for line in text.splitlines() if "It helps" in line)
     assert "https://arxiv.org/abs/2302.10688" in line
-    assert "-0.5 (-0.75 to -0.25) | reproduced" in line
+    assert "-0.5 (-0.75 to -0.25) | +0.1 (+0.05 to +0.2) | reproduced" in line
     assert "Not measured yet: consistency, reflected, short_time, observation, combinations, control." in text
     assert text.count("## ") == 3
     assert "500 samples" in text

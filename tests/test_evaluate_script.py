@@ -51,7 +51,7 @@ def models(tmp_path):
 
 def arguments(models, out, *more):
     data = ("--dataset_name", "digits", "--max_train_samples", 150, "--max_validation_samples", 200)
-    cheap = ("--extractor", "pixels", "--num_samples", 70, "--train_batch_size", 32, "--nfe", "1,2")
+    cheap = ("--extractor", "pixels", "--num_samples", 90, "--train_batch_size", 32, "--nfe", "1,2")
     likely = ("--likelihood_images", 4, "--ode_images", 0, "--likelihood_evaluations", 2)
     return ["--pretrained_model_name_or_path", *models, *data, *cheap, *likely, "--output_dir", out, *more]
 
@@ -89,7 +89,7 @@ def test_everything_is_written_and_nothing_is_drawn_twice(evaluate, models, tmp_
     assert len(drawn) == 2 * 2 * 3  # models, steps, batches
     first = load(out)
     assert [(c.model, c.scheduler, c.steps, c.nfe, c.num_samples) for c in first.cells] == [
-        (model, "DDIM", steps, steps, 70) for model in ("first", "second") for steps in (1, 2)
+        (model, "DDIM", steps, steps, 90) for model in ("first", "second") for steps in (1, 2)
     ]
     assert set(first.likelihoods) == {"first", "second"}
     assert first.likelihoods["first"] != first.likelihoods["second"]
@@ -208,7 +208,7 @@ def test_a_model_that_copies_is_found_out(evaluate, models, tmp_path, monkeypatc
         return real(*args)
 
     def steal(self, batch):
-        images = ((training[0][:70].flip(0)[batch * 32 :][:32] + 1) * 127.5).round().to(torch.uint8)
+        images = ((training[0][:90].flip(0)[batch * 32 :][:32] + 1) * 127.5).round().to(torch.uint8)
         return images, Counted(nfe=1.0, seconds=0.1, out_of_range=0.0)
 
     monkeypatch.setattr(evaluate, "load_real_images", remember)
@@ -224,9 +224,9 @@ def test_a_model_that_copies_is_found_out(evaluate, models, tmp_path, monkeypatc
 
 
 def test_short_of_images_there_is_no_frechet_distance(evaluate, models, tmp_path, capsys):
-    """64 pixels; 30 reference images."""
+    """80 features of pixels; 30 reference images."""
     evaluate.run(*arguments(models[:1], tmp_path / "out", "--max_validation_samples", 60))
-    assert "30 images are fewer than 64 features" in capsys.readouterr().out
+    assert "30 images are fewer than 80 features" in capsys.readouterr().out
     cell = load(tmp_path / "out").cells[0]
     assert np.isnan(cell.quality.frechet.estimate)
     assert np.isfinite(cell.quality.kernel.estimate)

@@ -26,7 +26,7 @@ from diffusers_ext.evaluation import (
     swap_scheduler,
     write_report,
 )
-from diffusers_ext.extractors import Extractor, make_extractor
+from diffusers_ext.extractors import Extractor, make_extractor, pixel_features
 from diffusers_ext.metrics import (
     copies,
     frechet_distance,
@@ -41,7 +41,7 @@ from diffusers_ext.reports.page import html_page
 from diffusers_ext.reports.plots import plots
 from diffusers_ext.schedulers.scheduling_calibrated import calibrated_class
 
-PIXELS = make_extractor("pixels", device="cpu")  # 64 of images of 8 x 8, the pixels themselves
+PIXELS = Extractor("values", lambda images: images.flatten(1))  # 64 of images of 8 x 8
 
 
 def pipeline(seed=0, kind=DDIMPipeline, scheduler=None, **config):
@@ -329,8 +329,22 @@ def test_drawings_and_a_judge_are_of_use_alone(tmp_path):
     reference = PIXELS(data.reference.images)
     assert quality.frechet == pytest.approx(jackknife(frechet_distance, PIXELS(drawn), reference), rel=1e-5)
     assert quality.change(quality) == (0.0, 0.0, 0.0)
-    assert quality.change(quality, by_kernel=True) == (0.0, 0.0, 0.0)
+    assert quality.change(quality, "kernel") == (0.0, 0.0, 0.0)
     assert quality.change(replace(quality, frechet_values=[])) is None
+    assert judge.measure(drawing, tmp_path) == quality  # fewer images than pixel features
+
+
+def test_the_distance_of_pixels_sees_noise():
+    data = RealImages.of(images(90, 1), images(300, 2), name="noise")
+    judge, smooth = Judge(data, PIXELS, num_samples=150), data.floor.images / 2
+    pixels = [pixel_features(one) for one in (smooth, smooth + 0.3 * images(150, 3))]
+    truth = [jackknife(frechet_distance, one, pixel_features(data.reference.images)) for one in pixels]
+    found = [judge.quality(PIXELS(smooth), one) for one in pixels]
+    for one, interval in zip(found, truth, strict=True):
+        assert one.pixels == pytest.approx(interval, rel=1e-5)
+    assert found[1].change(found[0], "pixels").estimate == pytest.approx(truth[1].estimate - truth[0].estimate)
+    assert judge.floor.pixels.high < truth[0].low
+    assert judge.quality(PIXELS(smooth)).pixels is None
 
 
 def test_features_are_extracted_once(tmp_path):

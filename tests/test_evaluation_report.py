@@ -39,7 +39,10 @@ def interval(estimate, half):
 def quality(i, k, n):
     distance = 3 * (i + 1) / (k + 1) / n + 0.01 * i
     return Quality(
-        interval(distance, 0.05), interval(distance / 100, 0.001), 0.7 - i / 10, 0.6 - i / 10, 0.01 + i / 100
+        interval(distance, 0.05),
+        interval(distance / 100, 0.001),
+        *(0.7 - i / 10, 0.6 - i / 10, 0.01 + i / 100),
+        pixels=interval(10 * distance, 0.5),
     )
 
 
@@ -262,14 +265,14 @@ def test_markdown_holds_the_numbers():
     assert own[2:] == [f"{v:.3f} ± 0.050" for v in values]
     assert ["real images", "–", *["0.020 ± 0.050"] * 4] in rows
     measures = next(row for row in rows if row[:3] == ["a", "DDIM", "20"])
-    assert measures[3:] == ["1000", "0.0015 ± 0.0010", "0.700", "0.600", "1%", "0.1%", "0.08"]
-    assert ["real images", "–", "–", "500", "0.00010 ± 0.00060", "0.790", "0.710", "–", "–", "–"] in rows
+    assert measures[3:] == ["1000", "0.0015 ± 0.0010", "1.50 ± 0.50", "0.700", "0.600", "1%", "0.1%", "0.08"]
+    assert ["real images", "–", "–", "500", "0.00010 ± 0.00060", "–", "0.790", "0.710", "–", "–", "–"] in rows
     assert ["org/b", "–", "3.300 ± 0.030"] in rows
     wild = [row[0] for row in rows if row[0].startswith("_c")]
     assert len(wild) == 2 + 8
     assert set(wild) == {r"_c\<b\>\&|$x$"}
     widths = [line.count("|") for line in markdown_table(evaluation()).splitlines() if line.startswith("| ---")]
-    assert widths == [7, 11, 4]
+    assert widths == [7, 12, 4]
 
 
 def test_a_missing_combination_is_a_dash():
@@ -322,7 +325,8 @@ def compared(cells, **changes):
     """An evaluation of (model, scheduler, NFE, the values of its groups), each of 100 images but for WILD."""
     made = [
         Cell(model, scheduler, n, n, 0.1, 0.0, 50 if model == WILD else 100, Quality(interval(np.mean(values), 9.0),
-            interval(np.mean(values), 9.0), 0.5, 0.5, None, list(values), [10 * v for v in values]))
+            interval(np.mean(values), 9.0), 0.5, 0.5, None, list(values), [10 * v for v in values],
+            interval(np.mean(values), 9.0), [-3 * v for v in values]))
         for model, scheduler, n, values in cells
     ]  # fmt: skip
     return evaluation(**{"models": {"a": "a", "b": "b"}, "cells": made, "likelihoods": {}} | changes)
@@ -341,14 +345,18 @@ def test_changes_are_paired(tmp_path):
         assert baseline is what.cells[[5, 10, 20].index(cell.nfe)]
         assert found == pytest.approx((np.mean(moved[cell.nfe]), *truth), rel=1e-4, abs=1e-12)
     assert [what.change(cell) for cell in what.cells[:3]] == [None] * 3
-    (row,) = [row for row in markdown_rows(markdown_table(what)) if row[2:3] == ["a, DDIM"]]
-    assert row == ["b", "DDIM", "a, DDIM", "**-0.20 ± 0.13**", "+0.20 ± 0.13", "+0.0 ± 2.9"]
+    rows = [row for row in markdown_rows(markdown_table(what)) if row[2:3] == ["a, DDIM"]]
+    assert rows[0] == ["b", "DDIM", "a, DDIM", "**-0.20 ± 0.13**", "+0.20 ± 0.13", "+0.0 ± 2.9"]
+    assert rows[1] == ["b", "DDIM", "a, DDIM", "+0.60 ± 0.39", "**-0.60 ± 0.39**", "+0.0 ± 8.7"]  # of pixels
     write_report(what, tmp_path)
     assert "Change of the Frechet distance" in Page((tmp_path / "index.html").read_text(encoding="utf-8")).text
     with open(tmp_path / "results.csv", newline="") as file:
         read = [row["change"] for row in csv.DictReader(file)]
     assert read[:3] == ["", "", ""]
     assert [float(text) for text in read[3:6]] == pytest.approx([-0.2, 0.2, 0.0])
+    with open(tmp_path / "results.csv", newline="") as file:
+        read = [row["pixels_change"] for row in csv.DictReader(file)][3:6]
+    assert [float(text) for text in read] == pytest.approx([0.6, -0.6, 0.0])
     of_kernel = compared(cells, num_features=101)
     assert of_kernel.change(of_kernel.cells[3])[1].estimate == pytest.approx(-2.0)
 
@@ -531,7 +539,7 @@ def test_model_index_goes_through_the_readers_of_the_hub(tmp_path):
     read = results_of((tmp_path / "README.md").read_text(encoding="utf-8"))
     assert read == model_index(what, "org/b")
     own = [c for c in what.cells if c.model == "org/b"]
-    assert len(read) == 5 * len(own) + 1
+    assert len(read) == 6 * len(own) + 1
     frechet = [r for r in read if r.metric_type == "frechet_distance"]
     for result, cell in zip(frechet, own, strict=True):
         args = result.metric_args

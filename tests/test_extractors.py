@@ -21,6 +21,7 @@ from diffusers_ext.data.batches import first_images
 from diffusers_ext.data.images import Transform
 from diffusers_ext.data.sources import Digits
 from diffusers_ext.extractors import NAMES, default_extractor, pixel_features, train_classifier
+from diffusers_ext.metrics import frechet_distance, jackknife
 
 
 def photographs() -> np.ndarray:
@@ -125,18 +126,54 @@ def test_grey_images_are_rgb_of_equal_channels(efficientnet):
     assert torch.equal(efficientnet(grey), efficientnet(grey.repeat(1, 3, 1, 1)))
 
 
-def test_pixel_features_are_means_over_squares():
-    ramp = torch.arange(48 * 48).reshape(1, 1, 48, 48).expand(2, 3, -1, -1) / 2304.0
-    found = make_extractor("pixels", device="cpu")(ramp)
-    truth = ramp.numpy().astype(np.float64).reshape(2, 3, 16, 3, 16, 3).mean((3, 5)).reshape(2, -1)
-    assert found.numpy() == pytest.approx(truth, rel=1e-12)
-    small = torch.rand(2, 1, 8, 8)
-    assert torch.equal(pixel_features(small), small.double().flatten(1))
+def test_pixel_features_are_means_over_squares_and_details_of_regions():
+    images = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    found = make_extractor("pixels", device="cpu")(images)
+    pixels = images.numpy().astype(np.float64)
+    means = pixels.reshape(2, 3, 8, 6, 8, 6).mean((3, 5)).reshape(2, -1)
+    signs = np.array([[1, -1], [-1, 1]]) / 2
+    details = np.einsum("ncipjq,pq->ncij", pixels.reshape(2, 3, 24, 2, 24, 2), signs)
+    regions = np.sqrt((details**2).reshape(2, 3, 4, 6, 4, 6).mean((3, 5))).reshape(2, -1)
+    assert found.numpy() == pytest.approx(np.concatenate([means, 4 * regions], axis=1), rel=1e-12)
+
+
+def test_pixel_features_of_flat_images_are_their_colour_and_the_deviation_of_the_noise():
+    noise = torch.randn(50, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    flat = torch.linspace(-1, 1, 50).view(-1, 1, 1, 1).expand_as(noise)
+    for images, deviation in ((flat, 0.0), (flat + 0.1 * noise, 0.1)):
+        means, details = pixel_features(images).split([64, 16], dim=1)
+        torch.testing.assert_close(means.mean(1), flat[:, 0, 0, 0].double(), atol=0.01, rtol=0)
+        assert details.square().mean().sqrt().item() == pytest.approx(4 * deviation, rel=0.02, abs=1e-6)
+    for height, width, count in ((8, 8, 64 + 16), (7, 5, 25 + 4), (2, 3, 4 + 1)):  # small and odd ones
+        assert pixel_features(noise[..., :height, :width]).shape == (50, count)
+
+
+def test_noise_of_people_s_notice_is_noticed(digits):
+    """Issue of before: by features of classes alone held-out digits were as far with noise of 0.2 as without."""
+    images, labels, held_out, _ = digits
+    generator = torch.Generator().manual_seed(1)
+    noisy = (held_out + 0.2 * torch.randn(held_out.shape, generator=generator)).clamp(-1, 1)
+    for name in ("classifier", "pixels"):
+        data = {"train_images": images, "train_labels": labels} if name == "classifier" else {}
+        extractor = make_extractor(name, device="cpu", **data)
+        reference = extractor(images)
+        clean, with_noise = (jackknife(frechet_distance, extractor(one), reference) for one in (held_out, noisy))
+        assert clean.high < with_noise.low
+
+
+def test_the_classifier_names_the_noise_of_held_out_digits(digits):
+    images, labels, held_out, _ = digits
+    model = train_classifier(images, labels, 10)
+    noise = torch.randn(held_out.shape, generator=torch.Generator().manual_seed(1))
+    for deviation in (0.0, 0.2, 0.4):
+        with torch.no_grad():
+            found = model.noise((held_out + deviation * noise).clamp(-1, 1))
+        assert 0.5 * found.mean().item() == pytest.approx(deviation, abs=0.06)
 
 
 def test_the_classifier_knows_held_out_digits(digits):
     images, labels, held_out, truth = digits
-    model = train_classifier(images, labels, 10, epochs=8)
+    model = train_classifier(images, labels, 10)
     assert (model(held_out).argmax(1) == truth).double().mean() > 0.8
 
 

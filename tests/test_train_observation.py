@@ -19,6 +19,7 @@ from test_train_consistency import ROOT, assert_same_weights, log_of, small, wei
 
 from diffusers_ext import NoiseLevelDiscriminator, files
 from diffusers_ext.commands import parse_arguments
+from diffusers_ext.extractors import pixel_features
 from diffusers_ext.randomness import Seeds, Stream
 from diffusers_ext.reports.hub import pushed_files
 from diffusers_ext.training import Adversary, Best, TrainingLoop
@@ -330,7 +331,8 @@ def test_a_failed_or_killed_write_leaves_the_last_best(observation, small, tmp_p
 
 
 def test_the_distance_is_that_of_the_pixels(observation, small, tmp_path):  # noqa: F811
-    """SciPy's matrix square root, images from the pipeline called by hand."""
+    """SciPy's matrix square root, images from the pipeline called by hand. A run that an earlier version began goes on
+    with the pixels themselves, whose distances it has compared so far."""
     import numpy as np
     import scipy.linalg
 
@@ -342,10 +344,14 @@ def test_the_distance_is_that_of_the_pixels(observation, small, tmp_path):  # no
     trained = loop.trained()
     generator = Seeds(0).generator(Stream.BEST, 0)
     images = trained.pipeline(batch_size=100, num_inference_steps=3, generator=generator, output_type="np").images
-    a, b = images.reshape(100, -1) * 2.0 - 1, loop.validation.images.reshape(200, -1).double().numpy()
-    root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
-    truth = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
-    assert judge.measure(trained) == pytest.approx(truth, rel=1e-3)
+    drawn = torch.from_numpy(images).movedim(3, 1) * 2 - 1
+    earlier = {name: value for name, value in judge.state_dict().items() if name != "features"}
+    for state, features in ((judge.state_dict(), pixel_features), (earlier, lambda x: x.double().flatten(1))):
+        judge.load_state_dict(state)
+        a, b = (features(one).numpy() for one in (drawn, loop.validation.images))
+        root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+        truth = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
+        assert judge.measure(trained) == pytest.approx(truth, rel=1e-3)
 
 
 # --- divergence -------------------------------------------------------------------------------------------------------

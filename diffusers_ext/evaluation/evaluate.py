@@ -405,7 +405,7 @@ def _compare(
     evaluation.pictures |= grids(drawings, drawn, samples)
     last = {drawing.model: drawing for drawing in drawings}
     for drawing in tqdm(drawings, desc="distances"):
-        features, counted = drawing.features(drawn, judge.extractor), drawing.counted(drawn)
+        counted = drawing.counted(drawn)
         evaluation.cells.append(
             Cell(
                 drawing.model,
@@ -415,9 +415,10 @@ def _compare(
                 counted.seconds,
                 counted.out_of_range,
                 drawing.num_samples,
-                NO_QUALITY if counted.not_finite > 0 else judge.quality(features),
+                NO_QUALITY if counted.not_finite > 0 else judge.measure(drawing, drawn),
             )
         )
         if drawing is last[drawing.model]:
+            features = drawing.features(drawn, judge.extractor)
             title, picture = nearest_to_training(drawing, features, real, judge, drawn, samples)
             evaluation.pictures[title] = picture

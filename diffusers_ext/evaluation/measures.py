@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 from math import log, nan
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from ..data.batches import Images
 from ..data.sources import DataArguments
 from ..errors import InputError
-from ..extractors import Extractor
+from ..extractors import Extractor, pixel_extractor
 from ..interop import noise_schedule, score_model_from
 from ..likelihood import bits_per_dim, dequantize, elbo, log_likelihood
 from ..losses import score_matching_loss
@@ -36,6 +37,7 @@ from ..randomness import Seeds, Stream
 from ..reports.measured import Likelihood, Quality
 from ..subjects import Subject
 from .real_images import GROUPS, RealImages, rows_of
+from .samples import Drawing
 
 SIGMA_BINS = 10  # noise levels of `loss_by_sigma`
 MEMORISED = 0.01  # see `Quality.copies`
@@ -99,11 +101,11 @@ class Manifold:
         return self.reference.shape[1]
 
 
-def quality(features: Tensor, real: Manifold) -> Quality:
+def quality(features: Tensor, real: Manifold, pixels: tuple[Tensor, Tensor] | None = None) -> Quality:
     """Return the quality of samples, or of other real images, by their features (n, d), rows in random order.
 
     Precision and recall are those of the first `real.count` images of both sides. The Frechet distance of fewer images
-    than features is NaN.
+    than features is NaN. `pixels` are the pixel features of both sides, if their distance is wanted.
     """
     reference = real.reference
     precision, recall = precision_recall(features[: real.count], reference[: real.count])
@@ -113,6 +115,9 @@ def quality(features: Tensor, real: Manifold) -> Quality:
     enough = min(len(features), len(reference)) >= real.least
     frechet = pseudo_values(frechet_distance, features, reference, groups=GROUPS) if enough else None
     kernel = pseudo_values(kernel_distance, features, reference, groups=GROUPS)
+    seen = None
+    if pixels is not None and min(map(len, pixels)) >= pixels[0].shape[1]:
+        seen = pseudo_values(frechet_distance, *pixels, groups=GROUPS)
     return Quality(
         frechet=Interval(nan, nan, nan) if frechet is None else student_interval(frechet),
         kernel=student_interval(kernel),
@@ -121,6 +126,8 @@ def quality(features: Tensor, real: Manifold) -> Quality:
         copies=near,
         frechet_values=[] if frechet is None else frechet.tolist(),
         kernel_values=kernel.tolist(),
+        pixels=None if seen is None else student_interval(seen),
+        pixels_values=[] if seen is None else seen.tolist(),
     )
 
 
@@ -128,8 +135,11 @@ class Judge:
     """Real images in the features of an extractor, with which samples are compared.
 
         judge = Judge(real, extractor, num_samples=500)
-        ours, baseline = (judge.quality(drawing.features(folder, extractor)) for drawing in drawings)
+        ours, baseline = (judge.measure(drawing, folder) for drawing in drawings)
         ours.frechet, ours.change(baseline)          # intervals, the second of the pairs
+        ours.pixels, ours.change(baseline, "pixels")  # by what is seen without knowing what the images show
+
+    `quality` takes features of images that are no drawing.
 
     Args:
         real: see `RealImages`.
@@ -139,7 +149,8 @@ class Judge:
     """
 
     def __init__(self, real: RealImages, extractor: Extractor, num_samples: int, *, progress: bool = False) -> None:
-        self.extractor, self.progress = extractor, progress
+        self.extractor, self.progress, self.pixels = extractor, progress, pixel_extractor(extractor.device)
+        self._pixels = [self.pixels(one.images).to(extractor.device) for one in (real.reference, real.floor)]
         training, reference = self.features(real.training, "training"), self.features(real.reference, "reference")
         self._floor = self.features(real.floor, "floor")
         held_out = None if real.held_out is None else self.features(real.held_out, "held_out")
@@ -156,11 +167,17 @@ class Judge:
     @functools.cached_property
     def floor(self) -> Quality:
         """The quality of real images that are not in the reference, which a perfect model would reach."""
-        return quality(self._floor, self.manifold)
+        return quality(self._floor, self.manifold, (self._pixels[1], self._pixels[0]))
 
-    def quality(self, features: Tensor) -> Quality:
-        """Return the quality of samples by their features (n, d), rows in random order."""
-        return quality(features.to(self.extractor.device), self.manifold)
+    def quality(self, features: Tensor, pixels: Tensor | None = None) -> Quality:
+        """Return the quality of samples by their features (n, d), rows in random order, and by their pixel features."""
+        device = self.extractor.device
+        seen = None if pixels is None else (pixels.to(device), self._pixels[0])
+        return quality(features.to(device), self.manifold, seen)
+
+    def measure(self, drawing: Drawing, folder: Path) -> Quality:
+        """Return the quality of the images of a drawing that lie in a folder."""
+        return self.quality(*(drawing.features(folder, one) for one in (self.extractor, self.pixels)))
 
 
 def likelihood(

@@ -15,7 +15,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
@@ -24,6 +24,7 @@ from ..files import write_file
 from ..metrics import Interval, student_interval
 
 FORMAT_VERSION = 1
+Measure = Literal["frechet", "kernel", "pixels"]  # of the distances of a `Quality`
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Quality:
             nothing was memorised. `None` without held-out images.
         frechet_values, kernel_values: the jackknife's pseudo-values of the distances, one for each group of images:
             with those of other images from the same noise they make a paired comparison.
+        pixels, pixels_values: the Frechet distance of `pixel_features`, which sees noise and blur that the features of
+            the extractor may overlook; `None` and empty for fewer images than these features.
     """
 
     frechet: Interval
@@ -46,14 +49,16 @@ class Quality:
     copies: float | None
     frechet_values: list[float] = field(default_factory=list)
     kernel_values: list[float] = field(default_factory=list)
+    pixels: Interval | None = None
+    pixels_values: list[float] = field(default_factory=list)
 
-    def change(self, baseline: Quality, by_kernel: bool = False) -> Interval | None:
-        """The Frechet distance, or the kernel distance, less the baseline's, with the interval of the pairs.
+    def change(self, baseline: Quality, of: Measure = "frechet") -> Interval | None:
+        """A distance less the baseline's, with the interval of the pairs.
 
         Both sets of images must come from the same noise. `None` where the pseudo-values are missing, or are of other
         numbers of groups.
         """
-        values = [q.kernel_values if by_kernel else q.frechet_values for q in (self, baseline)]
+        values = (getattr(quality, f"{of}_values") for quality in (self, baseline))
         ours, theirs = (torch.tensor(one, dtype=torch.float64) for one in values)
         return student_interval(ours - theirs) if len(ours) == len(theirs) > 1 else None
 
@@ -174,9 +179,10 @@ class Evaluation:
         models, schedulers = self.model_names, self.schedulers
         return sorted(self.cells, key=lambda c: (models.index(c.model), schedulers.index(c.scheduler), c.nfe))
 
-    def change(self, cell: Cell) -> tuple[Cell, Interval] | None:
-        """Return the baseline of a cell, and the distance less the baseline's. The interval is that of the pairs: both
-        sides are drawn from the same noise, so that it is narrower, as a rule, than those of the two distances.
+    def change(self, cell: Cell, of: Measure | None = None) -> tuple[Cell, Interval] | None:
+        """Return the baseline of a cell, and a distance, by default that of `distance`, less the baseline's. The
+        interval is that of the pairs: both sides are drawn from the same noise, so that it is narrower, as a rule, than
+        those of the two distances.
 
         The baseline is of the first model and the same NFE, with the same scheduler, or with what that one is derived
         from (DDIM for CalibratedDDIM), or else with the first. `None` for a baseline itself, and where the values of
@@ -190,7 +196,7 @@ class Evaluation:
         baseline = next((candidates[name] for name in names if name in candidates), None)
         if baseline is None or baseline is cell or baseline.num_samples != cell.num_samples:
             return None
-        change = cell.quality.change(baseline.quality, self.by_kernel)
+        change = cell.quality.change(baseline.quality, of or ("kernel" if self.by_kernel else "frechet"))
         return None if change is None else (baseline, change)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -241,7 +247,9 @@ def _interval(values: Any) -> Interval | None:
 def _quality(values: Any) -> Quality | None:
     if values is None:
         return None
-    read = {"frechet": _interval, "kernel": _interval, "frechet_values": _numbers, "kernel_values": _numbers}
+    read: dict[str, Any] = {}
+    for name in get_args(Measure):
+        read |= {name: _interval, f"{name}_values": _numbers}
     return Quality(**{key: read.get(key, _number)(value) for key, value in values.items()})
 
 

@@ -54,6 +54,7 @@ def model_index(evaluation: Evaluation, model: str) -> list[EvalResult]:
         for kind, name, value in (
             (*frechet, quality.frechet),
             ("kernel_distance", "Kernel distance", quality.kernel),
+            ("frechet_distance_pixels", "Frechet distance of pixels", quality.pixels),
             ("improved_precision", "Precision", quality.precision),
             ("improved_recall", "Recall", quality.recall),
             ("near_copies", "Share of near copies of training images", quality.copies),

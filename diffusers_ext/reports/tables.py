@@ -16,7 +16,7 @@ from typing import Any
 from ..files import shown
 from ..metrics import Interval
 from .card import table
-from .measured import Evaluation, Quality
+from .measured import Evaluation, Measure, Quality
 
 REAL = "real images"  # the floor's name among the models
 MISSING, NOT_FINITE = "–", "not finite"
@@ -99,7 +99,7 @@ def markdown_table(evaluation: Evaluation) -> str:
 
 def tables(evaluation: Evaluation) -> tuple[list[Table], list[Table]]:
     """Return the tables of the distance, and the others."""
-    of_distance, others = (_distances, _changes), (_measures, _likelihoods)
+    of_distance, others = (_distances, _changes, _changes_of_pixels), (_measures, _likelihoods)
     made = ([make(evaluation) for make in makers] for makers in (of_distance, others))
     first, second = ([one for one in some if one.rows] for some in made)
     return first, second
@@ -128,8 +128,15 @@ def _distances(evaluation: Evaluation) -> Table:
 
 
 def _changes(evaluation: Evaluation) -> Table:
+    return _changes_of(evaluation, evaluation.distance_name.split(" (")[0], None)
+
+
+def _changes_of_pixels(evaluation: Evaluation) -> Table:
+    return _changes_of(evaluation, "distance of pixels", "pixels")
+
+
+def _changes_of(evaluation: Evaluation, kind: str, of: Measure | None) -> Table:
     steps = sorted({cell.nfe for cell in evaluation.cells})
-    kind = evaluation.distance_name.split(" (")[0]
     made = Table(
         f"Change of the {kind}",
         f"{kind[0].upper()}{kind[1:]} less that of the baseline from the same noise, so below 0 is better. The "
@@ -140,7 +147,7 @@ def _changes(evaluation: Evaluation) -> Table:
     )
     rows: dict[tuple[str, str, str], dict[float, Interval]] = {}
     for cell in evaluation.ordered():
-        found = evaluation.change(cell)
+        found = evaluation.change(cell, of)
         if found is not None:
             baseline, change = found
             name = f"{baseline.model}, {baseline.scheduler}"
@@ -154,14 +161,15 @@ def _changes(evaluation: Evaluation) -> Table:
 def _measures(evaluation: Evaluation) -> Table:
     made = Table(
         "Other measures",
-        "Kernel distance: as above, without bias, may be below 0; bold: its interval lies below all others of the same "
-        "NFE. Precision: share of the samples in the manifold of the reference; recall: share of the reference in that "
-        "of the samples. Near copies: share of the images nearer to a training image than all but 1% of held-out "
-        "images are, so 1% if nothing was memorised. Out of range: share of the values outside [-1, 1], by more than "
-        "half a grey level, before they are clamped. n: images. Seconds depend on the machine.",
+        "Kernel distance: as above, without bias, may be below 0. Pixels: Frechet distance of colours and fine detail, "
+        f"which sees noise and blur ({MISSING}: fewer images than its features). Bold: the interval lies below all "
+        "others of the same NFE. Precision: share of the samples in the manifold of the reference; recall: share of "
+        "the reference in that of the samples. Near copies: share of the images nearer to a training image than all "
+        "but 1% of held-out images are, so 1% if nothing was memorised. Out of range: share of the values outside "
+        "[-1, 1], by more than half a grey level, before they are clamped. n: images. Seconds depend on the machine.",
         [
-            *("model", "scheduler", "NFE", "n", "kernel distance", "precision", "recall", "near copies"),
-            *("out of range", "seconds per image"),
+            *("model", "scheduler", "NFE", "n", "kernel distance", "pixels", "precision", "recall"),
+            *("near copies", "out of range", "seconds per image"),
         ],
         names=2,
     )
@@ -173,6 +181,7 @@ def _measures(evaluation: Evaluation) -> Table:
         )
     for nfe in {cell.nfe for cell in cells}:
         made.embolden(4, [cell.quality.kernel if cell.nfe == nfe else None for cell in cells])
+        made.embolden(5, [cell.quality.pixels if cell.nfe == nfe else None for cell in cells])
     if evaluation.floor is not None:
         count = str(evaluation.num_floor)
         made.end([REAL, MISSING, MISSING, count, *_quality_texts(evaluation.floor), MISSING, MISSING])
@@ -199,7 +208,7 @@ def _likelihoods(evaluation: Evaluation) -> Table:
 
 def _quality_texts(quality: Quality) -> list[str]:
     shares = [_number(quality.precision, ".3f"), _number(quality.recall, ".3f"), _percent(quality.copies)]
-    return [interval_text(quality.kernel), *shares]
+    return [interval_text(quality.kernel), interval_text(quality.pixels), *shares]
 
 
 def interval_text(value: Interval | None, *, signed: bool = False) -> str:
@@ -264,6 +273,7 @@ def csv_text(evaluation: Evaluation) -> str:
         | {"seconds": cell.seconds, "out_of_range": cell.out_of_range}
         | _columns(cell.quality)
         | ({} if (found := evaluation.change(cell)) is None else _interval_columns("change", found[1]))
+        | ({} if (found := evaluation.change(cell, "pixels")) is None else _interval_columns("pixels_change", found[1]))
         for cell in evaluation.cells
     ]
     if evaluation.floor is not None:
@@ -271,7 +281,9 @@ def csv_text(evaluation: Evaluation) -> str:
     names = [
         *("model", "scheduler", "steps", "nfe", "num_samples", "seconds", "out_of_range"),
         *("frechet", "frechet_low", "frechet_high", "kernel", "kernel_low", "kernel_high"),
-        *("change", "change_low", "change_high", "precision", "recall", "copies", "extractor", "data"),
+        *("change", "change_low", "change_high", "pixels", "pixels_low", "pixels_high"),
+        *("pixels_change", "pixels_change_low", "pixels_change_high"),
+        *("precision", "recall", "copies", "extractor", "data"),
     ]
     file = io.StringIO()
     writer = csv.DictWriter(file, names, lineterminator="\n")
@@ -282,6 +294,8 @@ def csv_text(evaluation: Evaluation) -> str:
 
 def _columns(quality: Quality) -> dict[str, Any]:
     distances = _interval_columns("frechet", quality.frechet) | _interval_columns("kernel", quality.kernel)
+    if quality.pixels is not None:
+        distances |= _interval_columns("pixels", quality.pixels)
     return distances | {"precision": quality.precision, "recall": quality.recall, "copies": quality.copies}
 
 

@@ -3,10 +3,10 @@
     loop.keep(Best(steps=10, samples=500, patience=5))
 
 At every validation `samples` images are drawn in `steps` steps by the pipeline's own sampler, always from the same
-noise, and the Frechet distance of their pixels (`diffusers_ext.extractors.pixel_features`) to the run's validation
-images is measured. The nearest pipeline so far lies in `best/`, in the output folder; it is written aside
-and renamed, so that a run that is killed leaves the last one or the new one. The end of the run puts it, and not the
-last one, in the output folder itself.
+noise, and the Frechet distance of their pixels to the run's validation images is measured, which sees colours, blur and
+noise that was left (`diffusers_ext.extractors.pixel_features`). The nearest pipeline so far lies in `best/`, in the
+output folder; it is written aside and renamed, so that a run that is killed leaves the last one or the new one. The end
+of the run puts it, and not the last one, in the output folder itself.
 
 The distance is biased, the more so the fewer the images (see `diffusers_ext.metrics`): compare those of one run only.
 """
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from ..extractors import pixel_features
+from ..extractors import pixel_features, pixel_means
 from ..files import holds_result, list_written, not_written, recover_folder, replacing_files, replacing_folder, written
 from ..metrics import frechet_distance
 from ..randomness import Stream
@@ -31,6 +31,7 @@ from ..subjects import Subject
 from .parts import Run
 
 NAME = "best"
+FEATURES = {"pixels": pixel_features, "means": lambda images: pixel_means(images, 16).flatten(1)}
 
 
 class Best:
@@ -45,6 +46,7 @@ class Best:
         step, distance, metrics: those of the nearest pipeline so far; step is `None` while there is none.
         measured: the step of the last measurement.
         stale: the number of measurements since that of the nearest pipeline.
+        features: those of the distance: "pixels", or "means" in a run that an earlier version of this package began.
     """
 
     name, saved = NAME, False
@@ -54,11 +56,11 @@ class Best:
         self.step: int | None = None
         self.distance, self.metrics = math.inf, dict[str, Any]()
         self.measured, self.stale = 0, 0
+        self.features = "pixels"
 
     def join(self, run: Run) -> None:
-        """Compute the features of the run's validation images, and repair the folder if the run was killed."""
+        """Repair the folder if the run was killed."""
         self.run, self.folder = run, run.output_dir / NAME
-        self.real = pixel_features(run.validation.images)
         if run.accelerator.is_main_process:
             recover_folder(self.folder)
 
@@ -82,7 +84,7 @@ class Best:
         images = torch.cat(drawn).movedim(3, 1) * 2 - 1
         if not images.isfinite().all():
             return math.inf
-        return frechet_distance(pixel_features(images), self.real)
+        return frechet_distance(*(FEATURES[self.features](one) for one in (images, self.run.validation.images)))
 
     def offer(self, subject: Subject, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Measure the pipeline of the current step, keep it if it is the nearest, and return all its metrics.
@@ -136,8 +138,9 @@ class Best:
         """There is nothing to save beside a pipeline."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("step", "distance", "metrics", "measured", "stale")}
+        names = ("step", "distance", "metrics", "measured", "stale", "features")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, value in state.items():
+        for name, value in ({"features": "means"} | dict(state)).items():
             setattr(self, name, value)
