@@ -19,7 +19,14 @@ from .extractors import Extractor, make_extractor
 from .hypercube import heat_kernel_log_prob, heat_kernel_score, reflect
 from .interop import NoiseSchedule, denoiser_from, noise_schedule, score_model_from
 from .likelihood import Elbo, bits_per_dim, boundary_flux, dequantize, elbo, log_likelihood
-from .losses import DiscriminatorLoss, consistency_loss, discriminator_loss, observation_loss, score_matching_loss
+from .losses import (
+    DiscriminatorLoss,
+    ambient_loss,
+    consistency_loss,
+    discriminator_loss,
+    observation_loss,
+    score_matching_loss,
+)
 from .mean_error import estimate_calibration
 from .networks import NetworkConvention
 from .noise_levels import (
@@ -67,6 +74,7 @@ __all__ = [
     "ReflectedScheduler",
     "ScoreModel",
     "ShortTimePipeline",
+    "ambient_loss",
     "bits_per_dim",
     "boundary_flux",
     "calibrate_denoiser",

@@ -40,10 +40,21 @@ The exact D does not pass for real. Given x, real varies and fake does not; with
 
 That is the solver's own error, of second order in the step. The discriminator punishes it too, by design.
 
+**Ambient.** From images that have noise themselves, x_n = x0 + s_n n, one copy of each and s_n known, the denoiser of
+the clean images is learned at all sigma above s_n. With x = x_n + (sigma^2 - s_n^2)^1/2 z, a draw at sigma of the clean
+image, and r = s_n^2 / sigma^2, x_n given x and x0 is Gaussian with mean r x + (1 - r) x0, so that
+
+    E[x_n | x] = r x + (1 - r) D(x, sigma),        loss = |r x + (1 - r) D(x, sigma) - x_n|^2 / ((1 - r) sigma^2)
+
+has the exact D as its minimum, and is the score matching loss where s_n = 0. The mean of the square is that of
+(1 - r)^2 |D - x0|^2 and a variance of s_n^2 (1 - r): the division leaves both finite where sigma comes near s_n. Below
+s_n nothing is learned: a sampler stops there and answers D(x, s_n).
+
 References: Consistent Diffusion Models: Mitigating Sampling Drift by Learning to be Consistent (Daras, Dagan, Dimakis,
 Daskalakis, 2023, arXiv 2302.09057); Observation-Guided Diffusion Probabilistic Models (Kang, Choi, Choi, Han, CVPR
 2024, arXiv 2310.04041); Which Training Methods for GANs do actually Converge? (Mescheder, Geiger, Nowozin, 2018, arXiv
-1801.04406), R1.
+1801.04406), R1; Consistent Diffusion Meets Tweedie (Daras, Dimakis, Daskalakis, 2024, arXiv 2404.10177), the ambient
+loss.
 """
 
 from __future__ import annotations
@@ -91,6 +102,41 @@ def score_matching_loss(
     prediction = model(x, sigma, **cond) if prediction is None else prediction
     _check_shapes(x, x0=x0, prediction=prediction)
     return _mean_of_elements(align(weight, x) * model.score_error(prediction, x, x0, sigma) ** 2)
+
+
+LEAST = 0.02  # of 1 - r, which the ambient loss divides by
+
+
+def ambient_loss(
+    denoised: Tensor,
+    x: Tensor,
+    noisy: Tensor,
+    data_noise: Tensor | float,
+    sigma: Tensor | float,
+    *,
+    weight: Tensor | float = 1.0,
+) -> Tensor:
+    """Return the loss of a denoiser of clean images from images with noise, (B,); see the module's docstring.
+
+        x = process.perturb(noisy, (sigma**2 - data_noise**2) ** 0.5, generator)
+        loss = ambient_loss(denoiser(x, sigma), x, noisy, data_noise, sigma, weight=denoiser.output_weight(sigma))
+
+    Args:
+        denoised: D(x, sigma), (B, ...), with its graph.
+        x: see above, (B, ...).
+        noisy: the images of the data, x_n, (B, ...): the same noise in an image each time that it is seen.
+        data_noise: its standard deviation s_n, a number or (B,), 0 for clean images; at most sigma.
+        sigma: a number or (B,). Noise levels should come near data_noise, where the sampler ends.
+        weight: as for `score_matching_loss`.
+
+    Raises:
+        ValueError: denoised or noisy is not of the shape of x.
+    """
+    _check_shapes(x, denoised=denoised, noisy=noisy)
+    sigma, data_noise = align(sigma, x), align(data_noise, x)
+    r = (data_noise / sigma) ** 2
+    residual = r * x + (1 - r) * denoised - noisy
+    return _mean_of_elements(align(weight, x) * residual**2 / ((1 - r).clamp(min=LEAST) * sigma**2))
 
 
 def consistency_loss(

@@ -94,6 +94,9 @@ MUTATIONS = [
         "tests/test_reflected_point.py -k randomness",
     ),
     Mutation("scaled flow", "* v / a - rate * z", "* v / a", "tests/test_likelihood.py"),
+    Mutation("ambient", "r * x + (1 - r) * denoised", "(1 - r) * x + r * denoised", "tests/test_losses.py -k ambient"),
+    Mutation("ambient, level", "(data_noise / sigma) ** 2", "data_noise / sigma", "tests/test_losses.py -k ambient"),
+    Mutation("ambient, weight", "(1 - r).clamp(min=LEAST)", "r.clamp(min=LEAST)", "tests/test_losses.py -k ambient"),
     Mutation("losses, gradient", "r_1 = denoiser(x_1, s", "r_1 = denoiser(x_2, s", "tests/test_losses.py -k gradient"),
     Mutation("losses, adversarial", "r1_weight / 2 * r1", "r1_weight * r1", "tests/test_losses.py -k r1"),
     Mutation(

@@ -5,6 +5,7 @@ discriminators. Monte-Carlo means are compared within 5 standard errors."""
 from collections.abc import Callable
 from itertools import pairwise
 
+import numpy
 import pytest
 import torch
 from diffusers import DDIMScheduler, EDMEulerScheduler
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from diffusers_ext import (
     Denoiser,
     NoiseLevelDiscriminator,
+    ambient_loss,
     consistency_loss,
     denoiser_from,
     discriminator_loss,
@@ -819,3 +821,50 @@ def test_wrong_arguments_of_observation_are_refused(name: str) -> None:
     if name not in ("x0", "r1_weight"):
         with pytest.raises(ValueError, match=message):
             observation_loss(denoiser, disc, **right | {name: wrong[name]})
+
+
+# images with noise
+
+
+def expected_ambient_loss(k: float, noise: float, sigma: float) -> float:
+    """The exact mean over x0 ~ N(0, V) and both noises of the loss of D = k x: Gauss-Hermite nodes integrate the square
+    of a sum of Gaussians without error."""
+    nodes, weights = numpy.polynomial.hermite_e.hermegauss(3)
+    x0, n, z = (torch.from_numpy(one).reshape(-1, 1) for one in numpy.meshgrid(nodes, nodes, nodes))
+    p = numpy.einsum("i,j,k->jik", weights, weights, weights).reshape(-1) / weights.sum() ** 3
+    noisy = V**0.5 * x0 + noise * n
+    x = noisy + (sigma**2 - noise**2) ** 0.5 * z
+    return (torch.from_numpy(p) * ambient_loss(k * x, x, noisy, noise, sigma)).sum().item()
+
+
+@pytest.mark.parametrize(("noise", "sigma"), [(0.5, 0.50001), (0.5, 0.6), (0.5, 3.0), (0.2, 0.3), (0.0, 0.3)])
+def test_the_ambient_loss_is_least_at_the_exact_denoiser_of_clean_images(noise, sigma):
+    """A parabola in the gain through three points; its minimum is that of E[x0 | x], not of E[x_n | x]."""
+    a, b, c = (expected_ambient_loss(k, noise, sigma) for k in (0.0, 0.5, 1.0))
+    least = 0.5 - 0.25 * (c - a) / (a - 2 * b + c)
+    assert least == pytest.approx(gain(sigma), rel=1e-6)
+    curvature = 2 * (a - 2 * b + c)  # of |D - x0|^2 it is (1 - r) / sigma^2, and not less than the floor allows
+    share = 1 - noise**2 / sigma**2
+    assert curvature == pytest.approx(share**2 / max(share, losses.LEAST) / sigma**2 * (V + sigma**2), rel=1e-4)
+
+
+def test_the_ambient_loss_of_clean_images_is_score_matching():
+    x0, denoised = (torch.randn(3, 1, 4, 4, generator=seeded(i)) for i in range(2))
+    sigma, weight = torch.tensor([0.1, 1.0, 10.0]), torch.tensor([1.0, 2.0, 3.0])
+    model = plain_denoiser(lambda x, sigma: denoised)
+    x = model.process.perturb(x0, sigma, seeded(2))
+    found = ambient_loss(denoised, x, x0, torch.zeros(3), sigma, weight=weight)
+    truth = score_matching_loss(model, x, x0, sigma, prediction=denoised, weight=weight)
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-6)
+
+
+def test_the_ambient_loss_has_no_singularity_at_the_noise_of_the_data():
+    noisy = torch.randn(4, 1, 4, 4, generator=seeded())
+    denoised = torch.zeros_like(noisy, requires_grad=True)
+    data_noise = torch.tensor([0.0, 0.2, 0.5, 0.5])
+    loss = ambient_loss(denoised, noisy, noisy, data_noise, data_noise.clamp(min=0.1))
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert denoised.grad.isfinite().all()
+    with pytest.raises(ValueError, match="noisy"):
+        ambient_loss(denoised, noisy, noisy[:2], 0.2, 0.5)
