@@ -35,11 +35,11 @@ SOLVERS = {
 
 
 @torch.no_grad()
-def cost_of_a_draw(bridge: Any, network: Any, n: int) -> str:
-    """Time of a draw of n starts, in evaluations of the network for as many images."""
+def cost_of_a_draw(bridge: Any, network: Any, n: int) -> tuple[list[float], list[float]]:
+    """Seconds of a draw of n starts, in each of several rounds, and of an evaluation of the network for as many."""
     x, time = torch.zeros(n, *bridge.config.shape, device=DEVICE), torch.zeros(n, device=DEVICE)
     times = in_turn({"draw": partial(bridge.to(DEVICE).sample, n), "network": partial(network, x, time)}, 5)
-    return ratio(times["draw"], times["network"])
+    return times["draw"], times["network"]
 
 
 def main() -> None:
@@ -59,7 +59,8 @@ def main() -> None:
     starts = {name: [bridges[name, T] for T in args.times if T < 1] for name in BRIDGES}
     held_out = batches(full, real.reference, args.report_samples)
     costs = [
-        [f"{n}, T = {T:g}", *(cost_of_a_draw(b, full.network, k) for k in (1, 64))] for (n, T), b in bridges.items()
+        [f"{n}, T = {T:g}", *(ratio(*cost_of_a_draw(b, full.network, k)) for k in (1, 64))]
+        for (n, T), b in bridges.items()
     ]
     print(table(["a draw, in evaluations of the network", "1 image", "64 images"], costs))
     report = diffusion_time_report(full.network, scheduler, held_out, starts, args.times, levels=256)

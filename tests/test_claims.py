@@ -20,7 +20,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 @pytest.fixture
 def claims(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in ("bench", "trained", "reflected_guidance"):
+    for name in ("bench", "trained", "reflected_guidance", "short_time"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     spec = importlib.util.spec_from_file_location("claims", BENCHMARKS / "claims.py")
     module = importlib.util.module_from_spec(spec)
@@ -30,9 +30,13 @@ def claims(monkeypatch):
 
 
 def test_a_claim_of_two_seeds_holds_for_each_of_them(claims):
-    one = ("better", "theirs", ("Frechet distance 3.00 → 1.00", Interval(-2.0, -3.0, -1.0), Interval(2, 1, 3)))
-    other = ("better", "theirs", ("Frechet distance 2.00 → 1.90", Interval(-0.1, -0.5, 0.3), Interval(3, 2.5, 4)))
-    claim, theirs, (ours, difference, pixels) = claims.over_seeds((one, other))
+    one = claims.Claim(
+        "better", "theirs", ("Frechet distance 3.00 → 1.00", Interval(-2.0, -3.0, -1.0), Interval(2, 1, 3))
+    )
+    other = claims.Claim(
+        "better", "theirs", ("Frechet distance 2.00 → 1.90", Interval(-0.1, -0.5, 0.3), Interval(3, 2.5, 4))
+    )
+    claim, theirs, (ours, difference, pixels), _ = claims.over_seeds((one, other))
     assert (claim, theirs, ours) == ("better", "theirs", "Frechet distance 3.00 → 1.00; 2.00 → 1.90")
     assert difference == Interval(-1.05, -3.0, 0.3)
     assert pixels == Interval(2.5, 1, 4)
@@ -48,6 +52,12 @@ def test_a_verdict_is_the_side_of_zero_that_the_interval_lies_on(claims):
     assert claims.verdict(less, better=False) == "not reproduced"
     assert claims.verdict(less, better=True, claimed=False) == "better"
     assert claims.verdict(more, better=True, claimed=False) == "worse"
+
+
+def test_as_good_is_no_worse_than_by_the_margin(claims):
+    within, beyond, unknown = Interval(0.1, -0.1, 0.25), Interval(0.5, 0.4, 0.6), Interval(0.2, 0.1, 0.5)
+    found = [claims.verdict(one, better=True, margin=0.3) for one in (within, beyond, unknown)]
+    assert found == ["reproduced", "not reproduced", "too small to tell"]
 
 
 def test_a_difference_is_paired(claims):
@@ -85,7 +95,7 @@ def test_the_page_shows_all_rows_and_what_is_missing(claims, tmp_path):
     line = next(line for line in text.splitlines() if "It helps" in line)
     assert "https://arxiv.org/abs/2302.10688" in line
     assert "-0.5 (-0.75 to -0.25) | +0.1 (+0.05 to +0.2) | reproduced" in line
-    assert "Not measured yet: consistency, reflected, short_time, observation, combinations, control." in text
+    assert "Not measured yet: consistency, reflected, short_time, observation, combinations." in text
     assert text.count("## ") == 3
     assert "500 samples" in text
 
