@@ -45,7 +45,7 @@ from diffusers_ext.evaluation import (
     steps_for,
     swap_scheduler,
 )
-from diffusers_ext.extractors import make_extractor
+from diffusers_ext.extractors import Extractor
 from diffusers_ext.interop import stored_scheduler
 from diffusers_ext.schedulers import save_tables
 from diffusers_ext.subjects import subject_of
@@ -112,7 +112,7 @@ def test_an_oracle_gets_the_oracles_numbers(tmp_path, steps):
 
     generator = torch.Generator().manual_seed(1)
     real = MEAN + STD * torch.randn(images.shape, generator=generator)
-    pixels = make_extractor("pixels", device="cpu")
+    pixels = Extractor("values", lambda images: images.flatten(1))
     found = quality(pixels(images), Manifold.of(pixels(real), pixels(real), pixels(real[:500]), 500))
     clamped = torch.distributions.Normal(mean, std).sample((10**6,)).clamp(-1, 1).double()
     truth = 16 * ((clamped.mean() - MEAN) ** 2 + (clamped.std() - STD) ** 2).item()
