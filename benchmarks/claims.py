@@ -12,8 +12,8 @@ The cost of training is counted in passes of the network over a batch, forward 1
 sides of a comparison; a discriminator's own passes are not counted in. A comparison is paired: both sides draw from the
 same noise, and the interval (95%, jackknife) is that of their difference: of the extractor's features, and, as a second
 measure, of pixels. Every side is trained from `--seeds` seeds; the difference is the mean, and its interval reaches
-over those of all seeds, so that a verdict holds for each of them. A draw of a bridge counts as the evaluations of
-the network that it takes as long as, which its baseline gets beside the same number.
+over those of all seeds, so that a verdict holds for each of them. The draw of a flow is paid
+for: its baseline gets the evaluations of the network that take as long, rounded up.
 """
 
 import json
@@ -73,9 +73,9 @@ BUDGETS = {
     "cifar10": Budget(20_000, 2000, 5000, 5000, "held_out", "--mixed_precision bf16 --allow_tf32"),
 }
 
-# How a model is trained: by a script, at a cost of so many passes a step, with options, perhaps from the baseline on,
-# From scratch it takes as many passes as the budget's steps of denoising, fine-tuned as
-# many as those of observation guidance (4: the generator's, and the forward pass for the discriminator's fake).
+# How a model is trained: by a script, at a cost of so many passes a step, with options, perhaps from another one on,
+# `base`. From scratch it takes as many passes as the budget's steps of denoising, fine-tuned as many as those of
+# observation guidance (4: the generator's, and the forward pass for the discriminator's fake).
 Recipe = namedtuple("Recipe", "script cost options base", defaults=[""])
 PLAIN, CLASSES = "--consistency_weight 0", "--class_conditional --label_drop 0.2"
 OBSERVATION = "--frechet_samples 0 --discriminator_learning_rate 1e-3 --observation_weight 0.005"

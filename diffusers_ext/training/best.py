@@ -57,6 +57,7 @@ class Best:
         self.distance, self.metrics = math.inf, dict[str, Any]()
         self.measured, self.stale = 0, 0
         self.features = "pixels"
+        self._real: torch.Tensor | None = None  # features of the validation images, at the first measurement
 
     def join(self, run: Run) -> None:
         """Repair the folder if the run was killed."""
@@ -84,7 +85,10 @@ class Best:
         images = torch.cat(drawn).movedim(3, 1) * 2 - 1
         if not images.isfinite().all():
             return math.inf
-        return frechet_distance(*(FEATURES[self.features](one) for one in (images, self.run.validation.images)))
+        features = FEATURES[self.features]
+        if self._real is None:
+            self._real = features(self.run.validation.images)
+        return frechet_distance(features(images), self._real)
 
     def offer(self, subject: Subject, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Measure the pipeline of the current step, keep it if it is the nearest, and return all its metrics.
@@ -144,3 +148,4 @@ class Best:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, value in ({"features": "means"} | dict(state)).items():
             setattr(self, name, value)
+        self._real = None
