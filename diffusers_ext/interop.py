@@ -342,6 +342,35 @@ def stock_schedule(scheduler: Any) -> NoiseSchedule:
     return VPSchedule(config.prediction_type, n, sigmas[:-1] if last_is_infinite else sigmas)
 
 
+def scheduler_above(scheduler: Any, sigma_min: float) -> Any:
+    """Return a scheduler of the same class whose lowest noise level is `sigma_min`, so that its last step ends with the
+    network's x0 there: one of `sigma_min` (edm), or one with the betas of the levels above it alone (vp). The numbers
+    of the timesteps of the latter are others.
+
+    Raises:
+        ValueError: it has no levels above, or it is one of flow matching or of a reflected process.
+    """
+    schedule = noise_schedule(scheduler)
+    if not 0 < sigma_min < schedule.sigma_max:
+        raise ValueError(f"sigma_min must be above 0 and below that of the scheduler's, {schedule.sigma_max:g}")
+    if abs(schedule.sigma_min / sigma_min - 1) < 1e-4:
+        return scheduler
+    config = live_config(scheduler)
+    if schedule.family == "edm":
+        changed: dict[str, Any] = {"sigma_min": sigma_min}
+    elif isinstance(schedule, VPSchedule) and schedule.max_diffusion_time == 1:
+        sigmas = torch.cat([torch.tensor([sigma_min]).double(), schedule.sigmas[schedule.sigmas > sigma_min]])
+        abar = 1 / (1 + sigmas**2)
+        if len(schedule.sigmas) < schedule.num_train_timesteps:  # the last level is infinite
+            abar = torch.cat([abar, torch.zeros(1).double()])
+        betas = 1 - abar / torch.cat([torch.ones(1).double(), abar[:-1]])
+        changed = {"num_train_timesteps": len(betas), "trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
+    else:
+        raise ValueError(f"the levels of a {type(scheduler).__name__} cannot end at {sigma_min:g}")
+    config["_use_default_values"] = [name for name in config["_use_default_values"] if name not in changed]
+    return type(scheduler).from_config({**config, **changed})
+
+
 def _unsupported(scheduler: Any) -> str:
     known = ", ".join(sorted(VP_SCHEDULERS | FLOW_SCHEDULERS | EDM_SCHEDULERS))
     return (

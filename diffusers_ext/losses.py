@@ -48,13 +48,15 @@ image, and r = s_n^2 / sigma^2, x_n given x and x0 is Gaussian with mean r x + (
 
 has the exact D as its minimum, and is the score matching loss where s_n = 0. The mean of the square is that of
 (1 - r)^2 |D - x0|^2 and a variance of s_n^2 (1 - r): the division leaves both finite where sigma comes near s_n. Below
-s_n nothing is learned: a sampler stops there and answers D(x, s_n).
+s_n nothing is learned: a sampler stops there and answers D(x, s_n). Or the model's own samples given x_n, from its
+probability flow (`denoised_copies`), stand for clean images there. What is learned from copies is copied: errors grow
+with each pass, and the copies lose variety. Their variance is known, Var x0 = Var x_n - s_n^2, so that it can be seen.
 
 References: Consistent Diffusion Models: Mitigating Sampling Drift by Learning to be Consistent (Daras, Dagan, Dimakis,
 Daskalakis, 2023, arXiv 2302.09057); Observation-Guided Diffusion Probabilistic Models (Kang, Choi, Choi, Han, CVPR
 2024, arXiv 2310.04041); Which Training Methods for GANs do actually Converge? (Mescheder, Geiger, Nowozin, 2018, arXiv
 1801.04406), R1; Consistent Diffusion Meets Tweedie (Daras, Dimakis, Daskalakis, 2024, arXiv 2404.10177), the ambient
-loss.
+loss; arXiv 2502.05446, copies that the model has denoised itself.
 """
 
 from __future__ import annotations
@@ -137,6 +139,32 @@ def ambient_loss(
     r = (data_noise / sigma) ** 2
     residual = r * x + (1 - r) * denoised - noisy
     return _mean_of_elements(align(weight, x) * residual**2 / ((1 - r).clamp(min=LEAST) * sigma**2))
+
+
+@torch.no_grad()
+def denoised_copies(
+    denoiser: Denoiser, noisy: Tensor, data_noise: Tensor, sigma_min: float, *, steps: int = 5, **cond: Any
+) -> tuple[Tensor, Tensor]:
+    """Return images without noise that the model makes of images with noise, and how much variance they have kept.
+
+    Euler's steps of the probability flow, log-linear from `data_noise` to `sigma_min`; the last one ends with D there.
+
+    Args:
+        denoiser: the model; conditions in `cond` reach every one of its `steps` + 1 evaluations.
+        noisy: x_n, (B, ...).
+        data_noise: s_n, (B,), above sigma_min.
+
+    Returns:
+        The copies, (B, ...), and their variance over that of clean images, Var x_n - s_n^2, (): over the batch, around
+        the mean image, mean over the elements. 1 is right; noise of a small batch is in it.
+    """
+    with _without_dropout(denoiser.network):
+        x, ratio = noisy, (sigma_min / data_noise) ** (1 / steps)
+        for i in range(steps):
+            x = euler(denoiser, x, data_noise * ratio**i, data_noise * ratio ** (i + 1), **cond)
+        copies = denoiser(x, torch.full_like(data_noise, sigma_min), **cond)
+    clean = noisy.var(0).mean() - (data_noise**2).mean()
+    return copies, copies.var(0).mean() / clean
 
 
 def consistency_loss(

@@ -115,15 +115,16 @@ EPSILON = ("--prediction_type", "epsilon")
     ("options", "mean", "std", "sigma_max"),
     [
         ((), -0.218, 0.764, 3),
-        (("--purpose", "likelihood"), -0.714, 0.970, 3),
-        (("--purpose", "likelihood", "--sigma_log_mean", "-2", "--sigma_log_std", "0.1"), -2, 0.1, 3),
+        (("--purpose", "likelihood"), -1.159, 1.698, 3),
+        (("--sigma_log_mean", "-2", "--sigma_log_std", "0.1"), -2, 0.1, 3),
         (EPSILON, -0.80, 1.79, 10),
         ((*EPSILON, "--sigma_log_mean", "-0.7"), -0.70, 1.20, 10),
     ],
 )
 def test_the_law_of_the_noise_levels(reflected, small, tmp_path, monkeypatch, options, mean, std, sigma_max):  # noqa: F811
-    """Log-normal, moved into the bounds: mean and standard deviation by quadrature. For epsilon log-uniform on [0.02,
-    10]: mean ln(0.2)/2, standard deviation ln(500)/12^1/2; or log-normal, hardly cut there."""
+    """Log-normal, moved into the bounds: mean and standard deviation by quadrature. For likelihood half of that, half
+    log-uniform on [0.005, 3]: mean -2.100, variance 3.410. For epsilon log-uniform on [0.02, 10]: mean ln(0.2)/2,
+    standard deviation ln(500)/12^1/2; or log-normal, hardly cut there."""
     drawn, plain = [], reflected.score_matching_loss
 
     def spy(model, x, x0, sigma, **kwargs):
@@ -136,7 +137,7 @@ def test_the_law_of_the_noise_levels(reflected, small, tmp_path, monkeypatch, op
     argv = ("--train_batch_size", 1000, "--max_train_steps", 1, "--num_validation_images", 0)
     reflected.run(*small, *argv, *options, "--output_dir", tmp_path / "out")
     (sigma,) = drawn
-    assert sigma.min() >= 0.02 * (1 - 1e-6)
+    assert sigma.min() >= (0.005 if "likelihood" in options else 0.02) * (1 - 1e-6)
     assert sigma.max() <= sigma_max * (1 + 1e-6)
     assert sigma.log().mean().item() == pytest.approx(mean, abs=4 * std / 1000**0.5)
     assert sigma.log().std().item() == pytest.approx(std, rel=0.1)

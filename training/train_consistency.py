@@ -7,20 +7,31 @@
 `--help` lists every argument; `--config run.yaml` reads them from a file.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from diffusers_ext import consistency_loss, lower_sigma, score_matching_loss
+import torch
+from torch import Tensor
+
+from diffusers_ext import ambient_loss, consistency_loss, denoised_copies, lower_sigma, score_matching_loss
 from diffusers_ext.commands import parse_arguments
+from diffusers_ext.data.noise import NoisyDataArguments
 from diffusers_ext.errors import InputError, command
 from diffusers_ext.fields import arg
-from diffusers_ext.training import TrainingArguments, TrainingLoop
+from diffusers_ext.randomness import rand_like
+from diffusers_ext.training import Batch, TrainingArguments, TrainingLoop
+
+BELOW_FROM = 0.3
+"""Share of the training after which copies that the model has denoised are trained on."""
+LEAST_VARIANCE = 0.9
+"""Of the variance of clean images, that copies must have kept."""
 
 PAPER = ("Consistent Diffusion Models: Mitigating Sampling Drift by Learning to be Consistent", "2302.09057")
 
 
 @dataclass
-class ConsistencyArguments(TrainingArguments):
+class ConsistencyArguments(NoisyDataArguments, TrainingArguments):
     """Adds the regulariser's arguments; the paper has weight 10, fraction 1, 5 steps euler_maruyama, absolute 0.05."""
 
     consistency_weight: float = arg(10.0, "Weight of the regulariser; 0 switches it off.", at_least=0)
@@ -33,10 +44,31 @@ class ConsistencyArguments(TrainingArguments):
     sigma_width: float = arg(0.05, "The lower level is at most this far below sigma.", above=0)
     sigma_width_relative: bool = arg(False, "sigma_width is a fraction of sigma, below 1.")
 
+    def lowest_noise(self, data_noise: Sequence[float]) -> float:
+        return 0.0 if self.below_noise == "rollout" else min(data_noise)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sigma_width_relative and self.sigma_width >= 1:
             raise InputError(f"--sigma_width must be below 1 where it is relative, got {self.sigma_width}")
+
+
+def below(loop: TrainingLoop, batch: Batch, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Put denoised copies for clean images into half of a batch of images with noise, at levels below it.
+
+    Returns:
+        x0, the noise and sigma of the batch, and the weight of each row: 0 for copies that have lost variance.
+    """
+    x0, half, lowest = batch.x0, slice(len(batch.x0) // 2), loop.schedule.sigma_min
+    cond = loop.subject.part(batch.cond, half)
+    copies, variance = denoised_copies(loop.denoiser, x0[half], noise[half], lowest, **cond)
+    levels = lowest * (noise[half] / lowest) ** rand_like(noise[half], batch.generator)
+    weight = (variance > LEAST_VARIANCE).to(sigma).expand(len(copies))
+    rest = slice(half.stop, None)
+    clean, whole = torch.zeros_like(levels), torch.ones_like(sigma[rest])
+    pairs = (copies, x0[rest]), (clean, noise[rest]), (levels, sigma[rest]), (weight, whole)
+    x0, noise, sigma, weight = (torch.cat(pair) for pair in pairs)
+    return x0, noise, sigma, weight
 
 
 @command
@@ -46,25 +78,32 @@ def main() -> None:
     denoiser, process = loop.denoiser, loop.denoiser.process
 
     for batch in loop:
-        x0, generator = batch.x0, batch.generator
-        sigma = loop.levels.draw(len(x0), generator, x0.device)
-        x = process.perturb(x0, sigma, generator)
-        denoised = denoiser(x, sigma, **batch.cond)
-        terms = {
-            "denoising": score_matching_loss(
-                denoiser, x, x0, sigma, prediction=denoised, weight=loop.weight(sigma), **batch.cond
-            )
-        }
-        loss = terms["denoising"].mean()
+        x0, noise, generator = batch.x0, batch.data_noise, batch.generator
+        if noise is None:
+            sigma = loop.levels.draw(len(x0), generator, x0.device)
+            x = process.perturb(x0, sigma, generator)
+            denoised = denoiser(x, sigma, **batch.cond)
+            matching = {"prediction": denoised, "weight": loop.weight(sigma), **batch.cond}
+            terms = {"denoising": score_matching_loss(denoiser, x, x0, sigma, **matching)}
+        else:
+            sigma, kept = loop.levels.draw_above(noise, generator), torch.ones_like(noise)
+            if args.below_noise == "rollout" and loop.step >= BELOW_FROM * loop.total_steps:
+                x0, noise, sigma, kept = below(loop, batch, noise, sigma)
+            x = process.perturb(x0, (sigma**2 - noise**2).clamp(min=0) ** 0.5, generator)
+            denoised = denoiser(x, sigma, **batch.cond)
+            terms = {"ambient": kept * ambient_loss(denoised, x, x0, noise, sigma, weight=loop.weight(sigma))}
+        (loss,) = (term.mean() for term in terms.values())
 
         if args.consistency_weight != 0 and loop.step >= args.consistency_start * loop.total_steps:
             part, weight = batch.part(args.consistency_fraction)
             if part.stop > 0:
+                width = {"width": args.sigma_width, "relative": args.sigma_width_relative}
+                lower = lower_sigma(sigma[part], **width, generator=generator)
                 terms["consistency"] = consistency_loss(
                     denoiser,
                     x[part],
                     sigma[part],
-                    lower_sigma(sigma[part], args.sigma_width, relative=args.sigma_width_relative, generator=generator),
+                    lower if noise is None else torch.maximum(lower, noise[part]),
                     denoised=denoised[part],
                     steps=args.rollout_steps,
                     rollout=args.rollout,

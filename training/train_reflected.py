@@ -10,15 +10,19 @@ The result opens as `ReflectedPipeline`, after `import diffusers_ext`. `--help` 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
+
 from diffusers_ext import log_normal_sigmas, score_matching_loss
 from diffusers_ext.commands import parse_arguments
 from diffusers_ext.errors import InputError, command
 from diffusers_ext.fields import arg
 from diffusers_ext.interop import NoiseSchedule
+from diffusers_ext.randomness import rand_like
 from diffusers_ext.training import TrainingArguments, TrainingLoop
 
 SIGMA_MAX = 3.0  # 1.5 widths of [-1, 1]: there the law is uniform to 3e-5
-LAWS = {"samples": (-0.2, 0.8), "likelihood": (-0.7, 1.0)}  # mean and standard deviation of ln(sigma), chosen by trying
+LAW = -0.2, 0.8  # mean and standard deviation of ln(sigma), chosen by trying
+LOWEST = 0.005  # for likelihood: below the width of a bin of 8 bits, 0.0078, there is nothing to learn
 
 PAPER = ("Reflected Diffusion Models", "2304.04740")
 
@@ -30,18 +34,18 @@ class ReflectedArguments(TrainingArguments):
     needs_scheduler: ClassVar[str | None] = "ReflectedScheduler"
 
     label_drop: float = arg(0.2, "Share of labels replaced by the null class.", at_least=0, at_most=1)
-    sigma_min: float | None = arg(None, "Lowest noise level: 0.02 by default, 0.0002 for likelihood.", above=0)
+    sigma_min: float | None = arg(None, "Lowest noise level: 0.02 by default, 0.005 for likelihood.", above=0)
     sigma_max: float | None = arg(None, "Highest noise level: 3 by default, 10 for epsilon.", above=0)
     purpose: Literal["samples", "likelihood"] = arg(
-        "samples", "What the law of the noise levels serves, where the network predicts a point."
+        "samples",
+        "What the noise levels serve, where the network predicts a point; for likelihood half of them are log-uniform.",
     )
     sigma_log_mean: float | None = arg(
         None,
-        "Draw ln(sigma) from a normal law of this mean, within bounds; by default -0.2 for samples, -0.7 for "
-        "likelihood, and for epsilon it is uniform.",
+        "Draw ln(sigma) from a normal law of this mean, within bounds; by default -0.2, and for epsilon it is uniform.",
     )
     sigma_log_std: float | None = arg(
-        None, "Standard deviation of that law: by default 0.8 for samples, 1 for likelihood, 1.2 for epsilon.", above=0
+        None, "Standard deviation of that law: by default 0.8, and 1.2 for epsilon.", above=0
     )
     algorithm_type: str | None = arg(None, "Sampler: sde (the default), ode or heun.")
 
@@ -58,11 +62,13 @@ class ReflectedArguments(TrainingArguments):
             settings["prediction_type"] = prediction = self.prediction_type or "point"
             if self.sigma_max is None and prediction == "point":
                 settings["sigma_max"] = SIGMA_MAX
+            if self.sigma_min is None and prediction == "point" and self.purpose == "likelihood":
+                settings["sigma_min"] = LOWEST
         return settings
 
     def law(self, schedule: NoiseSchedule) -> tuple[float, float] | None:
         """Return mean and standard deviation of ln(sigma); `None` for a uniform one within the bounds."""
-        mean, std = LAWS[self.purpose]
+        mean, std = LAW
         if schedule.prediction_type == "epsilon":
             if self.sigma_log_mean is None:
                 return None
@@ -85,6 +91,9 @@ def main() -> None:
         else:
             sigma = log_normal_sigmas(n, *law, generator, device)
             sigma = sigma.clamp(schedule.sigma_min, schedule.sigma_max)
+            if args.purpose == "likelihood":  # the bound is an integral over ln(sigma)
+                uniform = schedule.draw_sigmas(n, generator, device)
+                sigma = torch.where(rand_like(sigma, generator) < 0.5, sigma, uniform)
         x = process.perturb(batch.x0, sigma, generator)
         loss = score_matching_loss(model, x, batch.x0, sigma, weight=loop.weight(sigma), **batch.cond)
         loop.update(loss.mean(), sigma=sigma, score_matching=loss)

@@ -39,7 +39,7 @@ MAX_UNREADABLE_IN_A_ROW = 100
 @dataclass(frozen=True)
 class Sample:
     """One image (channels, height, width), its label (-1 if it has none), what could not be read in its stead, its
-    caption, and where it was cut from, see `Transform.placed`."""
+    caption, where it was cut from, see `Transform.placed`, its number in the source, and its noise, see `noise`."""
 
     image: Tensor
     label: int
@@ -47,6 +47,7 @@ class Sample:
     caption: str | None = None
     place: tuple[int, int, int, int] = (0, 0, 0, 0)
     index: int = -1
+    data_noise: float | None = None
 
 
 class StreamDataset(Dataset[Sample]):
@@ -89,7 +90,9 @@ def read_image(source: ImageSource, index: int, n: int, transform: Transform, ge
         try:
             image, place = transform.placed(source.open(index), generator)
             label = -1 if source.labels is None else source.labels[index]
-            return Sample(image, label, unreadable, None if source.captions is None else source.captions[index], place)
+            caption = None if source.captions is None else source.captions[index]
+            noise = None if source.data_noise is None else source.data_noise[index]
+            return Sample(image, label, unreadable, caption, place, data_noise=noise)
         except Exception as error:  # Pillow raises whatever its decoders do
             unreadable.append(f"{source.name(index)}: {type(error).__name__}: {error}")
             if len(unreadable) >= min(n, MAX_UNREADABLE_IN_A_ROW):
@@ -125,6 +128,7 @@ class Images:
         captions: B texts, where the data have captions.
         places: (B, 4), where the images were cut from, see `Transform.placed`; `None` if that is not known.
         indices: (B,), the numbers of the images in their source; -1 in a stream.
+        data_noise: (B,), the noise that the images have, see `noise`; `None` where they have none.
     """
 
     images: Tensor
@@ -134,6 +138,7 @@ class Images:
     captions: Sequence[str] | None = None
     places: Tensor | None = None
     indices: Tensor | None = None
+    data_noise: Tensor | None = None
 
     def pin_memory(self) -> Images:
         """Return a copy in page-locked memory, which a GPU reads without a wait; `DataLoader` calls this, too."""
@@ -146,7 +151,9 @@ def collate(samples: Sequence[Sample]) -> Images:
     texts = [s.caption for s in samples if s.caption is not None]
     captions = texts if len(texts) == len(samples) else None
     unreadable, indices = [name for s in samples for name in s.unreadable], torch.tensor([s.index for s in samples])
-    return Images(images, labels, unreadable, captions=captions, places=places, indices=indices)
+    noise = [s.data_noise for s in samples if s.data_noise is not None]
+    data_noise = torch.tensor(noise) if len(noise) == len(samples) else None
+    return Images(images, labels, unreadable, captions=captions, places=places, indices=indices, data_noise=data_noise)
 
 
 def first_images(source: ImageSource | HubStream, n: int, transform: Transform) -> Images:

@@ -116,6 +116,21 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(pixels / 127.5 - 1)
 
 
+def exact_tensor(image: Image.Image, channels: int, value_range: ValueRange | None = None) -> Tensor:
+    """Return an upright image as (channels, height, width), float32, with black at -1 and white at 1, and its values
+    beyond these as they are.
+
+    Args:
+        image, channels, value_range: as in `convert`.
+    """
+    if not is_wide(image):
+        return to_tensor(convert(image, channels))
+    black, white = value_range or WHOLE_RANGES[0 if image.mode == "F" else -1]
+    values = np.asarray(ImageOps.exif_transpose(image), dtype=np.float64)
+    pixels = torch.from_numpy(((values - black) / (white - black) * 2 - 1).astype(np.float32))
+    return pixels.expand(channels, *pixels.shape).contiguous()
+
+
 @dataclass(frozen=True)
 class Transform:
     """Resizes the shorter side to `resolution`, crops to a square, mirrors at random if asked, scales to [-1, 1]."""
@@ -136,14 +151,37 @@ class Transform:
         own = image.height, image.width
         scale = self.resolution / min(image.size)
         width, height = (max(self.resolution, round(side * scale)) for side in image.size)
+        left, top, mirrored = self._drawn(width, height, generator)
+        image = _square(image, (width, height), (left, top), self.resolution)
+        if mirrored:
+            image, left = ImageOps.mirror(image), width - self.resolution - left
+        return to_tensor(image), (*own, top, left)
+
+    def _drawn(self, width: int, height: int, generator: torch.Generator) -> tuple[int, int, bool]:
+        """Return left and top of the crop of an image of this size, and whether it is mirrored."""
         x, y, flip = torch.rand(3, generator=generator).tolist()
         if self.center_crop:
             x = y = 0.5
         left, top = (round(u * (side - self.resolution)) for u, side in zip((x, y), (width, height), strict=True))
-        image = _square(image, (width, height), (left, top), self.resolution)
-        if self.random_flip and flip < 0.5:
-            image, left = ImageOps.mirror(image), width - self.resolution - left
-        return to_tensor(image), (*own, top, left)
+        return left, top, self.random_flip and flip < 0.5
+
+
+@dataclass(frozen=True)
+class ExactTransform(Transform):
+    """The same of images whose noise matters: values are neither rounded to 8 bits nor cut off at black and white, and
+    an image that would have to be resized is refused, as its noise would change: ValueError."""
+
+    def placed(self, image: Image.Image, generator: torch.Generator) -> tuple[Tensor, tuple[int, int, int, int]]:
+        pixels, side = exact_tensor(image, self.channels, self.value_range), self.resolution
+        height, width = pixels.shape[1:]
+        if min(height, width) != side:
+            raise ValueError(
+                f"{width} x {height} would be resized to {side}, which changes the noise: see --data_noise"
+            )
+        left, top, mirrored = self._drawn(width, height, generator)
+        pixels = pixels[:, top : top + side, left : left + side]
+        left, pixels = (width - side - left, pixels.flip(-1)) if mirrored else (left, pixels)
+        return pixels.contiguous(), (height, width, top, left)
 
 
 def _square(image: Image.Image, size: tuple[int, int], corner: tuple[int, int], side: int) -> Image.Image:

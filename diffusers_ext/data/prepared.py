@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..errors import InputError
 from .batches import Images, first_images
 from .contents import mark_of
 from .held_out import held_out_images
-from .images import Transform, find_value_range, parse_value_range
+from .images import ExactTransform, Transform, find_value_range, is_wide, parse_value_range
 from .labelling import with_labels
+from .noise import has_noise, require_noise
 from .sources import DataArguments, HeldOutArguments, HubStream, ImageSource
 
 _LOOKED_AT = 64, 8
@@ -66,6 +68,8 @@ def prepare_data(
     own = with_labels(source, num_classes, f"split {args.train_split}")
     held_out, name = held_out_images(args, source, num_classes, max_validation_samples)
     validation = first_images(held_out or own, max_validation_samples, transform)
+    if validation.data_noise is not None:
+        require_noise(validation.images, validation.data_noise)
     classes = own.class_names if num_classes is not None else None
     described = f"{describe(args, source, transform)}; {'no' if classes is None else len(classes)} classes"
     described += f"; measured on {len(validation.images):,} {name}"
@@ -80,8 +84,14 @@ def make_transform(
     Raises:
         InputError: the range of their values is not clear.
     """
+    if has_noise(args) and args.value_range is None and is_wide(next(_openers(source))()):
+        raise InputError(
+            "noise goes beyond black and white, so these cannot be found in the images: say them, e.g. "
+            "--value_range=0,1"
+        )
     found = find_value_range(_openers(source)) if args.value_range is None else parse_value_range(args.value_range)
-    return Transform(resolution, channels, still or args.center_crop, args.random_flip and not still, found)
+    kind = ExactTransform if has_noise(args) else Transform
+    return kind(resolution, channels, still or args.center_crop, args.random_flip and not still, found)
 
 
 def describe(args: DataArguments, source: ImageSource | HubStream, transform: Transform) -> str:

@@ -34,6 +34,7 @@ from .columns import (
 )
 from .folders import class_of_all, list_folder, require_all, require_outside
 from .images import parse_value_range
+from .noise import has_noise, read_noise
 
 
 @dataclass
@@ -110,6 +111,10 @@ class ImageSource(Protocol):
     def captions(self) -> Sequence[str] | None:
         """The text of each image, where a column of texts was asked for."""
 
+    @property
+    def data_noise(self) -> Sequence[float] | None:
+        """The noise that each image has, where it has any, see `noise`."""
+
     def __len__(self) -> int: ...
 
     def open(self, index: int) -> Image.Image:
@@ -127,6 +132,7 @@ class Digits:
     """
 
     captions: Sequence[str] | None = None
+    data_noise: Sequence[float] | None = None
 
     def __init__(self, split: str = "train") -> None:
         if split not in ("train", "test"):
@@ -174,6 +180,8 @@ class HubImages:
     Raises:
         InputError: there is no such column of texts.
     """
+
+    data_noise: Sequence[float] | None = None
 
     def __init__(
         self,
@@ -299,8 +307,9 @@ class View:
         self.source, self.class_names = source, class_names
         self.order = range(len(source)) if order is None else order
         self.labels = None if labels is None else [labels[i] for i in self.order]
-        captions = source.captions
+        captions, noise = source.captions, source.data_noise
         self.captions = None if captions is None else [captions[i] for i in self.order]
+        self.data_noise = None if noise is None else [noise[i] for i in self.order]
 
     def __len__(self) -> int:
         return len(self.order)
@@ -330,6 +339,19 @@ def load_images(args: DataArguments, split: str) -> ImageSource | HubStream:
     Raises:
         InputError: no data were named, or they cannot be loaded; the message says what to do.
     """
+    source = _open(args, split)
+    if has_noise(args):
+        if not isinstance(source, HubImages):
+            raise InputError(
+                "images with noise must be in a folder or in a data set that is not streamed; the embedded digits have "
+                "none"
+            )
+        said, column = getattr(args, "data_noise", None), getattr(args, "data_noise_column", None)
+        source.data_noise = [said or 0.0] * len(source) if column is None else read_noise(source.rows, column)
+    return source
+
+
+def _open(args: DataArguments, split: str) -> ImageSource | HubStream:
     if args.train_data_dir is None and args.dataset_name is None:
         raise InputError("name the data: --dataset_name (Hub name, folder, .parquet or `digits`) or --train_data_dir")
     if args.train_data_dir is not None and args.dataset_name is not None and args.preset is None:

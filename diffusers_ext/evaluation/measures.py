@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..extractors import Extractor, pixel_extractor
 from ..interop import noise_schedule, score_model_from
 from ..likelihood import bits_per_dim, dequantize, elbo, log_likelihood
-from ..losses import score_matching_loss
+from ..losses import ambient_loss, score_matching_loss
 from ..metrics import (
     Interval,
     copy_threshold,
@@ -250,7 +250,10 @@ def _log_start(bridge: Any, schedule: Any, labels: Tensor | None) -> Any:
 def loss_by_sigma(
     subject: Subject, validation: Images, sigma_range: tuple[float, float], *, seeds: Seeds, batch_size: int
 ) -> dict[str, list[float]]:
-    """Return the mean square error of eps on the validation images at log-spaced noise levels, for a fixed noise."""
+    """Return the mean square error of eps on the validation images at log-spaced noise levels, for a fixed noise.
+
+    Of images that have noise themselves, it is the ambient loss, from a tenth above their noise on.
+    """
     network = subject.network
     model, device = score_model_from(network, subject.pipeline.scheduler), network.device
     generator = seeds.generator(Stream.VALIDATION)
@@ -261,6 +264,13 @@ def loss_by_sigma(
         x0, cond = subject.encode(rows.images.to(device), generator), subject.conditions(rows)
         before = generator.get_state()
         for i, sigma in enumerate(sigmas.tolist()):
-            x = model.process.perturb(x0, sigma, generator.set_state(before))
-            total[i] += score_matching_loss(model, x, x0, sigma, **cond).sum().cpu()
+            generator.set_state(before)
+            if rows.data_noise is None:
+                x = model.process.perturb(x0, sigma, generator)
+                total[i] += score_matching_loss(model, x, x0, sigma, **cond).sum().cpu()
+            else:
+                noise = rows.data_noise.to(device)
+                level = (1.1 * noise).clamp(min=sigma)  # at the noise itself there is nothing to compare
+                x = model.process.perturb(x0, (level**2 - noise**2).sqrt(), generator)
+                total[i] += ambient_loss(model(x, level, **cond), x, x0, noise, level).sum().cpu()
     return {"sigmas": sigmas.tolist(), "eps_mse": (total / len(validation.images)).tolist()}

@@ -208,4 +208,5 @@ def _halves(images: Images) -> tuple[Images, Images]:
 
 def rows_of(images: Images, first: int, last: int) -> Images:
     """Return the rows first, ..., last - 1."""
-    return Images(images.images[first:last], images.labels[first:last], images.unreadable)
+    of_rows = ("images", "labels", "captions", "places", "indices", "data_noise")
+    return replace(images, **{n: v[first:last] for n in of_rows if (v := getattr(images, n)) is not None})

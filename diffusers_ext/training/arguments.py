@@ -6,6 +6,7 @@ comes later wins. The names are those of diffusers' own training scripts whereve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any, ClassVar, Literal
@@ -130,6 +131,10 @@ class TrainingArguments(HubArguments, HeldOutArguments):
     def adapt(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
         """Return the pipeline that is trained; a script may override this to change it or its scheduler."""
         return pipeline
+
+    def lowest_noise(self, data_noise: Sequence[float]) -> float:
+        """Return where the sampler ends, of a model of images with this noise; 0 is where it always does."""
+        return 0.0
 
     def scheduler_settings(self) -> dict[str, Any]:
         """Return the arguments that are settings of a new model's scheduler; `None` leaves the scheduler's default."""

@@ -37,6 +37,8 @@ class Batch:
     """The number of the micro-batches before it on the same device: the same on all devices."""
     seeds: Seeds = field(default_factory=lambda: Seeds(0))
     """The seeds of the run."""
+    data_noise: Tensor | None = None
+    """The standard deviation of the noise of each sample, (B,), where the data have any: x0 is not clean then."""
 
     def part(self, share: float) -> tuple[slice, float]:
         """Return the rows that a loss is computed of, and its weight.
@@ -87,7 +89,8 @@ def make_batch(
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         x0, resolution = subject.encode(pixels, generator), pixels.shape[-1]
         condition = subject.conditions(replace(images, labels=images.labels.to(device, non_blocking=True)))
-    return Batch(x0, subject.drop(condition, share, generator, resolution), generator, m // world, seeds)
+    noise = None if images.data_noise is None else images.data_noise.to(device, non_blocking=True)
+    return Batch(x0, subject.drop(condition, share, generator, resolution), generator, m // world, seeds, noise)
 
 
 def fill_cache(args: TrainingArguments, subject: Any, data: RunData, accelerator: Accelerator) -> LatentCache:

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, UNet2DModel
 
 from ..errors import InputError
-from ..interop import FLOW_SCHEDULERS, noise_schedule
+from ..interop import FLOW_SCHEDULERS, noise_schedule, scheduler_above
 from ..pipelines import ClassConditionalPipeline, ReflectedPipeline
 from ..presets import PRESETS
 from ..randomness import Seeds, Stream
@@ -23,7 +23,7 @@ OF_TEXT = (
 )
 
 
-def build_subject(args: TrainingArguments, num_classes: int | None) -> Subject:
+def build_subject(args: TrainingArguments, num_classes: int | None, lowest_noise: float = 0.0) -> Subject:
     """Load a pretrained pipeline, or build one from a preset or a model's configuration, and return its subject.
 
     The network is in float32.
@@ -31,6 +31,7 @@ def build_subject(args: TrainingArguments, num_classes: int | None) -> Subject:
     Args:
         args: the run's arguments.
         num_classes: the number of classes of a new class-conditional model; `None` if the data have no labels.
+        lowest_noise: where the sampler of the model ends, the lowest noise of images that have noise.
 
     Raises:
         InputError: the arguments name no model, or one that cannot be trained.
@@ -41,6 +42,8 @@ def build_subject(args: TrainingArguments, num_classes: int | None) -> Subject:
     else:
         pipeline = _new_pipeline(args, num_classes)
     pipeline = args.adapt(pipeline)
+    if lowest_noise > 0:
+        pipeline.register_modules(scheduler=_ending_at(lowest_noise, pipeline.scheduler, args))
     try:
         schedule = noise_schedule(pipeline.scheduler)
     except ValueError as error:
@@ -54,6 +57,29 @@ def build_subject(args: TrainingArguments, num_classes: int | None) -> Subject:
     _prepare_text(subject, args)
     subject.before_training()
     return subject
+
+
+def _ending_at(lowest_noise: float, scheduler: Any, args: TrainingArguments) -> Any:
+    """Return the scheduler with this lowest noise level.
+
+    Raises:
+        InputError: there is none that its network would fit.
+    """
+    advice = "train from scratch with a variance-preserving scheduler, or an EDM model"
+    try:
+        above = scheduler_above(scheduler, lowest_noise)
+    except ValueError as error:
+        raise InputError(f"images with noise: {error}; {advice}") from error
+    if (
+        args.pretrained_model_name_or_path is not None
+        and above is not scheduler
+        and noise_schedule(above).family == "vp"
+    ):
+        raise InputError(
+            f"images with noise: the pipeline's network was told the timesteps of another table than one that ends at "
+            f"{lowest_noise:g}: {advice}"
+        )
+    return above
 
 
 def _prepare_text(subject: Subject, args: TrainingArguments) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..interop import NoiseSchedule, live_config
 from ..noise_levels import min_snr_weight
+from ..randomness import rand_like, randn_like
 from ..score import ScoreModel
 from .arguments import TrainingArguments
 
@@ -60,6 +61,23 @@ class Levels:
         self.flow = self.flow.to(device)
         t = self.flow[(u * len(self.flow)).long().clamp(0, len(self.flow) - 1)]
         return (t / (1 - t)).clamp(max=self.schedule.sigma_max).float()
+
+    def draw_above(self, data_noise: Tensor, generator: torch.Generator) -> Tensor:
+        """Return noise levels for images that have noise themselves, (n,), at or above it.
+
+        Those of clean images are as `draw` has them. Of the others, half are near their noise s, where the sampler
+        ends, tau = s 0.8 exp(N(0, 1)) above it in quadrature, and half log-uniform.
+
+        Args:
+            data_noise: (n,), the standard deviation s, 0 for clean images.
+        """
+        usual = self.draw(len(data_noise), generator, data_noise.device)
+        tau = 0.8 * data_noise * randn_like(data_noise, generator).exp()
+        low, high = data_noise.clamp(min=1e-6), self.schedule.sigma_max
+        wide = low * (high / low) ** rand_like(data_noise, generator)
+        near = (data_noise**2 + tau**2) ** 0.5
+        above = torch.where(rand_like(data_noise, generator) < 0.5, near.clamp(max=high), wide)
+        return torch.where(data_noise > 0, torch.maximum(above, data_noise), usual)
 
     def weight(self, sigma: Tensor) -> Tensor:
         """Return the score-matching weight, (B,): Min-SNR, or that of the network's own output, times the scheme's."""

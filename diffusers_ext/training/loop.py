@@ -110,7 +110,11 @@ class TrainingLoop:
 
     def _set_up_data(self) -> None:
         args, source = self.args, load_images(self.args, self.args.train_split)
-        self.subject = build_subject(args, number_of_classes(source) if args.class_conditional else None)
+        noise = getattr(source, "data_noise", None)
+        lowest = 0.0 if noise is None else args.lowest_noise(noise)
+        self.subject = build_subject(args, number_of_classes(source) if args.class_conditional else None, lowest)
+        if noise is not None and self.subject.others:
+            raise InputError("images with noise are trained on as pixels, and this pipeline has latents")
         self.pipeline = self.subject.pipeline
         image_format = self.subject.image_format(args.resolution)
         self.subject.train_at(image_format.resolution)
