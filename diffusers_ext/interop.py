@@ -365,6 +365,8 @@ def scheduler_above(scheduler: Any, sigma_min: float) -> Any:
             abar = torch.cat([abar, torch.zeros(1).double()])
         betas = 1 - abar / torch.cat([torch.ones(1).double(), abar[:-1]])
         changed = {"num_train_timesteps": len(betas), "trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
+        # With other spacings DDIM and DDPM step, in the end, to timestep 0 and not to x0, unless the steps divide N.
+        changed |= {"timestep_spacing": "leading", "steps_offset": 0}
     else:
         raise ValueError(f"the levels of a {type(scheduler).__name__} cannot end at {sigma_min:g}")
     config["_use_default_values"] = [name for name in config["_use_default_values"] if name not in changed]

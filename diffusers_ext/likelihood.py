@@ -223,7 +223,7 @@ def _odeint() -> Callable[..., tuple[Tensor, Tensor]]:
     try:
         from torchdiffeq import odeint
     except ImportError as error:
-        raise ImportError('log_likelihood needs torchdiffeq: pip install "diffusers_ext[likelihood]"') from error
+        raise ImportError("log_likelihood needs torchdiffeq: pip install torchdiffeq") from error
     return odeint
 
 

@@ -1,9 +1,8 @@
 """One thread or OMP_NUM_THREADS, no network, a fixed seed: a test that needs randomness makes its own generator."""
 
-import importlib.util
+import importlib
 import os
 import sys
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -30,17 +29,13 @@ def _seed() -> None:
 
 @pytest.fixture
 def load_script(monkeypatch):
-    """A script of training/ as a module, with `run(*argv)` to run it in this process as the command line would."""
+    """A command as a module, with `run(*argv)` to run it in this process as the command line would."""
 
     def load(name):
-        path = Path(__file__).parents[1] / "training" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
+        module = importlib.import_module(f"diffusers_ext.commands.{name}")
 
         def run(*argv):
-            monkeypatch.setattr(sys, "argv", [path.name, *map(str, argv)])
+            monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
             module.main()
 
         module.run = run

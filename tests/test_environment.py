@@ -77,3 +77,13 @@ def test_a_precision_of_the_launcher_that_is_not_ours_is_refused(tmp_path, monke
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(InputError, match="fp8"):
         accelerator(tmp_path)
+
+
+def test_the_tracker_is_tensorboard_where_it_is_installed(monkeypatch):
+    from diffusers_ext.training import environment
+
+    for there, expected in ((object(), "tensorboard"), (None, None)):
+        monkeypatch.setattr(environment, "find_spec", lambda name, there=there: there)
+        assert environment.tracker_named("auto") == expected
+        assert environment.tracker_named("wandb") == "wandb"
+        assert environment.tracker_named("none") is None

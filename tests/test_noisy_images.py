@@ -84,13 +84,14 @@ def test_the_lowest_level_is_the_noise_and_the_last_step_answers_x0(scheduler):
     if cut.family == "vp":  # its other levels are those of before
         kept = whole.sigmas[whole.sigmas > S]
         torch.testing.assert_close(cut.sigmas[1:], kept, rtol=1e-4, atol=0)
-    generator = torch.Generator().manual_seed(0)
-    above.set_timesteps(7)
-    x, output = torch.randn(2, 2, 3, generator=generator).double()
-    for t in above.timesteps:
-        step = above.step(output, t, x, generator=generator)
-        x = step.prev_sample
-    torch.testing.assert_close(x, step.pred_original_sample)
+    for steps in (1, 5, 7, 10, 20, 30, 50):
+        generator = torch.Generator().manual_seed(0)
+        above.set_timesteps(steps)
+        x, output = torch.randn(2, 2, 3, generator=generator).double()
+        for t in above.timesteps:
+            step = above.step(output, t, x, generator=generator)
+            x = step.prev_sample
+        torch.testing.assert_close(x, step.pred_original_sample)
     assert scheduler_above(above, S) is above
 
 

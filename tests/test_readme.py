@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from test_wrong_input import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -19,7 +20,7 @@ def test_python_in_the_readme_runs(code):
 
 
 def test_files_named_in_the_readme_exist():
-    named = re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"training/\w+\.py", README)
+    named = re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"(?:training|benchmarks)/\w+\.py", README)
     assert named
     assert [n for n in named if not (ROOT / n).exists()] == []
 
@@ -27,12 +28,10 @@ def test_files_named_in_the_readme_exist():
 def test_commands_in_the_readme_have_arguments_that_exist():
     from diffusers_ext.commands import parse_arguments
 
-    commands = re.findall(r"accelerate launch training/(\w+).py((?:.*\\\n)*.*)", README)
-    assert len(commands) >= 2
-    for script, command in commands:
-        scope = {"__name__": "script"}
-        exec(compile((ROOT / f"training/{script}.py").read_text(), f"{script}.py", "exec"), scope)
-        (kind,) = (v for k, v in scope.items() if k.endswith("Arguments") and v.__module__ == "script")
+    commands = re.findall(r"^diffusers-ext ([\w-]+)((?:.*\\\n)*.*)", README, re.MULTILINE)
+    assert len(commands) >= 5
+    for name, command in commands:
+        kind = KINDS[name.replace("-", "_")]
         parse_arguments(kind, shlex.split(command.replace("\\\n", " ")))
 
 

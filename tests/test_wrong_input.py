@@ -4,13 +4,12 @@ Rows are run as the command line would run them, in this process. What fails whi
 and no model; the others get tiny ones, which are made once.
 """
 
-import importlib.util
+import importlib
 import json
 import shutil
 import sys
 from dataclasses import fields
 from math import inf
-from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -35,16 +34,7 @@ CLASSES = {
 }
 
 
-def load(name):
-    path = Path(__file__).parents[1] / "training" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"wrong_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-SCRIPTS = {name: load(name) for name in CLASSES}
+SCRIPTS = {name: importlib.import_module(f"diffusers_ext.commands.{name}") for name in CLASSES}
 KINDS = {name: getattr(SCRIPTS[name], kind) for name, kind in CLASSES.items()}
 
 # --- what is there ----------------------------------------------------------------------------------------------------

@@ -1,59 +1,11 @@
 """Train or fine-tune a diffusers model on the diffusion times [0, T] alone (Franzese et al., 2022, arXiv 2206.05173).
 
-    accelerate launch training/train_short_time.py --preset digits --max_diffusion_time 0.6 --output_dir short-digits
-    accelerate launch training/train_short_time.py --pretrained_model_name_or_path google/ddpm-cifar10-32 \
-        --dataset_name uoft-cs/cifar10 --random_flip --max_diffusion_time 0.4 --bridge flow --output_dir short-cifar10
+    accelerate launch training/train_short_time.py --help
 
-The result is a `ShortTimePipeline`: its chain starts from an auxiliary model ("bridge") of the data at T, which is
-fitted first. `--help` lists every argument; `--config run.yaml` reads them from a file.
+The command is `diffusers_ext.commands.train_short_time`, and runs as `diffusers-ext train-short-time`, too.
 """
 
-from dataclasses import dataclass
-
-from diffusers import DiffusionPipeline
-
-from diffusers_ext import score_matching_loss, short_time_pipeline
-from diffusers_ext.bridges.fitting import BridgeArguments, fit_bridge
-from diffusers_ext.commands import parse_arguments
-from diffusers_ext.data.encoded import EncodedImages
-from diffusers_ext.errors import InputError, command
-from diffusers_ext.training import TrainingArguments, TrainingLoop
-
-PAPER = ("How Much is Enough? A Study on Diffusion Times in Score-based Generative Models", "2206.05173")
-
-
-@dataclass
-class ShortTimeArguments(BridgeArguments, TrainingArguments):
-    """Arguments that also say at which T the diffusion ends, and which bridge models the data there."""
-
-    def adapt(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
-        try:
-            return short_time_pipeline(pipeline, self.max_diffusion_time)
-        except ValueError as error:
-            raise InputError(str(error)) from error
-
-
-@command
-def main() -> None:
-    args = parse_arguments(ShortTimeArguments)
-    loop = TrainingLoop(args, "train_short_time", PAPER)
-    denoiser, schedule, process = loop.denoiser, loop.schedule, loop.denoiser.process
-    if loop.accelerator.is_main_process:  # the only one that samples and saves
-        device = loop.accelerator.device
-        data = EncodedImages(args, loop.subject, loop.source, loop.data.transform, args.max_bridge_samples, device)
-        about = {"num_classes": data.num_classes, "seed": args.seed, "measured_on": {"data": data.described}}
-        loop.pipeline.register_modules(bridge=fit_bridge(args, data, loop.pipeline.scheduler, **about))
-        loop.pipeline.to(device)
-
-    for batch in loop:
-        x0, generator = batch.x0, batch.generator
-        sigma = schedule.draw_sigmas(len(x0), generator, x0.device)
-        x = process.perturb(x0, sigma, generator)
-        loss = score_matching_loss(denoiser, x, x0, sigma, weight=loop.weight(sigma), **batch.cond)
-        loop.update(loss.mean(), sigma=sigma, denoising=loss)
-
-    loop.finish()
-
+from diffusers_ext.commands.train_short_time import main
 
 if __name__ == "__main__":
     main()

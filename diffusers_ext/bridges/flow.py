@@ -249,7 +249,7 @@ def _flows() -> Any:
     try:
         from zuko import flows
     except ImportError as error:
-        raise ImportError('FlowBridge needs zuko: pip install "diffusers_ext[bridge]"') from error
+        raise ImportError("FlowBridge needs zuko: pip install zuko") from error
     return flows
 
 

@@ -196,7 +196,7 @@ def _estimator() -> Any:
     try:
         from sklearn.mixture import BayesianGaussianMixture
     except ImportError as error:
-        raise ImportError('MixtureBridge needs scikit-learn: pip install "diffusers_ext[bridge]"') from error
+        raise ImportError("MixtureBridge needs scikit-learn: pip install scikit-learn") from error
     return BayesianGaussianMixture
 
 

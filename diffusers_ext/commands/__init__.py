@@ -1,4 +1,4 @@
-"""What the scripts need to read their command lines."""
+"""The commands, one module each with a `main`, how they read their command lines, and how they are launched."""
 
 from .parsing import parse_arguments
 

@@ -40,8 +40,8 @@ class NoisyDataArguments(Ranged):
     data_noise_column: str | None = arg(None, "Column with this number for each image, 0 for clean ones.")
     below_noise: Literal["stop", "rollout"] = arg(
         "stop",
-        "rollout: after 30% of the training half of the batch trains below the noise, on images that the model has "
-        "denoised itself (--data_noise alone); the sampler then goes on to the end.",
+        "rollout: after three tenths of the training half of the batch trains below the noise, on images that the "
+        "model has denoised itself (--data_noise alone); the sampler then goes on to the end.",
     )
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ def require_noise(images: Tensor, data_noise: Tensor) -> None:
     """
     height, width = (side - side % 2 for side in images.shape[-2:])
     a, b, c, d = (images[..., i:height:2, j:width:2].double() for i in (0, 1) for j in (0, 1))
-    found, said = ((a - b - c + d) / 2).square().mean(), data_noise.double().square().mean()
+    found, said = ((a - b) - (c - d)).square().mean() / 4, data_noise.double().square().mean()
     if not found >= TOLERATED * said:
         raise InputError(
             f"the images have less noise than --data_noise says: their finest details have a standard deviation of "

@@ -235,6 +235,8 @@ class HubStream:
     Labels are read where they have names: how many classes there are is not known otherwise.
     """
 
+    data_noise: Sequence[float] | None = None
+
     def __init__(self, dataset: Any, split: str, args: DataArguments, places: Sequence[str]) -> None:
         dataset = dataset if dataset.features is not None else dataset._resolve_features()
         self.split, self.seed, self.places = split, args.seed, places

@@ -216,7 +216,7 @@ def _check(nfe: Sequence[int], num_samples: int, guidance_scale: float, likeliho
     if not math.isfinite(guidance_scale):
         raise InputError(f"--guidance_scale must be finite, got {guidance_scale}")
     if likelihood.ode_images > 0 and importlib.util.find_spec("torchdiffeq") is None:
-        raise InputError('--ode_images needs torchdiffeq: pip install "diffusers_ext[evaluate]", or --ode_images 0')
+        raise InputError("--ode_images needs torchdiffeq: pip install torchdiffeq, or --ode_images 0")
 
 
 def _image_format(subjects: Mapping[str, Subject], resolution: int | None) -> ImageFormat:

@@ -133,7 +133,7 @@ class ReflectedPipeline(ClassConditionalPipeline):
         try:
             from torchdiffeq import odeint
         except ImportError as error:
-            raise ImportError("the adaptive solver: pip install 'diffusers_ext[likelihood]' (torchdiffeq)") from error
+            raise ImportError("the adaptive solver needs torchdiffeq: pip install torchdiffeq") from error
         scheduler, process = self.scheduler, self.scheduler.process
 
         with self.progress_bar(count()) as bar:  # of unknown length

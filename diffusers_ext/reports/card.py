@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -205,6 +206,14 @@ def hub_name(value: object) -> str | None:
     if not isinstance(value, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
         return None
     return None if is_local(value) or value.endswith(".parquet") else value
+
+
+def command_line() -> str:
+    """Return the command line that runs, without options of `accelerate launch`."""
+    script = Path(sys.argv[0])
+    if script.parent == Path(__file__).parents[1] / "commands":  # as a module
+        return shlex.join(["diffusers-ext", script.stem.replace("_", "-"), *sys.argv[1:]])
+    return f"accelerate launch {shlex.join(sys.argv)}"
 
 
 def shown_command(command: str) -> str:

@@ -111,7 +111,9 @@ class TrainingArguments(HubArguments, HeldOutArguments):
         None, "`latest`, a name like checkpoint-500 in output_dir, or the path of a checkpoint."
     )
     logging_steps: int = arg(50, "Optimiser steps between two records of the log.", at_least=1)
-    report_to: str = arg("tensorboard", "Tracker of accelerate (tensorboard, wandb, ...), or none.")
+    report_to: str = arg(
+        "auto", "Tracker of accelerate: tensorboard, wandb, ..., or none; auto is tensorboard where it is installed."
+    )
     validation_steps: int | None = arg(
         None, "Optimiser steps between two sample grids; one at the end in any case.", at_least=1
     )

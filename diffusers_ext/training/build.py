@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,9 @@ OF_TEXT = (
 )
 
 
-def build_subject(args: TrainingArguments, num_classes: int | None, lowest_noise: float = 0.0) -> Subject:
+def build_subject(
+    args: TrainingArguments, num_classes: int | None, data_noise: Sequence[float] | None = None
+) -> Subject:
     """Load a pretrained pipeline, or build one from a preset or a model's configuration, and return its subject.
 
     The network is in float32.
@@ -31,7 +34,7 @@ def build_subject(args: TrainingArguments, num_classes: int | None, lowest_noise
     Args:
         args: the run's arguments.
         num_classes: the number of classes of a new class-conditional model; `None` if the data have no labels.
-        lowest_noise: where the sampler of the model ends, the lowest noise of images that have noise.
+        data_noise: the noise of each image, where they have any: the sampler of the model ends at the lowest.
 
     Raises:
         InputError: the arguments name no model, or one that cannot be trained.
@@ -42,8 +45,8 @@ def build_subject(args: TrainingArguments, num_classes: int | None, lowest_noise
     else:
         pipeline = _new_pipeline(args, num_classes)
     pipeline = args.adapt(pipeline)
-    if lowest_noise > 0:
-        pipeline.register_modules(scheduler=_ending_at(lowest_noise, pipeline.scheduler, args))
+    if data_noise is not None and (lowest := args.lowest_noise(data_noise)) > 0:
+        pipeline.register_modules(scheduler=_ending_at(lowest, pipeline.scheduler, args))
     try:
         schedule = noise_schedule(pipeline.scheduler)
     except ValueError as error:
@@ -54,6 +57,8 @@ def build_subject(args: TrainingArguments, num_classes: int | None, lowest_noise
             f"has the noise levels of a {schedule.family} model ({type(pipeline.scheduler).__name__})"
         )
     subject = subject_of(pipeline)
+    if data_noise is not None and subject.others:
+        raise InputError("images with noise are trained on as pixels, and this pipeline has latents")
     _prepare_text(subject, args)
     subject.before_training()
     return subject

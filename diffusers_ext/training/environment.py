@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Any
 
 from accelerate import Accelerator
@@ -23,6 +24,13 @@ TIMEOUT = timedelta(days=2)
 def make_accelerator(**options: Any) -> Accelerator:
     """Return an `Accelerator` with these options, whose processes wait for each other as long as `TIMEOUT`."""
     return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)], **options)
+
+
+def tracker_named(name: str) -> str | None:
+    """Return what accelerate is told of `--report_to`; `None` is no tracker beside the log file."""
+    if name == "auto":
+        return "tensorboard" if find_spec("tensorboard") is not None else None
+    return None if name == "none" else name
 
 
 def require_as_asked(accelerator: Accelerator, args: TrainingArguments) -> None:

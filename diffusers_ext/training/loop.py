@@ -47,7 +47,7 @@ from .arguments import TrainingArguments
 from .batch import Batch, fill_cache, make_batch
 from .best import Best
 from .build import build_subject
-from .environment import make_accelerator, require_as_asked
+from .environment import make_accelerator, require_as_asked, tracker_named
 from .levels import Levels
 from .lock import RunLock
 from .log import RunLog
@@ -110,11 +110,8 @@ class TrainingLoop:
 
     def _set_up_data(self) -> None:
         args, source = self.args, load_images(self.args, self.args.train_split)
-        noise = getattr(source, "data_noise", None)
-        lowest = 0.0 if noise is None else args.lowest_noise(noise)
-        self.subject = build_subject(args, number_of_classes(source) if args.class_conditional else None, lowest)
-        if noise is not None and self.subject.others:
-            raise InputError("images with noise are trained on as pixels, and this pipeline has latents")
+        classes = number_of_classes(source) if args.class_conditional else None
+        self.subject = build_subject(args, classes, source.data_noise)
         self.pipeline = self.subject.pipeline
         image_format = self.subject.image_format(args.resolution)
         self.subject.train_at(image_format.resolution)
@@ -326,7 +323,7 @@ def _accelerator(args: TrainingArguments) -> Accelerator:
         accelerator = make_accelerator(
             mixed_precision=args.mixed_precision,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=None if args.report_to == "none" else args.report_to,
+            log_with=tracker_named(args.report_to),
             project_dir=str(Path(args.output_dir) / "logs"),
             dynamo_backend="inductor" if args.torch_compile else None,
         )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +12,7 @@ from ..errors import NOT_PUSHED, TrainingStopped
 from ..evaluation.measures import loss_by_sigma
 from ..files import holds_result, replacing, replacing_files, shown
 from ..randomness import Stream
-from ..reports.card import write_model_card
+from ..reports.card import command_line, write_model_card
 from ..reports.hub import make_pusher
 from ..reports.pictures import image_grid
 from ..subjects import Subject
@@ -139,7 +137,7 @@ class Outcome:
             self.run.output_dir,
             name=name,
             arguments=asdict(args),
-            command=f"accelerate launch {shlex.join(sys.argv)}",
+            command=command_line(),
             data=f"the images of {shown(str(Path(data)))}" if data else f"{args.dataset_name}",
             metrics=metrics,
             sample=sample if sample.is_file() else None,
