@@ -29,10 +29,13 @@ def _seed() -> None:
 
 @pytest.fixture
 def load_script(monkeypatch):
-    """A command as a module, with `run(*argv)` to run it in this process as the command line would."""
+    """A command as a module, with `run(*argv)` to run it in this process as the command line would. What a test has put
+    into the module is taken out again after it."""
+    loaded = []
 
     def load(name):
         module = importlib.import_module(f"diffusers_ext.commands.{name}")
+        loaded.append((module, dict(vars(module))))
 
         def run(*argv):
             monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
@@ -41,4 +44,6 @@ def load_script(monkeypatch):
         module.run = run
         return module
 
-    return load
+    yield load
+    for module, before in reversed(loaded):
+        vars(module).update(before)

@@ -669,7 +669,7 @@ def test_a_missing_library_is_named(kind, library, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     cls, settings = FITS[kind]
-    with pytest.raises(ImportError, match=r'pip install "diffusers_ext\[bridge\]"'):
+    with pytest.raises(ImportError, match=f"pip install {'zuko' if kind == 'flow' else 'scikit-learn'}"):
         cls.fit(GOOD, SCHEDULER, T, **settings)
 
 

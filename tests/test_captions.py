@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset, Features, Sequence, Value
 from datasets import Image as ImageFeature
 from PIL import Image
+from tiny_pipelines import tiny
 
 from diffusers_ext.data.batches import Position, first_images, micro_batches
 from diffusers_ext.data.images import Transform
@@ -17,6 +18,9 @@ from diffusers_ext.data.prepared import describe
 from diffusers_ext.data.prompts import read_prompts
 from diffusers_ext.data.sources import DataArguments, View, load_images
 from diffusers_ext.errors import InputError
+from diffusers_ext.evaluation.measures import loss_by_sigma
+from diffusers_ext.randomness import Seeds
+from diffusers_ext.subjects import subject_of
 
 N = 12
 
@@ -154,3 +158,24 @@ def test_a_file_without_prompts_is_refused(content, message, tmp_path) -> None:
         (tmp_path / "prompts.txt").write_bytes(content)
     with pytest.raises(InputError, match=message):
         read_prompts(str(tmp_path / "prompts.txt"), "prompt_file")
+
+
+# --- measured with their captions -------------------------------------------------------------------------------------
+
+
+def test_the_held_out_loss_is_that_of_the_captions(tmp_path, monkeypatch) -> None:
+    """The rows of a batch have all that its images have: without the captions the model would be told nothing."""
+    source = load_images(arguments(saved(tmp_path, [f"number {i}" for i in range(N)])), "train")
+    held_out = first_images(source, 5, Transform(32, 3))
+    subject = subject_of(tiny("sd"))
+    told = []
+    plain = subject.conditions
+
+    def spy(rows):
+        assert list(rows.captions) == numbers_of(rows.images)
+        told.extend(rows.captions)
+        return plain(rows)
+
+    monkeypatch.setattr(subject, "conditions", spy)
+    loss_by_sigma(subject, held_out, (0.1, 1.0), seeds=Seeds(0), batch_size=2)
+    assert told == list(held_out.captions)

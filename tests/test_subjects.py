@@ -19,8 +19,16 @@ from torch import nn
 from diffusers_ext import ClassConditionalPipeline
 from diffusers_ext.data.batches import Images
 from diffusers_ext.errors import InputError
-from diffusers_ext.subjects import LatentTransformer, LatentUNet, Pixels, Subject, TextToImage, subject_of
+from diffusers_ext.subjects import (
+    LatentTransformer,
+    LatentUNet,
+    Pixels,
+    Subject,
+    TextToImage,
+    subject_of,
+)
 from diffusers_ext.subjects.base import NotKept
+from diffusers_ext.subjects.loading import load_pipeline
 
 
 def rows(n, labels=None):
@@ -272,3 +280,10 @@ def test_sampling_at_another_resolution_ends(tmp_path):
     with subject.sampling_at(12):
         assert subject.sample(1, num_inference_steps=1).shape == (1, 12, 12, 1)
     assert subject.sample(1, num_inference_steps=1).shape == (1, 8, 8, 1)
+
+
+def test_loading_a_pipeline_warns_of_nothing(tmp_path, recwarn):
+    """What a user cannot act on is not shown: diffusers has renamed the argument of the precision."""
+    DDPMPipeline(tiny_unet(), DDIMScheduler()).save_pretrained(tmp_path)
+    assert load_pipeline(str(tmp_path), dtype=torch.float16).dtype == torch.float16
+    assert [str(w.message) for w in recwarn if "dtype" in str(w.message)] == []

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from packaging.version import Version
 
 from ..errors import InputError
+
+DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
+"""What `from_pretrained` calls the precision: the older name warns."""
 
 
 def load_lora(pipeline: DiffusionPipeline, name: str, cache_dir: str | None = None) -> None:
@@ -40,7 +45,7 @@ def load_pipeline(
     """
     try:
         return DiffusionPipeline.from_pretrained(
-            name, revision=revision, variant=variant, cache_dir=cache_dir, torch_dtype=dtype
+            name, revision=revision, variant=variant, cache_dir=cache_dir, **{DTYPE: dtype}
         )
     except Exception as error:  # a folder that is damaged fails in as many ways as there are libraries that read it
         raise InputError(
