@@ -25,16 +25,17 @@ from diffusers_ext.reports.card import table
 from diffusers_ext.reports.pictures import image_grid
 
 _ENDS = slice(3), slice(-3, None)
-SIDE, CLEAN = 16, 450  # of 4500
+SIDE, TENTH = 16, 10  # every tenth image is clean in `mixed`, and alone in `clean`: the digits come class by class
 ROLLOUT = 0.3 * 3 + 0.7 * (3 + 6 / 2)  # passes a step: from 30% on six more evaluations of half of the batch
 
 
 def write_images(folder: Path, noise: float) -> None:
-    """The digits with noise in `float` and `8bit`; in `mixed` those of `float`, the first of them clean."""
+    """The digits with noise in `float` and `8bit`; in `mixed` those of `float`, a tenth of them clean, which are alone
+    in `clean`."""
     transform = Transform(SIDE, 1)
     for split in ("train", "test"):
         source, generator = Digits(split), torch.Generator().manual_seed(int(split == "test"))
-        for name in ("float", "8bit", "mixed"):
+        for name in ("float", "8bit", "mixed", "clean"):
             (folder / name / split).mkdir(parents=True, exist_ok=True)
         with replacing(folder / "mixed" / split / "metadata.csv") as aside, open(aside, "w") as file:
             rows = csv.writer(file)
@@ -42,8 +43,9 @@ def write_images(folder: Path, noise: float) -> None:
             for i in range(len(source)):
                 clean = transform(source.open(i), torch.Generator())[0]
                 noisy = clean + noise * torch.randn(clean.shape, generator=generator)
-                is_clean = split == "train" and i < CLEAN
-                for name, x in (("float", noisy), ("mixed", clean if is_clean else noisy)):
+                is_clean = i % TENTH == 0
+                names = {"float": noisy, "mixed": clean if is_clean else noisy} | ({"clean": clean} if is_clean else {})
+                for name, x in names.items():
                     Image.fromarray(x.numpy().astype(np.float32)).save(folder / name / split / f"{i:04d}.tiff")
                 eight = ((noisy + 1) * 127.5).round().clamp(0, 255).numpy().astype(np.uint8)
                 Image.fromarray(eight).save(folder / "8bit" / split / f"{i:04d}.png")
@@ -76,7 +78,8 @@ def main() -> None:
     )  # fmt: skip
     folder = args.output_dir.resolve()
     rows = {"clean images": "baseline", "clean images, 10% of them": "clean-tenth"}
-    RECIPES["clean-tenth"] = Recipe("train_consistency.py", 3, f"{PLAIN} --max_train_samples {CLEAN}")
+    tenth = f"{PLAIN} --value_range=-1,1 --train_data_dir {folder / str(args.noise[0])}/clean"
+    RECIPES["clean-tenth"] = Recipe("train_consistency.py", 3, tenth)
     for noise in args.noise:
         if not (folder / str(noise) / "mixed" / "test" / "metadata.csv").exists():
             write_images(folder / str(noise), noise)

@@ -97,6 +97,33 @@ MUTATIONS = [
     Mutation("ambient", "r * x + (1 - r) * denoised", "(1 - r) * x + r * denoised", "tests/test_losses.py -k ambient"),
     Mutation("ambient, level", "(data_noise / sigma) ** 2", "data_noise / sigma", "tests/test_losses.py -k ambient"),
     Mutation("ambient, weight", "(1 - r).clamp(min=LEAST)", "r.clamp(min=LEAST)", "tests/test_losses.py -k ambient"),
+    Mutation(
+        "copies, levels", "data_noise * ratio ** (i + 1)", "data_noise * ratio ** (i + 2)", "tests/test_noisy_images.py"
+    ),
+    Mutation("copies, variance", "copies.var(0).mean() / clean", "copies.var(0).mean()", "tests/test_noisy_images.py"),
+    Mutation("levels above", "tau = 0.8 * data_noise", "tau = 1.2 * data_noise", "tests/test_noisy_images.py -k half"),
+    Mutation(
+        "levels, clean", "torch.where(data_noise > 0,", "torch.where(data_noise < 0,", "tests/test_noisy_images.py"
+    ),
+    Mutation(
+        "end of the sampler",
+        'changed |= {"timestep_spacing": "leading"',
+        'changed |= {"x": "leading"',
+        "tests/test_noisy_images.py -k lowest",
+    ),
+    Mutation(
+        "betas above", "sigmas > sigma_min]])", "sigmas > 2 * sigma_min]])", "tests/test_noisy_images.py -k lowest"
+    ),
+    Mutation("noise of the details", "TOLERATED * said", "0 * said", "tests/test_noisy_images.py -k not_there"),
+    Mutation(
+        "loss of captions", '("images", "labels", "captions", ', '("images", "labels", ', "tests/test_captions.py"
+    ),
+    Mutation(
+        "law for likelihood",
+        "rand_like(sigma, generator) < 0.5",
+        "rand_like(sigma, generator) < 0.9",
+        "tests/test_train_reflected.py -k law",
+    ),
     Mutation("losses, gradient", "r_1 = denoiser(x_1, s", "r_1 = denoiser(x_2, s", "tests/test_losses.py -k gradient"),
     Mutation("losses, adversarial", "r1_weight / 2 * r1", "r1_weight * r1", "tests/test_losses.py -k r1"),
     Mutation(

@@ -60,7 +60,7 @@ def small(tmp_path):
     return [
         *("--model_config_name_or_path", tmp_path / "config", "--resolution", 8, "--value_range=-1,1"),
         *("--train_batch_size", 8, "--max_train_steps", 2, "--max_validation_samples", 8, "--report_to", "none"),
-        *("--num_validation_images", 2, "--num_inference_steps", 3, "--logging_steps", 1, "--consistency_weight", 0),
+        *("--num_validation_images", 2, "--num_inference_steps", 3, "--logging_steps", 1),
     ]
 
 
@@ -342,3 +342,10 @@ def test_the_denoiser_of_a_pipeline_that_ends_at_the_noise_knows_its_levels():
     schedule = noise_schedule(above)
     assert schedule.time(torch.tensor([S])).item() == pytest.approx(0, abs=0.05)
     assert denoiser_from(tiny_unet(), above)(torch.zeros(1, 1, 8, 8), torch.tensor([S])).shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize(("options", "weight"), [((), 10), (("--data_noise", "0.5"), 0)])
+def test_the_consistency_loss_is_off_by_default_where_images_have_noise(script, options, weight):
+    argv = ["--consistency_weight", "3"]
+    assert parse_arguments(script.ConsistencyArguments, [*options]).consistency_weight == weight
+    assert parse_arguments(script.ConsistencyArguments, [*options, *argv]).consistency_weight == 3

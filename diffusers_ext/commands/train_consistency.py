@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..data.noise import NoisyDataArguments
+from ..data.noise import NoisyDataArguments, has_noise
 from ..errors import InputError, command
 from ..fields import arg
 from ..losses import ambient_loss, consistency_loss, denoised_copies, score_matching_loss
@@ -35,7 +35,9 @@ PAPER = ("Consistent Diffusion Models: Mitigating Sampling Drift by Learning to 
 class ConsistencyArguments(NoisyDataArguments, TrainingArguments):
     """Adds the regulariser's arguments; the paper has weight 10, fraction 1, 5 steps euler_maruyama, absolute 0.05."""
 
-    consistency_weight: float = arg(10.0, "Weight of the regulariser; 0 switches it off.", at_least=0)
+    consistency_weight: float | None = arg(
+        None, "Weight of the regulariser, by default 10, and 0 for images with noise; 0 switches it off.", at_least=0
+    )
     consistency_fraction: float = arg(0.25, "Share of the batch that it is applied to.", above=0, at_most=1)
     consistency_start: float = arg(0.0, "Share of the training after which it begins.", at_least=0, below=1)
     rollout: Literal["posterior", "euler_maruyama"] = arg(
@@ -50,6 +52,8 @@ class ConsistencyArguments(NoisyDataArguments, TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.consistency_weight is None:
+            self.consistency_weight = 0.0 if has_noise(self) else 10.0
         if self.sigma_width_relative and self.sigma_width >= 1:
             raise InputError(f"--sigma_width must be below 1 where it is relative, got {self.sigma_width}")
 
@@ -95,6 +99,7 @@ def main() -> None:
             terms = {"ambient": kept * ambient_loss(denoised, x, x0, noise, sigma, weight=loop.weight(sigma))}
         (loss,) = (term.mean() for term in terms.values())
 
+        assert args.consistency_weight is not None  # `__post_init__` has set it
         if args.consistency_weight != 0 and loop.step >= args.consistency_start * loop.total_steps:
             part, weight = batch.part(args.consistency_fraction)
             if part.stop > 0:
