@@ -88,3 +88,8 @@ def test_an_installed_wheel_trains_in_an_empty_folder(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (empty / "out" / "unet").is_dir()
+    again = [sys.executable, "-c", run, *map(str, argv)]
+    done = subprocess.run(again, cwd=empty, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1  # the command's own status, and its message alone
+    assert "--overwrite_output_dir" in done.stderr
+    assert "Traceback" not in done.stderr

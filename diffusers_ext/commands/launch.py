@@ -13,6 +13,7 @@ import argparse
 import ast
 import difflib
 import importlib
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,7 +82,10 @@ def main() -> None:
 
     launcher = launch_command_parser()
     of_launcher, of_command = split(words[1:], launcher)
-    launch_command(launcher.parse_args([*of_launcher, "--module", module, *of_command]))
+    try:
+        launch_command(launcher.parse_args([*of_launcher, "--module", module, *of_command]))
+    except subprocess.CalledProcessError as error:  # it has said why
+        sys.exit(error.returncode)
 
 
 if __name__ == "__main__":
