@@ -202,6 +202,9 @@ def test_images_are_neither_rounded_nor_cut_off():
     assert (height, width, top) == (8, 12, 0)
     mirrored = wide[:, ::-1][:, left : left + 8]
     assert any(np.allclose(crop[0].numpy(), one, atol=1e-6) for one in (mirrored, wide[:, left : left + 8]))
+    image[2, 3] = np.nan
+    with pytest.raises(ValueError, match="not finite"):
+        transform(Image.fromarray(image), torch.Generator())
     with pytest.raises(ValueError, match="resized"):
         transform(Image.fromarray(images_of(1, 1.0, side=16)[0]), torch.Generator())
 
@@ -283,7 +286,10 @@ def test_copies_that_have_lost_variance_are_not_trained_on(script, small, tmp_pa
     )
     batch = next(iter(loop))
     sigma = torch.full((8,), 1.0)
+    state = batch.generator.get_state()
     _, _, levels, kept = script.below(loop, batch, batch.data_noise, sigma)
+    batch.generator.set_state(state)  # the source of its random numbers
+    assert torch.equal(script.below(loop, batch, batch.data_noise, sigma)[2], levels)
     assert kept.tolist() == [0.0] * 4 + [1.0] * 4
     assert (levels[4:] == 1).all()
 

@@ -142,7 +142,8 @@ class Images:
 
     def pin_memory(self) -> Images:
         """Return a copy in page-locked memory, which a GPU reads without a wait; `DataLoader` calls this, too."""
-        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+        noise = None if self.data_noise is None else self.data_noise.pin_memory()
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory(), data_noise=noise)
 
 
 def collate(samples: Sequence[Sample]) -> Images:

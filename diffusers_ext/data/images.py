@@ -122,11 +122,16 @@ def exact_tensor(image: Image.Image, channels: int, value_range: ValueRange | No
 
     Args:
         image, channels, value_range: as in `convert`.
+
+    Raises:
+        ValueError: a value is not finite.
     """
     if not is_wide(image):
         return to_tensor(convert(image, channels))
     black, white = value_range or WHOLE_RANGES[0 if image.mode == "F" else -1]
     values = np.asarray(ImageOps.exif_transpose(image), dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("some values are not finite")
     pixels = torch.from_numpy(((values - black) / (white - black) * 2 - 1).astype(np.float32))
     return pixels.expand(channels, *pixels.shape).contiguous()
 
