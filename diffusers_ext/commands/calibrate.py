@@ -32,7 +32,7 @@ from ..data.batches import Images, Position, micro_batches
 from ..data.labelling import with_labels
 from ..data.prepared import describe, make_transform
 from ..data.sources import DataArguments, HubStream, load_images
-from ..errors import NOT_PUSHED, InputError, TrainingStopped, command
+from ..errors import InputError, command
 from ..fields import arg
 from ..files import remove_partial, replacing_files, shown, write_file
 from ..mean_error import GROUPS, MIN_P, estimate_calibration
@@ -42,7 +42,7 @@ from ..reports.card import command_line
 from ..reports.hub import HubArguments, make_pusher
 from ..schedulers import save_tables
 from ..subjects import Subject, load_lora, load_pipeline, subject_of
-from ..training.environment import make_accelerator
+from ..training.environment import end_run, make_accelerator
 from ..training.lock import RunLock
 from .parsing import parse_arguments
 
@@ -232,10 +232,7 @@ def main() -> None:
     if pusher is not None:
         pusher.push(out, "calibration")
         failure = pusher.finish(args.hub_timeout)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    if failure is not None:
-        raise TrainingStopped(failure, code=NOT_PUSHED)
+    end_run(accelerator, failure)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from ..data.columns import NONE
 from ..data.prompts import read_prompts
 from ..data.sources import HubStream, load_images
-from ..errors import NOT_PUSHED, InputError, TrainingStopped, command
+from ..errors import InputError, command
 from ..evaluation import (
     Evaluation,
     EvaluationArguments,
@@ -34,7 +34,7 @@ from ..fields import arg
 from ..files import is_local
 from ..reports.card import command_line, shown_command
 from ..subjects import load_lora, load_pipeline
-from ..training.environment import make_accelerator
+from ..training.environment import end_run, make_accelerator
 from .parsing import parse_arguments
 
 
@@ -149,10 +149,7 @@ def main() -> None:
         page = Path(args.output_dir) / "index.html"
         print(f"{markdown_table(evaluation)}\nall of it, with pictures: {page}")
         failures = publish(args, evaluation) if args.push_to_hub else []
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    if failures:
-        raise TrainingStopped("\n".join(failures), code=NOT_PUSHED)
+    end_run(accelerator, "\n".join(failures) or None)
 
 
 if __name__ == "__main__":

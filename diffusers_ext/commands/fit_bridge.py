@@ -30,7 +30,7 @@ from ..data.held_out import held_out_images
 from ..data.prepared import describe, make_transform
 from ..data.sources import HeldOutArguments, load_images
 from ..diffusion_time import MIN_SAMPLES, diffusion_time_report
-from ..errors import NOT_PUSHED, InputError, TrainingStopped, command
+from ..errors import InputError, command
 from ..fields import arg
 from ..files import remove_partial, replacing, replacing_files
 from ..interop import live_config
@@ -41,7 +41,7 @@ from ..reports.hub import HubArguments, make_pusher
 from ..reports.pictures import image_grid
 from ..schedulers.scheduling_short_time import SHORT_TIME_SCHEDULERS, short_time_class
 from ..subjects import load_pipeline, subject_of
-from ..training.environment import make_accelerator
+from ..training.environment import end_run, make_accelerator
 from ..training.lock import RunLock
 from .parsing import parse_arguments
 
@@ -203,10 +203,7 @@ def main() -> None:
         if pusher is not None:
             pusher.push(out, "bridge")
     failure = None if pusher is None else pusher.finish(args.hub_timeout)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    if failure is not None:
-        raise TrainingStopped(failure, code=NOT_PUSHED)
+    end_run(accelerator, failure)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from ..errors import InputError
+from ..errors import NOT_PUSHED, InputError, TrainingStopped
 from .arguments import TrainingArguments
 
 TIMEOUT = timedelta(days=2)
@@ -24,6 +24,18 @@ TIMEOUT = timedelta(days=2)
 def make_accelerator(**options: Any) -> Accelerator:
     """Return an `Accelerator` with these options, whose processes wait for each other as long as `TIMEOUT`."""
     return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)], **options)
+
+
+def end_run(accelerator: Accelerator, failure: str | None) -> None:
+    """Wait for all processes, and end the run.
+
+    Raises:
+        TrainingStopped: the result could not be pushed; `failure` says why, and how to go on.
+    """
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if failure is not None:
+        raise TrainingStopped(failure, code=NOT_PUSHED)
 
 
 def tracker_named(name: str) -> str | None:

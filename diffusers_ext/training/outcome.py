@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..errors import NOT_PUSHED, TrainingStopped
+from ..errors import TrainingStopped
 from ..evaluation.measures import loss_by_sigma
 from ..files import holds_result, replacing, replacing_files, shown
 from ..randomness import Stream
@@ -18,6 +18,7 @@ from ..reports.pictures import image_grid
 from ..subjects import Subject
 from .best import Best
 from .checkpoint import list_checkpoints
+from .environment import end_run
 from .parts import Run
 from .stops import stopping_at_once
 
@@ -164,11 +165,7 @@ class Outcome:
             except OSError as error:
                 message = f"training is done, but its result could not be written: {error}; mend that. {self._rest}"
                 raise TrainingStopped(message, code=1) from error
-        failure = self._wait_for_push(run.args.hub_timeout)
-        run.accelerator.wait_for_everyone()
-        run.accelerator.end_training()
-        if failure is not None:
-            raise TrainingStopped(failure, code=NOT_PUSHED)
+        end_run(run.accelerator, self._wait_for_push(run.args.hub_timeout))
 
     def _leave_result(self, trained: Subject) -> None:
         run, metrics = self.run, dict[str, Any]()
