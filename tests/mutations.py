@@ -114,6 +114,12 @@ MUTATIONS = [
     Mutation(
         "betas above", "sigmas > sigma_min]])", "sigmas > 2 * sigma_min]])", "tests/test_noisy_images.py -k lowest"
     ),
+    Mutation(
+        "held-out noise",
+        "(level**2 - noise**2).sqrt()",
+        "(level**2 + noise**2).sqrt()",
+        "tests/test_noisy_images.py -k held",
+    ),
     Mutation("noise of the details", "TOLERATED * said", "0 * said", "tests/test_noisy_images.py -k not_there"),
     Mutation(
         "loss of captions", '("images", "labels", "captions", ', '("images", "labels", ', "tests/test_captions.py"

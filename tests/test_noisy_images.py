@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
     EDMEulerScheduler,
@@ -21,10 +22,14 @@ from test_models import tiny_unet
 
 from diffusers_ext import denoised_copies, denoiser_from, noise_schedule
 from diffusers_ext.commands import parse_arguments
+from diffusers_ext.data.batches import Images
 from diffusers_ext.data.images import ExactTransform
 from diffusers_ext.data.noise import require_noise
 from diffusers_ext.errors import InputError
+from diffusers_ext.evaluation.measures import loss_by_sigma
 from diffusers_ext.interop import scheduler_above
+from diffusers_ext.randomness import Seeds, Stream
+from diffusers_ext.subjects import subject_of
 from diffusers_ext.training import TrainingLoop
 
 S = 0.5
@@ -355,3 +360,19 @@ def test_the_consistency_loss_is_off_by_default_where_images_have_noise(script, 
     argv = ["--consistency_weight", "3"]
     assert parse_arguments(script.ConsistencyArguments, [*options]).consistency_weight == weight
     assert parse_arguments(script.ConsistencyArguments, [*options, *argv]).consistency_weight == 3
+
+
+def test_the_held_out_loss_is_the_ambient_one_by_hand():
+    pipeline = DDPMPipeline(tiny_unet(), scheduler_above(DDIMScheduler(), S))
+    noisy = torch.from_numpy(images_of(4, S))[:, None]
+    images = Images(noisy, torch.full((4,), -1), [], data_noise=torch.full((4,), S))
+    found = loss_by_sigma(subject_of(pipeline), images, (S, 4.0), seeds=Seeds(0), batch_size=4)
+    denoiser = denoiser_from(pipeline.unet, pipeline.scheduler)
+    z = torch.randn(noisy.shape, generator=Seeds(0).generator(Stream.VALIDATION))
+    assert found["sigmas"][-1] == pytest.approx(S)
+    for sigma, loss in zip(found["sigmas"], found["eps_mse"], strict=True):
+        level = max(sigma, 1.1 * S)
+        r, x = S**2 / level**2, noisy + (level**2 - S**2) ** 0.5 * z
+        with torch.no_grad():
+            mean = r * x + (1 - r) * denoiser(x, torch.full((4,), level))
+        assert loss == pytest.approx((mean - noisy).square().mean().item() / ((1 - r) * level**2), rel=1e-4)
