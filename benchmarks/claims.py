@@ -3,6 +3,7 @@
     python benchmarks/claims.py --preset digits
     python benchmarks/claims.py --preset mnist --dataset_name $MNIST --methods calibrated short_time
     python benchmarks/claims.py --preset cifar10 --minutes 8          # on a GPU; repeat until it says that it is done
+    python benchmarks/claims.py --preset cifar10 --share 0.1 --samples 2000     # a tenth of the steps
 
 Trains what the claims need into output_dir (`--methods` chooses; `--minutes` stops after so long, and the same command
 goes on), with a record of command, seed and cost beside each model, and writes docs/claims/PRESET.json, from which
@@ -29,7 +30,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench import DEVICE, flags
+from bench import DEVICE, flags, machine
 from diffusers import DiffusionPipeline
 from reflected_guidance import TREATMENTS, scheduler_for
 from short_time import cost_of_a_draw
@@ -64,14 +65,18 @@ Claim = namedtuple("Claim", "words theirs found margin", defaults=[0.0])
 AS_GOOD, AS_LIKELY = 0.3, 0.01  # of distances and of bits per dimension
 
 
-# Of a preset: steps of a training from scratch, of a fine-tuning, of a flow; images that are drawn, the reference, and
-# more arguments of the training scripts.
-Budget = namedtuple("Budget", "steps tuning flow samples reference options", defaults=["", ""])
+# Of a preset: steps of a training from scratch, of a fine-tuning, of a flow; images that are drawn, the reference,
+# more arguments of the training scripts, and those of models from scratch that are not reflected: the preset's EDM
+# model has no time T < 1, of which four of the papers' models are.
+Budget = namedtuple("Budget", "steps tuning flow samples reference options scratch", defaults=["", ""])
 BUDGETS = {
     "digits": Budget(800, 200, 2500, 1000, "train"),
     "mnist": Budget(1500, 200, 5000, 500, "held_out", "--train_batch_size 64"),
-    "cifar10": Budget(20_000, 2000, 5000, 5000, "held_out", "--mixed_precision bf16 --allow_tf32"),
-}
+    "cifar10": Budget(
+        20_000, 2000, 5000, 5000, "train", "--mixed_precision bf16 --allow_tf32",
+        "--scheduler DDIMScheduler --beta_schedule squaredcos_cap_v2 --prediction_type v_prediction",
+    ),
+}  # fmt: skip
 
 # How a model is trained: by a script, at a cost of so many passes a step, with options, perhaps from another one on,
 # `base`. From scratch it takes as many passes as the budget's steps of denoising, fine-tuned as many as those of
@@ -112,7 +117,10 @@ class Lab:
         seed, passes = self.seed, self.budget.tuning * 4 if base else self.budget.steps * 3
         steps = round(passes / cost)
         arguments = [*self.for_training, "--num_validation_images", "0", "--max_validation_samples", "64"]
-        arguments += ["--seed", str(seed), "--max_train_steps", str(steps), *options.split()]
+        arguments += ["--seed", str(seed), "--max_train_steps", str(steps)]
+        if not base and script != "train_reflected.py":
+            arguments += self.budget.scratch.split()
+        arguments += options.split()
         if base:
             arguments += ["--pretrained_model_name_or_path", str(self.train(base)), *TUNING.split()]
         folder, record = self.out / name, {"seed": seed, "steps": steps, "passes": steps * cost}
@@ -161,6 +169,7 @@ class Lab:
     ) -> Drawing:
         """Samples of a model by a scheduler of this name; a calibrated one has the baseline's calibration."""
         pipeline, n = self.model(model).pipeline if isinstance(model, str) else model, self.budget.samples
+        settings |= {} if name == "own" else {"timestep_spacing": "trailing"}
         scheduler = scheduler_for(pipeline, stock := name.removeprefix("Calibrated"), **settings)
         if name != stock:
             scheduler = calibrated_class(type(scheduler).__name__).from_scheduler(scheduler, self.calibration)
@@ -358,7 +367,7 @@ def write(labs: list[Lab], rows: list[dict[str, Any]]) -> None:
         f"{budget.samples} samples; {lab.judge.extractor.label}; reference: {lab.real.described}; "
         f"{len(lab.real.floor.images)} other real images are at {floor.estimate:.2f} "
         f"({floor.low:.2f} to {floor.high:.2f}). {budget.steps} steps from scratch, "
-        f"{budget.tuning} of fine-tuning."
+        f"{budget.tuning} of fine-tuning. Machine: {machine()}."
     )
     runs = read(docs, lab.args.preset).get("runs", {})
     for one in labs:
@@ -370,20 +379,29 @@ def write(labs: list[Lab], rows: list[dict[str, Any]]) -> None:
     write_table(docs)
 
 
+DEFAULTS = {"seeds": 2, "share": 1.0, "samples": 0}  # of what a row's command names where it is something else
+
+
 def main() -> None:
     args, for_training = flags(
         __doc__, rest=True, choices={"preset": BUDGETS, "methods": METHODS}, preset="digits",
-        methods=list(METHODS)[:5], output_dir=None, docs=ROOT / "docs", seed=0, seeds=2, minutes=0.0,
+        methods=list(METHODS)[:5], output_dir=None, docs=ROOT / "docs", seed=0, minutes=0.0, **DEFAULTS,
     )  # fmt: skip
+    whole = BUDGETS[args.preset]
+    counts = [round(args.share * n) for n in whole[:3]]
+    BUDGETS[args.preset] = Budget(*counts, args.samples or whole.samples, *whole[4:])
     args.output_dir = Path(args.output_dir or f"claims-{args.preset}")
     parse_arguments(TrainingArguments, ["--preset", args.preset, *for_training])  # errors before anything is trained
     lab, rows = Lab(args, for_training), read(args.docs, args.preset)["rows"]
     labs = [lab, *(Lab(args, for_training, number, lab) for number in range(1, args.seeds))]
-    data = f"--dataset_name ${args.preset.upper()} " if "--dataset_name" in for_training else ""
+    settings = [f"--{name} {getattr(args, name)}" for name in DEFAULTS if getattr(args, name) != DEFAULTS[name]]
+    settings += [f"${args.preset.upper()}" if "/" in word else word for word in for_training]
     try:
         for method in args.methods:
             paper = PAPERS[method]
-            command = f"python benchmarks/claims.py --preset {args.preset} {data}--methods {method}"
+            command = " ".join(
+                [f"python benchmarks/claims.py --preset {args.preset}", *settings, f"--methods {method}"]
+            )
             rows = [row for row in rows if row["method"] != method]
             for found in zip(*(METHODS[method](one) for one in labs), strict=True):
                 claim, theirs, (ours, difference, pixels), margin = over_seeds(found)
