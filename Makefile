@@ -10,10 +10,16 @@ BIN := .venv/bin
 WORKERS := --numprocesses 2 --dist worksteal
 STAMP := .venv/installed
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo docs test test-all lint format clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/digits_demo.py --output_dir demo
+
+# the site of docs/, in build/site
+docs: $(STAMP)
+	$(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
