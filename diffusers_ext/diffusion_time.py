@@ -48,7 +48,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .figures import agg_figure
 from .files import replacing, write_file
@@ -56,6 +55,7 @@ from .interop import VPSchedule, denoiser_from, noise_schedule, require_vp
 from .likelihood import Elbo, LogPrior, bits_per_dim, nested_elbos
 from .networks import NetworkConvention
 from .process import GaussianProcess
+from .progress import progress_bar
 from .randomness import randn_like
 from .ranges import require
 
@@ -106,6 +106,11 @@ class Terms(NamedTuple):
 
 
 Cell = tuple[float, str]
+
+LEGEND = """\
+Nats are for a whole image, bits per dimension for one of its values; less is better. *-log start* is what the start
+costs, -log nu(x_T), *score* what the network costs below T; their sum is the *bound* of -log p(x0). *KL* is that of the
+noisy data at T from the start, estimated from below, *expansion* the same for N(0, I) by its first terms."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,8 +191,9 @@ class DiffusionTimeReport:
         )
 
     def table(self) -> str:
-        """Return Markdown with a line for each T and start: the `Terms` as mean ± standard error, in nats."""
-        head = ["T", "timestep", "sigma", "start", "-log start", "score", "bound", "bits/dim", "KL", "expansion"]
+        """Return Markdown with a line for each T and start, the `Terms` as mean ± standard error, and a legend."""
+        head = ["T", "timestep", "sigma", "start", "-log start, nats", "score, nats", "bound, nats", "bits/dim"]
+        head += ["KL, nats", "expansion, nats"]
         lines = [head, ["---"] * len(head)]
         for T, name in self.cells:
             i, terms = self.times.index(T), self.terms(T, name)
@@ -195,7 +201,7 @@ class DiffusionTimeReport:
             expansion = "" if terms.kl_expansion is None else f"{terms.kl_expansion:.3g}"
             settings = [f"{T:g}", str(self.timesteps[i]), f"{self.sigmas[i]:.3g}", name]
             lines.append([*settings, *("" if v is None else _shown(v) for v in values), expansion])
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", LEGEND])
 
     def to_dict(self) -> dict[str, Any]:
         """Return all numbers, ready for JSON; an estimate is [mean, standard error]."""
@@ -305,7 +311,7 @@ def diffusion_time_report(
     sigma_min = schedule.sigma_min if sigma_min is None else sigma_min
     laws = [[given.get((T, name)) for name in starts[1:]] for T in times]
     elbos, kept, shape, seen = list[list[Elbo]](), list[Tensor](), torch.Size(), 0
-    for x0, cond in _of_one_shape(tqdm(batches, disable=not progress, desc="bound by diffusion time", unit="batch")):
+    for x0, cond in _of_one_shape(progress_bar(batches, "bound by diffusion time", shown=progress, unit="batch")):
         if seen == 0:
             shape = x0.shape[1:]
             for (T, _), bridge in given.items():

@@ -25,7 +25,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .calibration import (
     ALL,
@@ -43,6 +42,7 @@ from .files import replacing
 from .interop import NoiseSchedule, denoiser_from, noise_schedule, stored_scheduler
 from .networks import FRAMES_FIRST, NetworkConvention, unwrap
 from .noise_levels import log_linear_sigmas
+from .progress import progress_bar
 from .randomness import RULE, Seeds, Stream, randn_like
 from .ranges import require
 from .score import Denoiser
@@ -266,7 +266,7 @@ def _sums_over_data(
     path = None if state_path is None else _of_process(Path(state_path), rank, world)
     sums: Sums | None = None
     active, seen, resumed_at = list(range(len(sigmas))), 0, 0
-    with tqdm(total=max_samples, unit="sample", disable=not progress or rank != 0, desc="calibrating") as bar:
+    with progress_bar(None, "calibrating", total=max_samples, unit="sample", shown=progress and rank == 0) as bar:
         for number, (x0, cond) in enumerate(batches):
             x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
             if sums is None:

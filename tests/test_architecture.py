@@ -12,7 +12,7 @@ import diffusers_ext
 
 PACKAGE = Path(diffusers_ext.__file__).parent
 ORDER = [
-    {"errors", "figures", "files", "presets", "randomness", "ranges", "shapes"},
+    {"errors", "figures", "files", "presets", "progress", "randomness", "ranges", "shapes"},
     {"conditions", "fields", "hypercube", "stock"},
     {"process"},
     {"score"},

@@ -318,6 +318,35 @@ def test_fit_uses_the_moments_of_the_data():
     assert fitted.config.measured_on["num_samples"] == 300
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "flow"])
+def test_bridges_at_several_times_share_the_moments(kind):
+    """The moments are those of x0: with those of an earlier pass each T gets the bridge that it gets by itself."""
+    x0 = two_modes().sample(400, seeded(3))
+    data = in_batches(x0.float())
+    cls, options = {"gaussian": (GaussianBridge, {"progress": False}), "flow": (FlowBridge, SMALL_FLOW)}[kind]
+    shared = moments.data_moments(data, None, None, False)
+    passes = []
+    monitored = Reread(data, passes)
+    for time in (0.2, 0.6):
+        alone = cls.fit(data, SCHEDULER, time, **options)
+        ours = cls.fit(monitored, SCHEDULER, time, moments=shared, **options)
+        assert all(
+            torch.equal(a, b) for a, b in zip(alone.state_dict().values(), ours.state_dict().values(), strict=True)
+        )
+    assert len(passes) == (0 if kind == "gaussian" else 2)  # a flow projects the data at each T
+
+
+class Reread:
+    """Batches that can be read again; `passes` grows with each reading."""
+
+    def __init__(self, data, passes):
+        self.data, self.passes = data, passes
+
+    def __iter__(self):
+        self.passes.append(1)  # at the first batch
+        yield from self.data
+
+
 def test_shrinkage_is_that_of_scikit_learn():
     for n in (12, 60):
         x0 = torch.randn(n, 8, generator=seeded(n), dtype=torch.float64) * torch.arange(1, 9)

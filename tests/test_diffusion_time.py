@@ -1,6 +1,7 @@
 """`diffusion_time`. Truth: log densities of the oracles, closed forms of Gaussian divergences, quadrature, `elbo`."""
 
 import json
+import re
 import sys
 from math import erf, log, sqrt
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from scipy.integrate import quad
 from torch import Tensor
 
 from diffusers_ext import ReflectedScheduler, denoiser_from, dequantize, diffusion_time_report, elbo, noise_schedule
-from diffusers_ext.diffusion_time import MOMENT_SAMPLES, STANDARD_NORMAL
+from diffusers_ext.diffusion_time import LEGEND, MOMENT_SAMPLES, STANDARD_NORMAL
 from diffusers_ext.process import GaussianProcess
 
 TIMES = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -387,13 +388,16 @@ def test_the_table_the_file_and_the_picture_hold_the_numbers(tmp_path, monkeypat
     law = gaussian(3)
     report = report_of(law, law.sample(50, seeded(1)), {"law": [Law(law, 0.2), Law(law, 0.6)]})
     lines = report.table().splitlines()
-    assert len(lines) == 2 + len(report.cells)
-    head, *rows = ([c.strip() for c in line.strip("|").split("|")] for line in (lines[0], *lines[2:]))
+    count = 2 + len(report.cells)
+    assert [line.startswith("|") for line in lines[: count + 1]] == [True] * count + [False]
+    assert "\n".join(lines[count + 1 :]) == LEGEND
+    head, *rows = ([c.strip() for c in line.strip("|").split("|")] for line in (lines[0], *lines[2:count]))
+    assert {n.removesuffix(", nats") for n in head if n.endswith(", nats")} == set(re.findall(r"\*([^*]+)\*", LEGEND))
     for row in rows:
         cells = dict(zip(head, row, strict=True))
         terms = report.terms(float(cells["T"]), cells["start"])
         for name, estimate in (("-log start", terms.start_term), ("score", terms.score_term), ("KL", terms.kl)):
-            mean, error = map(float, cells[name].split("±"))
+            mean, error = map(float, cells[f"{name}, nats"].split("±"))
             assert abs(mean - estimate.mean) <= 0.051 * estimate.std_error + 5e-4
             assert abs(error - estimate.std_error) <= 0.051 * estimate.std_error
 

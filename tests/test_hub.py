@@ -327,6 +327,44 @@ def test_offline_mode_is_a_refusal(hub, out, tmp_path):
     assert hub.requests == []
 
 
+# --- before there is work to lose -------------------------------------------------------------------------------------
+
+LOGIN = f"{PRELUDE}\nargs = hub.HubArguments(push_to_hub=True, hub_model_id='tester/model')\n"
+ASK = """
+try:
+    say(hub.make_pusher(args, Path("out"), True).repo_id)
+except Exception as error:
+    say(f"{type(error).__name__}: {error}")
+"""
+
+
+@pytest.mark.parametrize("token", [None, "hf_of_somebody_else"])
+def test_who_is_not_logged_in_is_told_before_the_work(hub, out, tmp_path, token):
+    said = run(hub, tmp_path, LOGIN + ASK, token=token)
+    assert said.startswith("InputError: --push_to_hub: the Hub knows no such user")
+    assert "hf auth login" in said
+    assert "somebody" not in said
+
+
+def test_who_is_logged_in_goes_on_and_nothing_is_made_on_the_hub(hub, out, tmp_path):
+    assert run(hub, tmp_path, LOGIN + ASK).strip() == "tester/model"
+    assert hub.requests == ["GET /api/whoami-v2"]
+    assert not hub.exists("tester/model")
+
+
+def test_a_hub_that_cannot_be_reached_now_does_not_keep_anyone_from_training(out, tmp_path):
+    with HubServer() as gone:
+        pass
+    said = run(gone, tmp_path, LOGIN + ASK)
+    assert said.strip().endswith("tester/model")
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(hub, out, tmp_path):
+    hub.fail("GET /api/whoami-v2", delay=3600)
+    said = run(hub, tmp_path, f"{PRELUDE}\npusher().require_login(timeout=0.5)\nsay('goes on')")
+    assert said.strip().endswith("goes on")
+
+
 # --- slow servers: each test fixes the order of events, and measures no time ------------------------------------------
 
 

@@ -12,6 +12,7 @@ from .base import Bridge
 from .flow import FlowBridge
 from .gaussian import GaussianBridge
 from .mixture import MixtureBridge
+from .moments import DataMoments, data_moments
 
 
 @dataclass
@@ -39,10 +40,11 @@ def fit_bridge(
     num_classes: int | None,
     seed: int,
     measured_on: Mapping[str, Any],
+    moments: DataMoments | None = None,
 ) -> Bridge | None:
     """Fit the bridge that the arguments ask for, and return `None` if they ask for none.
 
-    `batches`, `scheduler`, `num_classes`, `seed` and `measured_on` are those of `fit` of the bridges.
+    `batches`, `scheduler`, `num_classes`, `seed`, `measured_on` and `moments` are those of `fit` of the bridges.
 
     Raises:
         InputError: the bridge refuses the data, the scheduler or the arguments.
@@ -51,6 +53,7 @@ def fit_bridge(
         return None
     rank = "rank" if args.bridge == "gaussian" else "latent_rank"
     options: dict[str, Any] = {rank: args.bridge_rank, "num_classes": num_classes, "measured_on": measured_on}
+    options["moments"] = moments
     kind: Any = {"gaussian": GaussianBridge, "mixture": MixtureBridge, "flow": FlowBridge}[args.bridge]
     if args.bridge == "mixture":
         options["num_components"] = args.bridge_components
@@ -59,4 +62,16 @@ def fit_bridge(
     try:
         return kind.fit(batches, scheduler, args.max_diffusion_time, **options)
     except (ImportError, ValueError) as error:
+        raise InputError(f"--bridge {args.bridge}: {error}") from error
+
+
+def shared_moments(args: BridgeArguments, batches: Any, num_classes: int | None) -> DataMoments:
+    """Return the moments that bridges of these arguments have in common, at whatever T.
+
+    Raises:
+        InputError: the data are refused.
+    """
+    try:
+        return data_moments(batches, args.bridge_rank if args.bridge == "gaussian" else None, num_classes, True)
+    except ValueError as error:
         raise InputError(f"--bridge {args.bridge}: {error}") from error

@@ -24,12 +24,12 @@ from typing import Any, ClassVar
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from ..progress import progress_bar
 from ..ranges import require
 from .base import Bridge, checked_scheduler, default_latent_rank, require_latent_rank, standard_log_prob
 from .held_out import HELD_OUT, Batch, divide, held_out_batch, held_out_loss, warn_gaussian_is_kept
-from .moments import data_moments, require_repeatable
+from .moments import DataMoments, data_moments, require_repeatable
 
 TRANSFORMS, PASSES = 4, 4
 """Of a new flow: on digits as likely as an autoregressive one of three, and six times as fast to draw."""
@@ -113,6 +113,7 @@ class FlowBridge(Bridge):
         seed: int = 0,
         measured_on: Mapping[str, Any] | None = None,
         progress: bool = True,
+        moments: DataMoments | None = None,
     ) -> FlowBridge:
         """Estimate the moments, then train the flow on diffused data, with new noise at each step (`train_flow`).
 
@@ -125,7 +126,8 @@ class FlowBridge(Bridge):
             batch_size: samples of a step.
             held_out: the share of the samples that is kept for evaluation, in (0, 1).
             seed: the seed of initial weights, batches and noise.
-            scheduler, max_diffusion_time, num_classes, shrink, measured_on, progress: as for `GaussianBridge.fit`.
+            scheduler, max_diffusion_time, num_classes, shrink, measured_on, progress, moments: as for
+                `GaussianBridge.fit`.
 
         Returns:
             The bridge, on the CPU; trained on the device of the data. `measured_on["gain_over_gaussian"]` is the gain
@@ -146,7 +148,7 @@ class FlowBridge(Bridge):
         require("held_out", held_out, above=0, below=1)
         require_repeatable(batches)
         stored, layers = checked_scheduler(scheduler, max_diffusion_time), list(hidden_features)
-        data = data_moments(batches, rank, num_classes, progress)
+        data = data_moments(batches, rank, num_classes, progress) if moments is None else moments
         latent_rank = default_latent_rank(data.rank) if latent_rank is None else latent_rank
         sizes = {"transforms": transforms, "hidden_features": layers, "bins": bins, "passes": passes, "seed": seed}
         bridge = cls(data.shape, max_diffusion_time, stored, data.rank, latent_rank, num_classes, **sizes)
@@ -220,7 +222,7 @@ def train_flow(
     optimizer = torch.optim.Adam(flow.parameters(), learning_rate)
     best, best_step, waited = _copy(flow), 0, 0
     start = lowest = held_out_loss(log_prob, held_out)
-    bar = tqdm(range(1, max_steps + 1), disable=not progress, desc="training the flow")
+    bar = progress_bar(range(1, max_steps + 1), "training the flow", shown=progress)
     for step in bar:
         loss = -log_prob(*draw()).mean()
         optimizer.zero_grad()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .base import Bridge, checked_scheduler, standard_log_prob
-from .moments import count_classes, data_moments, principal_law
+from .moments import DataMoments, count_classes, data_moments, principal_law
 
 
 class GaussianBridge(Bridge):
@@ -41,6 +41,7 @@ class GaussianBridge(Bridge):
         shrink: bool = True,
         measured_on: Mapping[str, Any] | None = None,
         progress: bool = True,
+        moments: DataMoments | None = None,
     ) -> GaussianBridge:
         """Estimate the moments of x0 in one pass and add the noise in closed form.
 
@@ -57,6 +58,8 @@ class GaussianBridge(Bridge):
             shrink: whether the covariance is shrunk (`moments`).
             measured_on: a note for people, stored with the result.
             progress: whether a progress bar is shown.
+            moments: those of the same batches, classes and rank, by `moments.data_moments`, which a bridge at another T
+                has in common; then the batches are not read for them.
 
         Returns:
             The bridge, on the CPU.
@@ -66,7 +69,7 @@ class GaussianBridge(Bridge):
                 none, too few, not finite or of different shapes; labels are missing or out of range.
         """
         stored = checked_scheduler(scheduler, max_diffusion_time)
-        data = data_moments(batches, rank, num_classes, progress)
+        data = data_moments(batches, rank, num_classes, progress) if moments is None else moments
         notes = data.notes(measured_on, {"shrink": shrink})
         bridge = cls(data.shape, max_diffusion_time, stored, data.rank, num_classes, notes)
         bridge._set_moments(data.laws(shrink))

@@ -24,7 +24,7 @@ from ..randomness import categorical
 from ..ranges import require
 from .base import Bridge, Latents, checked_scheduler, default_latent_rank, require_latent_rank, standard_log_prob
 from .held_out import HELD_OUT, divide, held_out_batch, held_out_loss, warn_gaussian_is_kept
-from .moments import count_classes, data_moments, require_repeatable
+from .moments import DataMoments, count_classes, data_moments, require_repeatable
 
 MIN_SAMPLES = 20
 """A class with fewer samples cannot be judged, and keeps the Gaussian."""
@@ -94,6 +94,7 @@ class MixtureBridge(Bridge):
         seed: int = 0,
         measured_on: Mapping[str, Any] | None = None,
         progress: bool = True,
+        moments: DataMoments | None = None,
     ) -> MixtureBridge:
         """Estimate the moments, then fit the mixture to diffused data. It holds N noise_draws l numbers.
 
@@ -106,7 +107,8 @@ class MixtureBridge(Bridge):
             concentration: of the Dirichlet process: the larger, the more components get weight; 1 / C by default.
             max_iter: the most iterations of the fit; scikit-learn warns if they do not suffice.
             seed: the seed of the noise and of the fit.
-            scheduler, max_diffusion_time, num_classes, shrink, measured_on, progress: as for `GaussianBridge.fit`.
+            scheduler, max_diffusion_time, num_classes, shrink, measured_on, progress, moments: as for
+                `GaussianBridge.fit`.
 
         Returns:
             The bridge, on the CPU. `measured_on["gain_over_gaussian"]` is the gain on held-out data in nats for each
@@ -124,7 +126,7 @@ class MixtureBridge(Bridge):
         require("max_iter", max_iter, at_least=1)
         require_repeatable(batches)
         stored = checked_scheduler(scheduler, max_diffusion_time)
-        data = data_moments(batches, rank, num_classes, progress)
+        data = data_moments(batches, rank, num_classes, progress) if moments is None else moments
         latent_rank = default_latent_rank(data.rank) if latent_rank is None else latent_rank
         bridge = cls(data.shape, max_diffusion_time, stored, data.rank, latent_rank, num_components, num_classes)
         if data.smallest_class * noise_draws < num_components:

@@ -18,13 +18,14 @@ equation 23; Incremental Learning for Robust Visual Tracking (Ross, Lim, Lin, Ya
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod, sqrt
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+
+from ..progress import progress_bar, say
 
 FULL_COVARIANCE_LIMIT = 4096
 """K whole covariance matrices are kept while they are estimated where d sqrt(K) is at most this."""
@@ -98,20 +99,25 @@ def oas_shrinkage(trace: Tensor, trace_of_square: Tensor, d: int, n: int) -> Ten
 
 @dataclass
 class DataMoments:
-    """The moments of the data of each class, the shape of a sample and the rank r."""
+    """The moments of x0 of each class, the shape of a sample and the rank r; bridges at several T can share them."""
 
     shape: list[int]
     rank: int
     classes: list[Moments]
+    progress: bool = False
+    _laws: dict[bool, list[Law]] = field(default_factory=dict)
 
     @property
     def smallest_class(self) -> int:
         """The number of samples of the class that has the fewest."""
         return min(moments.count for moments in self.classes)
 
-    def laws(self, shrink: bool) -> Iterator[Law]:
-        """Return the moments of each class in its principal directions."""
-        return (moments.law(self.rank, shrink) for moments in self.classes)
+    def laws(self, shrink: bool) -> list[Law]:
+        """Return the moments of each class in its principal directions, computed once."""
+        if shrink not in self._laws:
+            say(f"principal directions of {prod(self.shape)} dimensions", shown=self.progress)
+            self._laws[shrink] = [moments.law(self.rank, shrink) for moments in self.classes]
+        return self._laws[shrink]
 
     def notes(self, measured_on: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return the note for people that is stored with a bridge."""
@@ -136,7 +142,7 @@ def data_moments(batches: Iterable[Any], rank: int | None, num_classes: int | No
             if not 1 <= rank <= d:
                 raise ValueError(f"rank must be from 1 to the {d} dimensions of the data, got {rank}")
             kept = None if whole else min(d, KEPT_PER_DIRECTION * rank)
-            data = DataMoments(shape, rank, [Moments(d, kept, x0.device) for _ in range(classes)])
+            data = DataMoments(shape, rank, [Moments(d, kept, x0.device) for _ in range(classes)], progress)
         if list(x0.shape[1:]) != data.shape:
             raise ValueError(f"a batch has samples of shape {list(x0.shape[1:])}, the first had {data.shape}")
         if not x0.isfinite().all():
@@ -156,7 +162,7 @@ def read_batches(
     batches: Iterable[Any], num_classes: int | None, progress: bool, what: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield x0, (B, *shape), and the labels on the CPU, (B,), of each batch; labels are 0 without classes."""
-    for batch in tqdm(batches, disable=not progress, desc=what, unit="batch"):
+    for batch in progress_bar(batches, what, shown=progress, unit="batch"):
         x0, cond = (batch, {}) if isinstance(batch, Tensor) else batch
         if num_classes is None:
             yield x0, torch.zeros(len(x0), dtype=torch.long)

@@ -23,7 +23,8 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline
 
-from ..bridges.fitting import BridgeArguments, fit_bridge
+from ..bridges.fitting import BridgeArguments, fit_bridge, shared_moments
+from ..bridges.moments import DataMoments
 from ..conversion import short_time_pipeline
 from ..data.encoded import EncodedImages
 from ..data.held_out import held_out_images
@@ -99,22 +100,23 @@ def choose_scheduler(args: FitArguments, pipeline: DiffusionPipeline) -> Any:
     return scheduler
 
 
-def fitted(args: FitArguments, data: EncodedImages) -> Any:
+def fitted(args: FitArguments, data: EncodedImages, moments: DataMoments) -> Any:
     told = {"data": data.described}
     about: dict[str, Any] = {
         "num_classes": data.num_classes,
         "seed": args.seed,
         "measured_on": told,
+        "moments": moments,
     }
     return fit_bridge(args, data, data.subject.pipeline.scheduler, **about)
 
 
-def write_report(args: FitArguments, data: EncodedImages, held_out: Any, out: Path) -> Any:
+def write_report(args: FitArguments, data: EncodedImages, moments: DataMoments, held_out: Any, out: Path) -> Any:
     least = min(args.train_batch_size, args.max_validation_samples)
     held = replace(args, max_train_samples=None, train_batch_size=least)
     unseen = EncodedImages(held, data.subject, held_out, data.transform, args.max_validation_samples, data.device)
     times, device = times_of_report(args), data.device
-    bridges = [fitted(replace(args, max_diffusion_time=time), data).to(device) for time in times]
+    bridges = [fitted(replace(args, max_diffusion_time=time), data, moments).to(device) for time in times]
     report = diffusion_time_report(
         data.subject.network.eval(),
         data.subject.pipeline.scheduler,
@@ -130,11 +132,19 @@ def write_report(args: FitArguments, data: EncodedImages, held_out: Any, out: Pa
     return report
 
 
-def save(args: FitArguments, data: EncodedImages, bridge: Any, scheduler: Any, held_out: Any, name: str) -> None:
+def save(
+    args: FitArguments,
+    data: EncodedImages,
+    moments: DataMoments,
+    bridge: Any,
+    scheduler: Any,
+    held_out: Any,
+    name: str,
+) -> None:
     """Write the bridge, or the pipeline that starts from it, the report and the card into the output folder.
 
     Args:
-        data: the images of the fit.
+        data, moments: the images of the fit, and their moments.
         scheduler: the short-time scheduler.
         held_out: the images of the report, if it is asked for.
         name: how the card calls the result.
@@ -153,7 +163,7 @@ def save(args: FitArguments, data: EncodedImages, bridge: Any, scheduler: Any, h
             images = subject_of(short).sample(args.num_validation_images, args.num_inference_steps, seed)
             with replacing(out / "samples" / "samples.png") as aside:
                 image_grid(images).save(aside)
-    report = write_report(args, data, held_out, out) if args.report else None
+    report = write_report(args, data, moments, held_out, out) if args.report else None
     written = command_line()
     write_bridge_card(
         out,
@@ -196,9 +206,10 @@ def main() -> None:
         transform = make_transform(args, source, channels, resolution)
         print(describe(args, source, transform))
         data = EncodedImages(args, subject, source, transform, args.max_bridge_samples, accelerator.device)
-        bridge = fitted(args, data)
+        moments = shared_moments(args, data, data.num_classes)
+        bridge = fitted(args, data, moments)
         with RunLock(out):
-            save(args, data, bridge, scheduler, held_out, out.name if pusher is None else pusher.repo_id)
+            save(args, data, moments, bridge, scheduler, held_out, out.name if pusher is None else pusher.repo_id)
         print(f"the {'bridge and its scheduler are' if subject.takes_captions else 'short-time pipeline is'} in {out}")
         if pusher is not None:
             pusher.push(out, "bridge")

@@ -27,11 +27,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..conditions import Condition
 from ..errors import InputError
 from ..files import PARTIAL, replacing
+from ..progress import progress_bar
 from ..subjects import TextToImage
 from ..weights import sample_of
 from .batches import collate, read_image
@@ -96,7 +96,7 @@ class LatentCache:
         quiet = not accelerator.is_main_process
         if not quiet:
             self._remove_stale()
-        for first in tqdm(own, desc="encoding images and captions", unit=f"x{ROWS}", disable=quiet or not own):
+        for first in progress_bar(own, "encoding images and captions", unit=f"x{ROWS}", shown=bool(own) and not quiet):
             rows = range(first, min(first + ROWS, len(self.source)))
             encoded = [self._encoded(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
             tensors = {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]}

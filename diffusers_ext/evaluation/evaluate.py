@@ -32,7 +32,6 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
-from tqdm import tqdm
 
 import diffusers_ext
 
@@ -42,6 +41,7 @@ from ..extractors import Extractor, default_extractor, make_extractor
 from ..fields import arg
 from ..files import remove_partial, shown
 from ..interop import stored_scheduler
+from ..progress import progress_bar
 from ..randomness import RULE
 from ..reports.measured import Cell, Evaluation, Likelihood
 from ..subjects import ImageFormat, Subject, subject_of
@@ -329,7 +329,7 @@ def _folder(folder: Path) -> Path:
 def _draw(drawings: Sequence[Drawing], folder: Path, rank: int, world: int) -> None:
     """Draw the batches of process number `rank` among `world`."""
     own = sum(len(one.numbers(batch)) for one in drawings for batch in range(rank, one.num_batches, world))
-    with tqdm(total=own, desc="images", unit="image", disable=rank > 0) as bar:
+    with progress_bar(None, "images", total=own, unit="image", shown=rank == 0) as bar:
         for drawing in drawings:
             bar.set_postfix_str(f"{drawing.model}, {drawing.scheduler_name}, {drawing.steps} steps")
             drawing.draw(folder, rank, world, bar)
@@ -404,7 +404,7 @@ def _compare(
     """Add the cells and the pictures to the evaluation, and save the pictures in `samples`."""
     evaluation.pictures |= grids(drawings, drawn, samples)
     last = {drawing.model: drawing for drawing in drawings}
-    for drawing in tqdm(drawings, desc="distances"):
+    for drawing in progress_bar(drawings, "distances"):
         counted = drawing.counted(drawn)
         evaluation.cells.append(
             Cell(

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data.batches import Images
 from ..data.sources import DataArguments
@@ -33,6 +32,7 @@ from ..metrics import (
     student_interval,
 )
 from ..noise_levels import log_linear_sigmas
+from ..progress import progress_bar
 from ..randomness import Seeds, Stream
 from ..reports.measured import Likelihood, Quality
 from ..subjects import Subject
@@ -159,9 +159,8 @@ class Judge:
 
     def features(self, images: Images, name: str = "") -> Tensor:
         """Return the features (n, d) of images."""
-        parts = tqdm(
-            images.images.split(500), f"features, {name}", unit="batch", leave=False, disable=not self.progress
-        )
+        split, what = images.images.split(500), f"features, {name}"
+        parts = progress_bar(split, what, unit="batch", leave=False, shown=self.progress)
         return torch.cat([self.extractor(part).cpu() for part in parts]).to(self.extractor.device)
 
     @functools.cached_property
@@ -217,7 +216,7 @@ def likelihood(
         if count < 2:
             return None
         parts = []
-        for first in tqdm(range(0, count, batch_size), desc=what, disable=not progress, unit="batch"):
+        for first in progress_bar(range(0, count, batch_size), what, shown=progress, unit="batch"):
             rows = slice(first, min(first + batch_size, count))
             cond = subject.part(condition, rows)
             start = {} if bridge is None else {"log_prior": _log_start(bridge, schedule, cond.get("class_labels"))}

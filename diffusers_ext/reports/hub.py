@@ -184,6 +184,32 @@ class HubPusher:
         """The repository's name; a bare one is completed with the user's name by the first push."""
         return self._repo_id
 
+    def require_login(self, timeout: float = 20.0) -> None:
+        """Ask the Hub whose token this is, before there is any work to lose.
+
+        A Hub that does not answer in `timeout` seconds, or cannot be reached, may be there later: this warns.
+
+        Raises:
+            InputError: there is no token, the Hub refuses it, or the environment forbids to ask.
+        """
+        found: list[Exception] = []
+
+        def ask() -> None:
+            try:
+                self._api.whoami()
+            except Exception as error:
+                found.append(error)
+
+        thread = threading.Thread(target=ask, name="HubLogin", daemon=True)
+        thread.start()
+        thread.join(timeout)
+        if not found and not thread.is_alive():
+            return
+        reason = self._without_token(_describe(found[0])) if found else f"no answer in {timeout:g} seconds"
+        if found and _is_refusal(found[0]):
+            raise InputError(f"--push_to_hub: the Hub knows no such user: {reason}. Log in (`hf auth login`)")
+        _logger.warning("the Hub cannot be reached now: %s; the result is pushed when it can", reason)
+
     def push(self, folder: Path, message: str, also: Sequence[str] = ()) -> None:
         """Take a snapshot of what inference needs, and push it in the background as one commit.
 
@@ -357,16 +383,18 @@ def make_pusher(args: HubArguments, folder: Path, is_main_process: bool) -> HubP
     """Make the pusher that the arguments ask for, on the main process alone.
 
     Raises:
-        InputError: the name of the repository is not valid.
+        InputError: the name of the repository is not valid, or nobody is logged in.
     """
     if not (args.push_to_hub and is_main_process):
         return None
     try:
         options: dict[str, Any] = {"private": args.hub_private_repo or None, "token": args.hub_token}
         options["license"] = args.license
-        return HubPusher(args.hub_model_id, folder, **options)
+        pusher = HubPusher(args.hub_model_id, folder, **options)
     except ValueError as error:
         raise InputError(f"--hub_model_id: {error}") from error
+    pusher.require_login()
+    return pusher
 
 
 def _repository_name(folder: Path) -> str:

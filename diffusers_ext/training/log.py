@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from ..evaluation.measures import SIGMA_BINS
 from ..files import write_file
 from ..noise_levels import log_linear_sigmas
+from ..progress import progress_bar, say
 from .arguments import TrainingArguments
 
 # Losses are reported for this many bins of log sigma; the range suits data in [-1, 1].
@@ -57,6 +58,7 @@ class RunLog:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
         self._values: dict[str, list[Tensor]] = {}
+        self.bar: Any = None
         self._unreadable: set[str] = set()
         self._lost = False
         self.warnings: list[str] = []
@@ -68,8 +70,8 @@ class RunLog:
             self._drop_after(step)
         scalars = {k: v for k, v in asdict(self.args).items() if isinstance(v, int | float | str | bool)}
         self.accelerator.init_trackers(project, {k: v for k, v in scalars.items() if "token" not in k})
-        disable = not self.accelerator.is_main_process
-        self.bar = tqdm(total=self.total_steps, initial=step, unit="step", disable=disable)
+        shown = self.accelerator.is_main_process
+        self.bar = progress_bar(None, total=self.total_steps, initial=step, unit="step", shown=shown)
         self._since, self._since_step = time.monotonic(), step
         device, kind = str(self.accelerator.device), str(self.accelerator.distributed_type.value)
         where = {"processes": self.accelerator.num_processes, "distributed": kind, "device": device}
@@ -150,6 +152,19 @@ class RunLog:
         print(f"\nwarning: {message}")
 
     @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """A context that shows what is being done now: before the bar of the steps, or, without one, in a line."""
+        if self.bar is None:
+            say(what)
+            yield
+            return
+        self.bar.set_description(what)
+        try:
+            yield
+        finally:
+            self.bar.set_description(None)
+
+    @contextmanager
     def goes_on_without(self, what: str, step: int) -> Iterator[None]:
         """A context that turns a failed write, for instance on a full disk, and too little memory into a warning."""
         try:
@@ -159,7 +174,9 @@ class RunLog:
 
     def close(self) -> None:
         """Close the progress bar, when training ends or stops."""
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = None
         if self._unreadable:
             print(f"unreadable images skipped: {len(self._unreadable)}; their names stand above")
 

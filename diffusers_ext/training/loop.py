@@ -43,6 +43,7 @@ from ..process import ReflectedProcess
 from ..randomness import Seeds
 from ..score import Denoiser
 from ..subjects import Subject
+from .announce import before
 from .arguments import TrainingArguments
 from .batch import Batch, fill_cache, make_batch
 from .best import Best
@@ -106,6 +107,7 @@ class TrainingLoop:
         self.log = RunLog(args, self.accelerator, sigma_range, self.images_per_step, self.total_steps)
         self.guard = FiniteGuard(self.accelerator)
         self.outcome = Outcome(self, paper)
+        self.accelerator.print(before(self, self.outcome.pusher))
         self._resumed = self.checkpoints.resume(self)
 
     def _set_up_data(self) -> None:
@@ -120,8 +122,7 @@ class TrainingLoop:
         self.streamed, self.position = isinstance(source, HubStream), Position(0, 0)
         self.accelerator.print(self.data.described + self.subject.too_long(getattr(source, "captions", None) or []))
         _require_in_box(self.validation.images, self.pipeline.scheduler)
-        per_step = args.gradient_accumulation_steps * self.accelerator.num_processes
-        self.images_per_step = args.train_batch_size * per_step
+        self.images_per_step = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
         self.total_steps = _total_steps(args, self.source, self.images_per_step)
 
     def _set_up_model(self) -> None:

@@ -16,6 +16,7 @@ from ..reports.card import command_line, write_model_card
 from ..reports.hub import make_pusher
 from ..reports.pictures import image_grid
 from ..subjects import Subject
+from .announce import after
 from .best import Best
 from .checkpoint import list_checkpoints
 from .environment import end_run
@@ -65,11 +66,14 @@ class Outcome:
     def validate(self, trained: Subject) -> dict[str, Any]:
         """Draw a sample grid in `samples/`, measure the pipeline, write the measurements to the log and return them."""
         run = self.run
-        if run.args.num_validation_images > 0:
-            self._draw_sample_grid(trained)
-        metrics = self.losses(trained) | {"measured_on": run.data.validation_name}
+        if (count := run.args.num_validation_images) > 0:
+            with run.log.doing(f"drawing {count} samples, {run.args.num_inference_steps} steps"):
+                self._draw_sample_grid(trained)
+        with run.log.doing("measuring the loss on held-out images"):
+            metrics = self.losses(trained) | {"measured_on": run.data.validation_name}
         if self.best is not None and self.best.measured != run.step:
-            metrics = self.best.offer(trained, metrics)
+            with run.log.doing(f"measuring {self.best.samples} samples, {self.best.steps} steps"):
+                metrics = self.best.offer(trained, metrics)
         run.log.write({"step": run.step, "validation": metrics})
         return metrics
 
@@ -176,8 +180,8 @@ class Outcome:
         how = "; `import diffusers_ext` before you open it" if run.subject.needs_package else ""
         which = "" if step == run.step else f", of step {step}, the best,"
         what = "LoRA" if run.subject.is_lora else "pipeline"
-        print(f"the trained {what}{which} is in {run.output_dir}{how}")
         self._push(self.validate(trained) if self.best is None else metrics, step)
+        print(after(run, f"the trained {what}{which} is in {run.output_dir}{how}"))
 
     @property
     def _rest(self) -> str:
