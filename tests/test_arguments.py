@@ -53,6 +53,6 @@ def test_mistakes_end_with_a_message(argv, yaml, message, tmp_path, capsys):
 
 def test_help_names_every_argument(capsys):
     with pytest.raises(SystemExit):
-        parse_arguments(TrainingArguments, ["--help"])
+        parse_arguments(TrainingArguments, ["--help", "all"])
     printed = capsys.readouterr().out
     assert [f.name for f in fields(TrainingArguments) if f"--{f.name}" not in printed] == []

@@ -133,7 +133,7 @@ def test_every_number_has_a_range():
 
 def test_every_range_holds_its_default_and_is_in_the_help(capsys, monkeypatch):
     for script, kind in KINDS.items():
-        monkeypatch.setattr(sys, "argv", [script, "--help"])
+        monkeypatch.setattr(sys, "argv", [script, "--help", "all"])
         with pytest.raises(SystemExit):
             SCRIPTS[script].main()
         shown = " ".join(capsys.readouterr().out.split())

@@ -1,4 +1,4 @@
-"""Measure the mean error of a pretrained model, to be subtracted by calibrated schedulers (arXiv 2302.10688).
+r"""Measure the mean error of a pretrained model, to be subtracted by calibrated schedulers (arXiv 2302.10688).
 
     diffusers-ext calibrate --pretrained_model_name_or_path google/ddpm-cifar10-32 \
         --dataset_name uoft-cs/cifar10 --output_dir cifar10-calibration --push_to_hub
@@ -10,7 +10,7 @@ Then, where the guidance scale is read from each call (of other pipelines, tell 
     calibration = Calibration.from_pretrained("sd-calibration")
     pipe = calibrate_pipeline(pipe, calibration)
 
-Repeat the command to continue a run that was stopped. `--help` lists every argument.
+Repeat the command to continue a run that was stopped.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Quality, likelihood and cost of diffusers pipelines, side by side: does this help my model?
+r"""Quality, likelihood and cost of diffusers pipelines, side by side: does this help my model?
 
     diffusers-ext evaluate --pretrained_model_name_or_path google/ddpm-cifar10-32 you/ddpm-tuned \
         --dataset_name uoft-cs/cifar10 --schedulers DDIM,DPMSolverMultistep --nfe 5,10,20,50 --output_dir evaluation
@@ -6,7 +6,7 @@
 Every model draws from the same noise. Distances are corrected for their bias and have intervals; the distance that real
 images have is shown beside them. `output_dir` holds results.json, results.csv, table.md, plots, sample grids, and all
 of it in one file, index.html. An evaluation that was stopped, or is repeated with more models, schedulers, steps or
-samples, draws only what is missing. `--help` lists every argument. From Python: `diffusers_ext.evaluation.evaluate`.
+samples, draws only what is missing. From Python: `diffusers_ext.evaluation.evaluate`.
 """
 
 from dataclasses import dataclass, field

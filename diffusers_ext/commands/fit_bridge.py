@@ -1,4 +1,4 @@
-"""Fit an auxiliary model ("bridge") of the diffused data at a time T to a pretrained pipeline (arXiv 2206.05173).
+r"""Fit an auxiliary model ("bridge") of the diffused data at a time T to a pretrained pipeline (arXiv 2206.05173).
 
     diffusers-ext fit-bridge --pretrained_model_name_or_path google/ddpm-cifar10-32 \
         --dataset_name uoft-cs/cifar10 --max_diffusion_time 0.6 --bridge flow --output_dir short-cifar10 --report
@@ -12,7 +12,7 @@ only the bridge and the scheduler are saved:
     pipe.scheduler = ShortTimeDDIMScheduler.from_pretrained("sd-bridge", subfolder="scheduler")
     pipe(prompt)
 
-`--report` measures what each T costs and gains, to choose one. `--help` lists every argument.
+`--report` measures what each T costs and gains, to choose one.
 """
 
 import copy

@@ -16,6 +16,7 @@ from transformers.hf_argparser import HfArgumentParser
 from ..data.sources import DataArguments
 from ..errors import InputError
 from ..presets import PRESETS
+from .help import asked, help_text
 
 Arguments = TypeVar("Arguments", bound=DataArguments)
 
@@ -28,6 +29,9 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
     usage = "%(prog)s [--preset NAME] [--config FILE] [--ARGUMENT VALUE ...]; --help lists the arguments"
     parser = HfArgumentParser(kind, allow_abbrev=False, usage=usage)
     argv = list(sys.argv[1:] if argv is None else argv)
+    if (wanted := asked(argv)) is not None:
+        print(help_text(kind, wanted == "all"))
+        sys.exit(0)
     try:
         first, _ = HfArgumentParser(_Sources, allow_abbrev=False, add_help=False).parse_known_args(argv)
         file = _read_yaml(first.config, kind) if first.config is not None else {}

@@ -1,10 +1,8 @@
-"""Train or fine-tune a diffusers model with the consistency regulariser (Daras et al., 2023, arXiv 2302.09057).
+r"""Train or fine-tune a diffusers model with the consistency regulariser (Daras et al., 2023, arXiv 2302.09057).
 
     diffusers-ext train-consistency --preset digits --output_dir digits-model
     diffusers-ext train-consistency --pretrained_model_name_or_path google/ddpm-cifar10-32 \
         --dataset_name uoft-cs/cifar10 --random_flip --train_batch_size 128 --max_train_steps 10000
-
-`--help` lists every argument; `--config run.yaml` reads them from a file.
 """
 
 from collections.abc import Sequence
@@ -15,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ..data.noise import NoisyDataArguments, has_noise
-from ..errors import InputError, command
+from ..errors import command
 from ..fields import arg
 from ..losses import ambient_loss, consistency_loss, denoised_copies, score_matching_loss
-from ..noise_levels import lower_sigma
 from ..randomness import rand_like
 from ..training import Batch, TrainingArguments, TrainingLoop
+from ..training.levels import LowerLevelArguments
 from .parsing import parse_arguments
 
 BELOW_FROM = 0.3
@@ -32,20 +30,17 @@ PAPER = ("Consistent Diffusion Models: Mitigating Sampling Drift by Learning to 
 
 
 @dataclass
-class ConsistencyArguments(NoisyDataArguments, TrainingArguments):
+class ConsistencyArguments(LowerLevelArguments, NoisyDataArguments, TrainingArguments):
     """Adds the regulariser's arguments; the paper has weight 10, fraction 1, 5 steps euler_maruyama, absolute 0.05."""
 
     consistency_weight: float | None = arg(
         None, "Weight of the regulariser, by default 10, and 0 for images with noise; 0 switches it off.", at_least=0
     )
-    consistency_fraction: float = arg(0.25, "Share of the batch that it is applied to.", above=0, at_most=1)
     consistency_start: float = arg(0.0, "Share of the training after which it begins.", at_least=0, below=1)
     rollout: Literal["posterior", "euler_maruyama"] = arg(
         "posterior", "Rule of one step; euler_maruyama, the paper's, needs 5 of them."
     )
     rollout_steps: int = arg(1, "Steps from sigma to the lower noise level.", at_least=1)
-    sigma_width: float = arg(0.05, "The lower level is at most this far below sigma.", above=0)
-    sigma_width_relative: bool = arg(False, "sigma_width is a fraction of sigma, below 1.")
 
     def lowest_noise(self, data_noise: Sequence[float]) -> float:
         return 0.0 if self.below_noise == "rollout" else min(data_noise)
@@ -54,8 +49,6 @@ class ConsistencyArguments(NoisyDataArguments, TrainingArguments):
         super().__post_init__()
         if self.consistency_weight is None:
             self.consistency_weight = 0.0 if has_noise(self) else 10.0
-        if self.sigma_width_relative and self.sigma_width >= 1:
-            raise InputError(f"--sigma_width must be below 1 where it is relative, got {self.sigma_width}")
 
 
 def below(loop: TrainingLoop, batch: Batch, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -103,9 +96,7 @@ def main() -> None:
         if args.consistency_weight != 0 and loop.step >= args.consistency_start * loop.total_steps:
             part, weight = batch.part(args.consistency_fraction)
             if part.stop > 0:
-                lower = lower_sigma(
-                    sigma[part], args.sigma_width, relative=args.sigma_width_relative, generator=generator
-                )
+                lower = args.draw_lower(sigma[part], loop.schedule, generator)
                 terms["consistency"] = consistency_loss(
                     denoiser,
                     x[part],

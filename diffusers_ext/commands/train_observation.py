@@ -1,12 +1,11 @@
-"""Train or fine-tune a diffusers model with observation guidance (Kang et al., CVPR 2024, arXiv 2310.04041).
+r"""Train or fine-tune a diffusers model with observation guidance (Kang et al., CVPR 2024, arXiv 2310.04041).
 
     diffusers-ext train-observation --preset digits --output_dir digits-model
     diffusers-ext train-observation --pretrained_model_name_or_path google/ddpm-cifar10-32 \
         --dataset_name uoft-cs/cifar10 --random_flip --train_batch_size 128 --max_train_steps 10000
 
 A discriminator judges one sampler step of the model; sampling does not need it. The result is the pipeline whose
-samples of `--frechet_steps` steps were nearest to held-out images. `--help` lists every argument; `--config run.yaml`
-reads them from a file.
+samples of `--frechet_steps` steps were nearest to held-out images.
 """
 
 import math
@@ -16,11 +15,12 @@ from typing import Literal
 from ..errors import InputError, command
 from ..fields import arg
 from ..losses import PROJECTIONS, consistency_loss, discriminator_loss, observation_loss, score_matching_loss
-from ..noise_levels import look_ahead_sigma, lower_sigma
+from ..noise_levels import look_ahead_sigma
 from ..randomness import Stream
 from ..score import Denoiser
 from ..training import Adversary, Batch, Best, TrainingArguments, TrainingLoop
 from ..training.adversary import new_discriminator
+from ..training.levels import LowerLevelArguments
 from .parsing import parse_arguments
 
 PAPER = ("Observation-Guided Diffusion Probabilistic Models", "2310.04041")
@@ -31,7 +31,7 @@ SCRATCH_LOOK_AHEAD, TUNING_LOOK_AHEAD = 0.1, 0.2
 
 
 @dataclass
-class ObservationArguments(TrainingArguments):
+class ObservationArguments(LowerLevelArguments, TrainingArguments):
     """Adds the arguments of the loss.
 
     The loss is that of denoising, a mean over pixels and samples with the weight of train_consistency.py (by default
@@ -77,9 +77,6 @@ class ObservationArguments(TrainingArguments):
     consistency_weight: float = arg(
         0.0, "Weight of the consistency loss (train_consistency.py) in the same run.", at_least=0
     )
-    consistency_fraction: float = arg(0.25, "Share of the batch that it is applied to.", above=0, at_most=1)
-    sigma_width: float = arg(0.05, "Its lower noise level is at most this far below sigma.", above=0)
-    sigma_width_relative: bool = arg(False, "sigma_width is a fraction of sigma, below 1.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,8 +85,6 @@ class ObservationArguments(TrainingArguments):
             self.observation_weight = SCRATCH_WEIGHT if scratch else TUNING_WEIGHTS[self.projection]
         if self.look_ahead is None:
             self.look_ahead = SCRATCH_LOOK_AHEAD if scratch else TUNING_LOOK_AHEAD
-        if self.sigma_width_relative and self.sigma_width >= 1:
-            raise InputError(f"--sigma_width must be below 1 where it is relative, got {self.sigma_width}")
         if self.frechet_samples == 1:
             raise InputError("--frechet_samples 1: a covariance needs 2 at least; 0 measures none")
         if not all(width.isdecimal() and int(width) > 0 for width in self.discriminator_channels.split(",")):
@@ -111,7 +106,7 @@ def step(
     if args.consistency_weight > 0:
         part, weight = batch.part(args.consistency_fraction)
         if part.stop > 0:
-            lower = lower_sigma(sigma[part], args.sigma_width, relative=args.sigma_width_relative, generator=generator)
+            lower = args.draw_lower(sigma[part], schedule, generator)
             options = {"denoised": denoised[part], "generator": generator, **loop.subject.part(batch.cond, part)}
             terms["consistency"] = consistency_loss(denoiser, x[part], sigma[part], lower, **options)
             loss = loss + args.consistency_weight * weight * terms["consistency"].mean()

@@ -1,10 +1,9 @@
-"""Train a reflected diffusion model (Lou, Ermon, 2023, arXiv 2304.04740): its samples keep to the range of the data.
+r"""Train a reflected diffusion model (Lou, Ermon, 2023, arXiv 2304.04740): its samples keep to the range of the data.
 
     diffusers-ext train-reflected --preset digits --output_dir reflected-digits
     diffusers-ext train-reflected --preset cifar10 --class_conditional --output_dir reflected-cifar10
 
-The result opens as `ReflectedPipeline`, after `import diffusers_ext`. `--help` lists every argument;
-`--config run.yaml` reads them from a file.
+The result opens as `ReflectedPipeline`, after `import diffusers_ext`.
 """
 
 from dataclasses import dataclass

@@ -1,11 +1,11 @@
-"""Train or fine-tune a diffusers model on the diffusion times [0, T] alone (Franzese et al., 2022, arXiv 2206.05173).
+r"""Train or fine-tune a diffusers model on the diffusion times [0, T] alone (Franzese et al., 2022, arXiv 2206.05173).
 
     diffusers-ext train-short-time --preset digits --max_diffusion_time 0.6 --output_dir short-digits
     diffusers-ext train-short-time --pretrained_model_name_or_path google/ddpm-cifar10-32 \
         --dataset_name uoft-cs/cifar10 --random_flip --max_diffusion_time 0.4 --bridge flow --output_dir short-cifar10
 
 The result is a `ShortTimePipeline`: its chain starts from an auxiliary model ("bridge") of the data at T, which is
-fitted first. `--help` lists every argument; `--config run.yaml` reads them from a file.
+fitted first.
 """
 
 from dataclasses import dataclass

@@ -10,6 +10,7 @@ Reference: Scaling Rectified Flow Transformers for High-Resolution Image Synthes
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +18,44 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 from torch import Tensor
 
 from ..errors import InputError
+from ..fields import Ranged, arg
 from ..interop import NoiseSchedule, live_config
-from ..noise_levels import min_snr_weight
+from ..noise_levels import lower_sigma, min_snr_weight
 from ..randomness import rand_like, randn_like
 from ..score import ScoreModel
 from .arguments import TrainingArguments
+
+EDM_WIDTH = 0.05
+"""How far below sigma the lower level of the consistency loss is at most, in its paper, whose models are EDM's."""
+WIDTH = 1 / 6
+"""The same as a share of sigma, for levels far above 1, where 0.05 would change nothing: what EDM_WIDTH is of 0.30,
+the median of the levels that EDM trains."""
+
+
+@dataclass
+class LowerLevelArguments(Ranged):
+    """Arguments of the consistency loss: the part of the batch that it takes, and its lower noise level."""
+
+    consistency_fraction: float = arg(
+        0.25, "Share of the batch that the consistency loss is applied to.", above=0, at_most=1
+    )
+    sigma_width: float | None = arg(
+        None, "Its lower level is at most this far below sigma: by default 0.05 for EDM models, else sigma/6.", above=0
+    )
+    sigma_width_relative: bool = arg(False, "sigma_width is a fraction of sigma, below 1.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sigma_width_relative and self.sigma_width is not None and self.sigma_width >= 1:
+            raise InputError(f"--sigma_width must be below 1 where it is relative, got {self.sigma_width}")
+
+    def draw_lower(self, sigma: Tensor, schedule: NoiseSchedule, generator: torch.Generator) -> Tensor:
+        """Return the lower noise level of each sigma, (n,), by the arguments, or as suits the schedule."""
+        width, relative = self.sigma_width, self.sigma_width_relative
+        if width is None:
+            relative = relative or schedule.family != "edm"
+            width = WIDTH if relative else EDM_WIDTH
+        return lower_sigma(sigma, width, relative=relative, generator=generator)
 
 
 class Levels:
