@@ -101,7 +101,7 @@ def test_everything_is_written_and_nothing_is_drawn_twice(evaluate, models, tmp_
     for name in ("table.md", "index.html", "quality_nfe.png", "quality_seconds.png", "loss_by_sigma.png"):
         assert (out / name).stat().st_size > 500
     grid = Picture.open(out / "samples" / "DDIM-2.png")
-    assert grid.size == (10 * 64, 2 * 64)  # a row for each model
+    assert grid.size == (10 * 64, 3 * 64)  # a row for each model, and one of real images
     said = capsys.readouterr().out
     assert "| first | DDIM |" in said
     assert "FID" not in said

@@ -128,7 +128,9 @@ def test_pictures_come_back_and_are_shown(tmp_path):
     one = pipeline()
     found = cheap({"a": one}, tmp_path)
     grid, near = found.pictures.values()
-    assert next(iter(found.pictures)) == "DDIM, 2 steps. Rows: a"
+    assert next(iter(found.pictures)) == "DDIM, 2 steps. Rows: a, real images"
+    below = np.asarray(grid)[64 + 4 : 128 : 8, 4:64:8, 0]  # the second row
+    assert np.abs(below - ((real().floor.images[0, 0] + 1) * 127.5).numpy()).max() <= 1
     first = ((by_hand(ClassConditionalPipeline(one.unet, one.scheduler), 2)[0, 0] + 1) * 127.5).round()
     assert np.abs(np.asarray(grid)[4:64:8, 4:64:8, 0] - first.numpy()).max() <= 1  # a pixel is a square of 8 x 8
     for picture, name in ((grid, "DDIM-2"), (near, "nearest-a-DDIM-2")):

@@ -25,7 +25,7 @@ from diffusers_ext.reports.measured import Cell, Evaluation, Likelihood, Quality
 from diffusers_ext.reports.model_index import merged_card, model_index, write_model_index
 from diffusers_ext.reports.page import write_report
 from diffusers_ext.reports.plots import loss_figure, plots, quality_figure
-from diffusers_ext.reports.tables import clear_winner, interval_text, markdown_table
+from diffusers_ext.reports.tables import MISSING, clear_winner, interval_text, markdown_table, verdict
 
 NAN, INF = math.nan, math.inf
 WILD = "_c<b>&|$x$"  # a name that HTML, Markdown and matplotlib would each read as something else
@@ -359,6 +359,49 @@ def test_changes_are_paired(tmp_path):
     assert [float(text) for text in read] == pytest.approx([0.6, -0.6, 0.0])
     of_kernel = compared(cells, num_features=101)
     assert of_kernel.change(of_kernel.cells[3])[1].estimate == pytest.approx(-2.0)
+
+
+def test_the_page_begins_with_the_verdict(tmp_path):
+    """Paired groups as above; pixels go the other way in `compared`."""
+    base = np.array([5.0, 9.0, 1.0, 7.0])
+    moved = {
+        5: [-0.2, -0.1, -0.3, -0.2],
+        8: [-0.2, -0.1, -0.3, -0.2],
+        10: [0.2, 0.1, 0.3, 0.2],
+        20: [-2.0, 2.0, -1.0, 1.0],
+    }
+    what = compared([("a", "DDIM", n, base) for n in moved] + [("b", "DDIM", n, base + d) for n, d in moved.items()])
+    said = (
+        "b with DDIM is better than a at NFE 5 and 8, worse than a at NFE 10, too close to a to tell at NFE 20, by "
+        "pixels worse at NFE 5 and 8, and by pixels better at NFE 10."
+    )
+    assert verdict(what) == said
+    write_report(what, tmp_path)
+    text = Page((tmp_path / "index.html").read_text(encoding="utf-8")).text
+    assert text.index(said) < text.index("Features:")
+    assert markdown_table(what).startswith(said)
+    many = [(m, "DDIM", 5, base + (0 if m == "a" else 0.1 * np.array([1, 2, 1, 2]))) for m in "abcdefgh"]
+    assert verdict(compared(many)) == (
+        "Of 7 comparisons with a baseline 0 are better, 7 worse, and 0 too close to tell."
+    )
+
+
+def test_without_a_baseline_the_verdict_names_who_wins():
+    assert verdict(one_cell()).startswith("Nothing was compared")
+    apart = evaluation(models={"a": "a"}, cells=[c for c in evaluation().cells if c.model == "a"])
+    best = min(apart.cells, key=lambda c: c.quality.frechet.estimate)
+    others = [c for c in apart.cells if c is not best and c.quality.frechet.low > best.quality.frechet.high]
+    near = evaluation(models={"a": "a"}, cells=apart.cells)
+    assert verdict(near) == "None of the 8 settings is better than all others beyond its interval."
+    clear = evaluation(models={"a": "a"}, cells=[best, *others])
+    assert verdict(clear) == f"a with {best.scheduler} at NFE {best.nfe:g} is better than all others."
+
+
+def test_a_dash_is_explained_where_there_is_one():
+    lost = evaluation(cells=[c for c in evaluation().cells if not (c.model == "a" and c.nfe == 50)])
+    assert f"{MISSING}: not drawn" in markdown_table(lost)
+    assert f"{MISSING}: not drawn" not in markdown_table(evaluation())
+    assert f"{MISSING}: not asked for" in markdown_table(evaluation())  # the ODE of the second model
 
 
 @pytest.mark.parametrize(

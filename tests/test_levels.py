@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffusers_ext import denoiser_from, noise_schedule
 from diffusers_ext.errors import InputError
 from diffusers_ext.training import TrainingArguments
-from diffusers_ext.training.levels import EDM_WIDTH, WIDTH, Levels, LowerLevelArguments
+from diffusers_ext.training.levels import Levels
 
 N = 40_000
 
@@ -85,32 +85,3 @@ def test_the_generator_alone_draws_them(scheme) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-
-
-EDM, VP = EDMEulerScheduler(), DDIMScheduler()
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "given", "width", "relative"),
-    [
-        (EDM, {}, 0.05, False),
-        (VP, {}, 1 / 6, True),
-        (FlowMatchEulerDiscreteScheduler(), {}, 1 / 6, True),
-        (EDM, {"sigma_width_relative": True}, 1 / 6, True),
-        (VP, {"sigma_width": 0.3}, 0.3, False),
-        (EDM, {"sigma_width": 0.3, "sigma_width_relative": True}, 0.3, True),
-    ],
-)
-def test_the_lower_level_is_as_wide_as_suits_the_schedule(scheduler, given, width, relative) -> None:
-    """U[0, width] below sigma, or below 1 as a share of it."""
-    sigma = torch.full((N,), 40.0, dtype=torch.float64)
-    args = LowerLevelArguments(**given)
-    lower = args.draw_lower(sigma, noise_schedule(scheduler), torch.Generator().manual_seed(0))
-    drop = (sigma - lower) / (40.0 if relative else 1.0) / width
-    assert 0 <= drop.min() < 1e-3
-    assert 1 - 1e-3 < drop.max() <= 1
-    assert drop.mean().item() == pytest.approx(0.5, abs=4 / (12 * N) ** 0.5)
-
-
-def test_the_share_is_that_of_the_paper_at_the_median_of_its_levels() -> None:
-    assert pytest.approx(EDM_WIDTH / math.exp(-1.2), rel=0.01) == WIDTH

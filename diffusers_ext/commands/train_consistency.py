@@ -96,7 +96,7 @@ def main() -> None:
         if args.consistency_weight != 0 and loop.step >= args.consistency_start * loop.total_steps:
             part, weight = batch.part(args.consistency_fraction)
             if part.stop > 0:
-                lower = args.draw_lower(sigma[part], loop.schedule, generator)
+                lower = args.draw_lower(sigma[part], generator)
                 terms["consistency"] = consistency_loss(
                     denoiser,
                     x[part],

@@ -106,7 +106,7 @@ def step(
     if args.consistency_weight > 0:
         part, weight = batch.part(args.consistency_fraction)
         if part.stop > 0:
-            lower = args.draw_lower(sigma[part], schedule, generator)
+            lower = args.draw_lower(sigma[part], generator)
             options = {"denoised": denoised[part], "generator": generator, **loop.subject.part(batch.cond, part)}
             terms["consistency"] = consistency_loss(denoiser, x[part], sigma[part], lower, **options)
             loss = loss + args.consistency_weight * weight * terms["consistency"].mean()

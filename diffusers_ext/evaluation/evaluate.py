@@ -402,7 +402,7 @@ def _compare(
     evaluation: Evaluation, drawings: Sequence[Drawing], judge: Judge, real: RealImages, drawn: Path, samples: Path
 ) -> None:
     """Add the cells and the pictures to the evaluation, and save the pictures in `samples`."""
-    evaluation.pictures |= grids(drawings, drawn, samples)
+    evaluation.pictures |= grids(drawings, drawn, samples, real.floor.images)
     last = {drawing.model: drawing for drawing in drawings}
     for drawing in progress_bar(drawings, "distances"):
         counted = drawing.counted(drawn)

@@ -19,10 +19,12 @@ from .samples import Drawing, file_name
 GRID_IMAGES = 10
 
 
-def grids(drawings: Sequence[Drawing], drawn: Path, folder: Path) -> dict[str, Image.Image]:
+def grids(drawings: Sequence[Drawing], drawn: Path, folder: Path, real: Tensor) -> dict[str, Image.Image]:
     """Return a grid for each scheduler and number of steps, by title: a row for each model, a column for each noise.
+    The last row is of real images.
 
     Args:
+        real: images in [-1, 1], (n, C, H, W).
         drawn: the folder of the drawings.
         folder: where the grids are saved.
     """
@@ -31,11 +33,15 @@ def grids(drawings: Sequence[Drawing], drawn: Path, folder: Path) -> dict[str, I
         groups.setdefault((drawing.scheduler_name, drawing.steps), []).append(drawing)
     pictures: dict[str, Image.Image] = {}
     for (scheduler, steps), group in groups.items():
-        images = torch.cat([next(drawing.images(drawn))[:GRID_IMAGES] for drawing in group])
-        picture = image_grid(images.movedim(1, 3).numpy() / 255, len(images) // len(group))
+        rows = [next(drawing.images(drawn))[:GRID_IMAGES] / 255 for drawing in group]
+        columns = len(rows[0])
+        if len(real) >= columns:
+            rows.append(real[:columns] / 2 + 0.5)
+        picture = image_grid(torch.cat(rows).movedim(1, 3).numpy(), columns)
         with replacing(folder / f"{file_name(scheduler)}-{steps}.png") as aside:
             picture.save(aside)
-        pictures[f"{scheduler}, {steps} steps. Rows: {', '.join(drawing.model for drawing in group)}"] = picture
+        names = [*(drawing.model for drawing in group), *["real images"][: len(rows) - len(group)]]
+        pictures[f"{scheduler}, {steps} steps. Rows: {', '.join(names)}"] = picture
     return pictures
 
 

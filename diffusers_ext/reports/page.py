@@ -22,7 +22,7 @@ from ..files import shown, write_file
 from .card import shown_command
 from .measured import Evaluation
 from .plots import LOSS_BY_SIGMA, QUALITY_NFE, QUALITY_SECONDS, losses_of, plots
-from .tables import against, csv_text, markdown_table, tables
+from .tables import against, csv_text, markdown_table, tables, verdict
 
 _PLOTS = (QUALITY_NFE, QUALITY_SECONDS, LOSS_BY_SIGMA)
 
@@ -61,6 +61,7 @@ tbody tr:nth-child(even) { background: var(--row); }
 tr.floor td { border-top: 2px solid var(--soft); color: var(--soft); }
 .note, figcaption, footer { color: var(--soft); font-size: .875rem; } figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
+p.verdict { font-size: 1.1rem; font-weight: 600; }
 code { font-size: .85rem; white-space: pre-wrap; }
 """
 
@@ -73,6 +74,7 @@ def html_page(evaluation: Evaluation, drawn: Mapping[str, bytes]) -> str:
     quality = [figures[name] for name in _PLOTS[:2] if name in figures]
     parts = [
         f"<h1>Evaluation on {escape(shown(evaluation.data))}</h1>",
+        f"<p class='verdict'>{escape(verdict(evaluation))}</p>",
         f"<p>{escape(', '.join(evaluation.model_names))}. Features: {escape(evaluation.extractor)}. "
         f"{'' if evaluation.is_fid else 'This distance is not FID: compare it with the same features only. '}"
         f"{escape(against(evaluation)) if evaluation.cells else ''}</p>",

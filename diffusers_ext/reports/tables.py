@@ -8,7 +8,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -49,6 +49,11 @@ class Table:
         best = clear_winner(intervals)
         if best is not None:
             self.bold.add((best, column))
+
+    def explain(self, missing: str) -> None:
+        """Say in the note why there are values that were not measured, if there are."""
+        if any(MISSING in row for row in self.rows):
+            self.note = f"{self.note} {MISSING}: {missing}."
 
     def end(self, row: list[str]) -> None:
         """Add the row of real images, the last one."""
@@ -94,7 +99,66 @@ def markdown_table(evaluation: Evaluation) -> str:
     """Return Markdown tables for a README: distance by NFE, its change from the baseline, the other measures, bits per
     dimension."""
     first, second = tables(evaluation)
-    return "\n\n".join(one.markdown() for one in first + second)
+    return "\n\n".join([_plain(verdict(evaluation)), *(one.markdown() for one in first + second)])
+
+
+FEW = 6  # rows that the verdict names; of more it gives the numbers
+
+
+def verdict(evaluation: Evaluation) -> str:
+    """Return in words which models and schedulers are better or worse than their baselines, beyond the noise."""
+    groups: dict[tuple[str, str, str], list[tuple[float, str, str]]] = {}
+    for cell in evaluation.ordered():
+        if (found := evaluation.change(cell)) is not None:
+            baseline, change = found
+            of_pixels = evaluation.change(cell, "pixels")
+            name = baseline.model if baseline.model != cell.model else f"{baseline.model} with {baseline.scheduler}"
+            sides = _side(change), "open" if of_pixels is None else _side(of_pixels[1])
+            groups.setdefault((cell.model, cell.scheduler, name), []).append((cell.nfe, *sides))
+    if not groups:
+        return _best_of(evaluation)
+    if len(groups) > FEW:
+        found_sides = [side for group in groups.values() for _, side, _ in group]
+        better, worse, open_ = (found_sides.count(side) for side in ("better", "worse", "open"))
+        return (
+            f"Of {len(found_sides)} comparisons with a baseline {better} are better, {worse} worse, and {open_} too "
+            f"close to tell."
+        )
+    return " ".join(_sentence(*names, group) for names, group in groups.items())
+
+
+def _side(change: Interval) -> str:
+    """The side of 0 that an interval of a distance lies on."""
+    return "better" if change.high < 0 else "worse" if change.low > 0 else "open"
+
+
+def _sentence(model: str, scheduler: str, baseline: str, group: Sequence[tuple[float, str, str]]) -> str:
+    """`tuned with DDIM is better than stock at NFE 5 and 10, and too close to stock to tell at NFE 20.`"""
+    words = {"better": f"better than {baseline}", "worse": f"worse than {baseline}"}
+    words["open"] = f"too close to {baseline} to tell"
+    parts = [f"{said} {_at(nfe for nfe, found, _ in group if found == side)}" for side, said in words.items()
+             if any(found == side for _, found, _ in group)]  # fmt: skip
+    for side, other in (("better", "worse"), ("worse", "better")):
+        if against_it := [nfe for nfe, found, pixels in group if found == side and pixels == other]:
+            parts.append(f"by pixels {other} {_at(against_it)}")
+    return f"{model} with {scheduler} is {', '.join(parts[:-1])}{', and ' if parts[1:] else ''}{parts[-1]}."
+
+
+def _at(nfes: Iterable[float]) -> str:
+    *first, last = (f"{nfe:g}" for nfe in nfes)
+    return f"at NFE {', '.join(first)} and {last}" if first else f"at NFE {last}"
+
+
+def _best_of(evaluation: Evaluation) -> str:
+    """The verdict where there is nothing to compare with: the cell whose interval lies below those of all others."""
+    cells = evaluation.ordered()
+    if len(cells) < 2:
+        return "Nothing was compared: name several models, schedulers or numbers of evaluations."
+    best = clear_winner([evaluation.distance(cell.quality) for cell in cells])
+    if best is None:
+        return f"None of the {len(cells)} settings is better than all others beyond its interval."
+    cell = cells[best]
+    return f"{cell.model} with {cell.scheduler} at NFE {cell.nfe:g} is better than all others."
 
 
 def tables(evaluation: Evaluation) -> tuple[list[Table], list[Table]]:
@@ -122,6 +186,7 @@ def _distances(evaluation: Evaluation) -> Table:
         made.rows.append([model, scheduler, *texts])
     for j in range(len(steps)):
         made.embolden(j + 2, [line[j][0] if len(line[j]) == 1 else None for line in lines])
+    made.explain("not drawn, as it was not asked for, or the scheduler cannot take so many steps (the command said so)")
     if made.rows and evaluation.floor is not None:
         made.end([REAL, MISSING, *[interval_text(evaluation.distance(evaluation.floor))] * len(steps)])
     return made
@@ -155,18 +220,19 @@ def _changes_of(evaluation: Evaluation, kind: str, of: Measure | None) -> Table:
     for i, (names, changes) in enumerate(rows.items()):
         made.rows.append([*names, *(interval_text(changes.get(nfe), signed=True) for nfe in steps)])
         made.bold |= {(i, j + 3) for j, nfe in enumerate(steps) if nfe in changes and changes[nfe].high < 0}
+    made.explain("not drawn, or there is no baseline of as many evaluations and images")
     return made
 
 
 def _measures(evaluation: Evaluation) -> Table:
     made = Table(
         "Other measures",
-        "Kernel distance: as above, without bias, may be below 0. Pixels: Frechet distance of colours and fine detail, "
-        f"which sees noise and blur ({MISSING}: fewer images than its features). Bold: the interval lies below all "
-        "others of the same NFE. Precision: share of the samples in the manifold of the reference; recall: share of "
-        "the reference in that of the samples. Near copies: share of the images nearer to a training image than all "
-        "but 1% of held-out images are, so 1% if nothing was memorised. Out of range: share of the values outside "
-        "[-1, 1], by more than half a grey level, before they are clamped. n: images. Seconds depend on the machine.",
+        "Kernel distance: as above, without bias, may be below 0. Pixels: Frechet distance of colours and fine "
+        "detail, which sees noise and blur. Bold: the interval lies below all others of the same NFE. Precision: "
+        "share of the samples in the manifold of the reference; recall: share of the reference in that of the "
+        "samples. Near copies: share of the images nearer to a training image than all but 1% of held-out images "
+        "are, so 1% if nothing was memorised. Out of range: share of the values outside [-1, 1], by more than half "
+        "a grey level, before they are clamped. n: images. Seconds depend on the machine.",
         [
             *("model", "scheduler", "NFE", "n", "kernel distance", "pixels", "precision", "recall"),
             *("near copies", "out of range", "seconds per image"),
@@ -179,6 +245,7 @@ def _measures(evaluation: Evaluation) -> Table:
         made.rows.append(
             [*start, *_quality_texts(cell.quality), _percent(cell.out_of_range), _number(cell.seconds, ".3g")]
         )
+    made.explain("of pixels, fewer images than their features; of near copies, no held-out images to compare with")
     for nfe in {cell.nfe for cell in cells}:
         made.embolden(4, [cell.quality.kernel if cell.nfe == nfe else None for cell in cells])
         made.embolden(5, [cell.quality.pixels if cell.nfe == nfe else None for cell in cells])
@@ -201,6 +268,7 @@ def _likelihoods(evaluation: Evaluation) -> Table:
     ]
     measured = [(name, one) for name, one in measured if one.ode is not None or one.bound is not None]
     made.rows = [[name, interval_text(one.ode), interval_text(one.bound)] for name, one in measured]
+    made.explain("not asked for (--ode_images, --likelihood_images)")
     for j, column in ((1, [one.ode for _, one in measured]), (2, [one.bound for _, one in measured])):
         made.embolden(j, column)
     return made

@@ -25,12 +25,6 @@ from ..randomness import rand_like, randn_like
 from ..score import ScoreModel
 from .arguments import TrainingArguments
 
-EDM_WIDTH = 0.05
-"""How far below sigma the lower level of the consistency loss is at most, in its paper, whose models are EDM's."""
-WIDTH = 1 / 6
-"""The same as a share of sigma, for levels far above 1, where 0.05 would change nothing: what EDM_WIDTH is of 0.30,
-the median of the levels that EDM trains."""
-
 
 @dataclass
 class LowerLevelArguments(Ranged):
@@ -39,23 +33,17 @@ class LowerLevelArguments(Ranged):
     consistency_fraction: float = arg(
         0.25, "Share of the batch that the consistency loss is applied to.", above=0, at_most=1
     )
-    sigma_width: float | None = arg(
-        None, "Its lower level is at most this far below sigma: by default 0.05 for EDM models, else sigma/6.", above=0
-    )
+    sigma_width: float = arg(0.05, "Its lower level is at most this far below sigma.", above=0)
     sigma_width_relative: bool = arg(False, "sigma_width is a fraction of sigma, below 1.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sigma_width_relative and self.sigma_width is not None and self.sigma_width >= 1:
+        if self.sigma_width_relative and self.sigma_width >= 1:
             raise InputError(f"--sigma_width must be below 1 where it is relative, got {self.sigma_width}")
 
-    def draw_lower(self, sigma: Tensor, schedule: NoiseSchedule, generator: torch.Generator) -> Tensor:
-        """Return the lower noise level of each sigma, (n,), by the arguments, or as suits the schedule."""
-        width, relative = self.sigma_width, self.sigma_width_relative
-        if width is None:
-            relative = relative or schedule.family != "edm"
-            width = WIDTH if relative else EDM_WIDTH
-        return lower_sigma(sigma, width, relative=relative, generator=generator)
+    def draw_lower(self, sigma: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the lower noise level of each sigma, (n,)."""
+        return lower_sigma(sigma, self.sigma_width, relative=self.sigma_width_relative, generator=generator)
 
 
 class Levels:
