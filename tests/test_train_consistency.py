@@ -1,6 +1,7 @@
 """The script as a user runs it. Truth: diffusers' own loss, a loop written by hand, what plain diffusers opens."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -280,3 +281,21 @@ def test_unreadable_images_are_skipped_counted_and_named(script, small, tmp_path
     assert printed.out.count("bad.png): Unidentified") == 1
     assert "unreadable images skipped: 1;" in printed.out
     assert ["bad.png" in r["unreadable"] for r in log_of(tmp_path / "out") if "unreadable" in r] == [True]
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "said"),
+    [
+        (3, 32, "for grey images of 16 x 16, and .* is a model of 32 x 32, RGB"),
+        (1, 32, "for grey images of 16 x 16, and .* is a model of 32 x 32, grey"),
+        (3, 16, "for grey images of 16 x 16, and .* is a model of 16 x 16, RGB"),
+    ],
+)
+def test_a_preset_is_refused_to_a_model_of_other_images(script, tmp_path, capsys, channels, size, said):
+    unet = tiny_unet(sample_size=size, in_channels=channels, out_channels=channels)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "base")
+    argv = ["--preset", "digits", "--pretrained_model_name_or_path", tmp_path / "base", "--max_train_steps", 1]
+    with pytest.raises(SystemExit) as stopped:
+        script.run(*argv, "--output_dir", tmp_path / "out")
+    assert re.search(said, f"{stopped.value.args[0]} {capsys.readouterr().err}")
+    assert not (tmp_path / "out" / "logs").exists()

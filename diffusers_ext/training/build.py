@@ -42,6 +42,7 @@ def build_subject(
     if args.pretrained_model_name_or_path is not None:
         pipeline = _load_pipeline(args)
         subject_of(pipeline).require_trainable()
+        _require_of_preset(args, subject_of(pipeline))
     else:
         pipeline = _new_pipeline(args, num_classes)
     pipeline = args.adapt(pipeline)
@@ -111,6 +112,26 @@ def _prepare_text(subject: Subject, args: TrainingArguments) -> None:
         lora = Lora(args.rank, args.lora_alpha, args.lora_dropout or 0.0, layers)
         subject.add_lora(lora, Seeds(args.seed)(Stream.WEIGHTS))
     subject.reload = partial(_load_pipeline, args)
+
+
+def _require_of_preset(args: TrainingArguments, subject: Subject) -> None:
+    """Refuse the images of a preset for a pretrained model of others.
+
+    Raises:
+        InputError: the preset says the resolution, or the data, and the model samples others.
+    """
+    if args.preset is None:
+        return
+    preset, (channels, resolution) = PRESETS[args.preset], subject.image_format()
+    size, kinds = preset.model["sample_size"], {1: "grey", 3: "RGB"}
+    its_size, its_data = (getattr(args, n) == preset.arguments[n] for n in ("resolution", "dataset_name"))
+    if (its_size and resolution != size) or (its_data and channels != preset.model["in_channels"]):
+        ours, theirs = kinds[preset.model["in_channels"]], kinds.get(channels, f"{channels} channels")
+        raise InputError(
+            f"--preset {args.preset} is for {ours} images of {size} x {size}, and "
+            f"{args.pretrained_model_name_or_path} is a model of {resolution} x {resolution}, {theirs}: leave the "
+            f"preset away, and say --dataset_name or --train_data_dir"
+        )
 
 
 def _load_pipeline(args: TrainingArguments) -> DiffusionPipeline:

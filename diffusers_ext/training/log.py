@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -59,6 +59,7 @@ class RunLog:
         self._counts: dict[str, Tensor] = {}
         self._values: dict[str, list[Tensor]] = {}
         self.bar: Any = None
+        self._elsewhere = 0.0  # seconds without steps since the last record
         self._unreadable: set[str] = set()
         self._lost = False
         self.warnings: list[str] = []
@@ -98,8 +99,12 @@ class RunLog:
         """Add a scalar tensor that belongs to an optimiser step, such as a gradient norm."""
         self._values.setdefault(name, []).append(value.detach().float())
 
-    def flush(self, step: int, lr: float) -> dict[str, float]:
-        """Average what was recorded, over all devices, then show, write and return it; all get the same values."""
+    def flush(self, step: int, lr: float, grad_norm: float) -> dict[str, float]:
+        """Average what was recorded, over all devices, then show, write and return it; all get the same values.
+
+        A tracker gets the norm of the last gradient, and each loss by noise level, too. The images per second are those
+        of the steps alone, without validations.
+        """
         names, now = sorted(self._sums), time.monotonic()
         both = torch.stack([torch.stack([self._sums[n], self._counts[n]]) for n in names])
         sums, counts = self.accelerator.reduce(both, "sum").cpu().unbind(1)
@@ -108,20 +113,38 @@ class RunLog:
             averaged = torch.stack([torch.stack(values).mean() for values in self._values.values()])
             averaged = self.accelerator.reduce(averaged, "mean").tolist()
             means |= dict(zip(self._values, averaged, strict=True))
-        speed = (step - self._since_step) * self.images_per_step / max(now - self._since, 1e-9)
+        seconds = max(now - self._since - self._elsewhere, 1e-9)
+        speed = (step - self._since_step) * self.images_per_step / seconds
         values = means | {"lr": lr, "images_per_second": speed}
         self.bar.set_postfix({n: f"{v:.3g}" for n, v in means.items()} | {"lr": f"{lr:.2g}", "img/s": f"{speed:.0f}"})
         by_sigma = {
             n: [v / k if k else None for v, k in zip(s.tolist(), c.tolist(), strict=True)]
             for n, s, c in zip(names, sums, counts, strict=True)
         }
-        self.accelerator.log(values, step=step)
+        of_levels = {f"{n}_by_sigma/{key}": v for n in names for key, v in self._named(by_sigma[n])}
+        self.accelerator.log(values | {"grad_norm": grad_norm} | of_levels, step=step)
         self.write({"step": step, "images": step * self.images_per_step, **values, "by_sigma": by_sigma})
         self._sums.clear()
         self._counts.clear()
         self._values.clear()
-        self._since, self._since_step = now, step
+        self._since, self._since_step, self._elsewhere = now, step, 0.0
         return values
+
+    def _named(self, by_bin: list[float | None]) -> list[tuple[str, float]]:
+        """The values of the bins of noise levels that have some, each by the sigma in the middle of its bin."""
+        middles = log_linear_sigmas(SIGMA_BINS, *self.sigma_range).flip(0).tolist()
+        return [(f"{sigma:.3g}", v) for sigma, v in zip(middles, by_bin, strict=True) if v is not None]
+
+    def track_held_out(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Give a validation's measurements to the tracker: the mean loss, that by noise level, and the distance."""
+        losses = metrics["eps_mse"]
+        values = {"held_out/eps_mse": sum(losses) / len(losses)}
+        for sigma, v in zip(metrics["sigmas"], losses, strict=True):
+            values[f"held_out_by_sigma/{sigma:.3g}"] = v
+        if "frechet_distance" in metrics:
+            values["held_out/frechet_distance"] = metrics["frechet_distance"]
+        for tracker in self.accelerator.trackers:
+            tracker.log(values, step=step)
 
     def unreadable(self, step: int, names: list[str]) -> None:
         """Report the names of images that could not be read, each once."""
@@ -159,10 +182,12 @@ class RunLog:
             yield
             return
         self.bar.set_description(what)
+        start = time.monotonic()
         try:
             yield
         finally:
             self.bar.set_description(None)
+            self._elsewhere += time.monotonic() - start
 
     @contextmanager
     def goes_on_without(self, what: str, step: int) -> Iterator[None]:

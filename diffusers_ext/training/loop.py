@@ -245,7 +245,7 @@ class TrainingLoop:
         self.log.bar.update()
         done, args = self.step == self.total_steps, self.args
         if self.step % args.logging_steps == 0 or done:
-            means = self.log.flush(self.step, self.lr_scheduler.get_last_lr()[0])
+            means = self.log.flush(self.step, self.lr_scheduler.get_last_lr()[0], self.grad_norm.item())
             self.guard.check(args.max_skipped_steps)
             for part in self.parts.values():
                 part.check(means)

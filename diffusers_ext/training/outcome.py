@@ -75,6 +75,7 @@ class Outcome:
             with run.log.doing(f"measuring {self.best.samples} samples, {self.best.steps} steps"):
                 metrics = self.best.offer(trained, metrics)
         run.log.write({"step": run.step, "validation": metrics})
+        run.log.track_held_out(run.step, metrics)
         return metrics
 
     def losses(self, trained: Subject) -> dict[str, Any]:
