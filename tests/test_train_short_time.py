@@ -2,6 +2,7 @@
 loss, the moments of the images, the uninterrupted run."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from precision import assert_resumed
 from test_calibrate_script import captioned, tiny_stable_diffusion  # noqa: F401
 from test_models import tiny_unet
 from test_train_consistency import assert_same_weights, log_of, small, weights_of  # noqa: F401
+from test_wrong_input import KINDS
 
 import diffusers_ext
 from diffusers_ext import GaussianBridge, ShortTimePipeline
@@ -199,3 +201,16 @@ def test_two_processes_make_what_one_makes(small, tmp_path):  # noqa: F811
     assert_same_weights(weights_of(tmp_path / "1", "bridge"), weights_of(tmp_path / "2", "bridge"))
     one, two = (weights_of(tmp_path / name) for name in ("1", "2"))
     assert all((one[k] - two[k]).abs().max() < 1e-5 for k in one)
+
+
+def test_after_a_fit_it_says_how_to_compare(fit, tmp_path, capsys):
+    DDIMPipeline(tiny_unet(), DDIMScheduler()).save_pretrained(tmp_path / "model")
+    argv = ["--pretrained_model_name_or_path", tmp_path / "model", "--dataset_name", "digits", *BRIDGE]
+    fit.run(*argv, "--num_validation_images", 0, "--output_dir", tmp_path / "out")
+    *_, where, opened, compared = capsys.readouterr().out.strip().splitlines()
+    assert where == f"the short-time pipeline is in {tmp_path / 'out'}"
+    assert f'from_pretrained("{tmp_path / "out"}")' in opened
+    words = shlex.split(compared.removeprefix("  compare it:"))
+    args = parse_arguments(KINDS["evaluate"], words[2:])
+    assert args.pretrained_model_name_or_path == [str(tmp_path / "model"), str(tmp_path / "out")]
+    assert args.dataset_name == "digits"

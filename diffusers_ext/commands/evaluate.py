@@ -33,6 +33,7 @@ from ..evaluation import (
 from ..fields import arg
 from ..files import is_local
 from ..reports.card import command_line, shown_command
+from ..reports.hub import HubPusher
 from ..subjects import load_lora, load_pipeline
 from ..training.environment import end_run, make_accelerator
 from .parsing import parse_arguments
@@ -133,6 +134,12 @@ def publish(args: ModelArguments, evaluation: Evaluation) -> list[str]:
 def main() -> None:
     args = parse_arguments(ModelArguments)
     accelerator = make_accelerator()
+    if (
+        args.push_to_hub
+        and accelerator.is_main_process
+        and not all(Path(path).is_dir() for path in args.models.values())
+    ):
+        HubPusher(None, Path(args.output_dir), private=None, token=args.hub_token).require_login()
     evaluation = evaluate(
         {name: load(args, *pair).to(accelerator.device) for name, pair in zip(args.names, args.parts, strict=True)},
         partial(load_real_images, args, say=accelerator.print),

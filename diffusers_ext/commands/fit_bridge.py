@@ -16,6 +16,7 @@ only the bridge and the scheduler are saved:
 """
 
 import copy
+import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,20 @@ def save(
     )
 
 
+def next_steps(args: FitArguments, of_captions: bool) -> str:
+    """Return where the result is, how it is opened and compared, for people."""
+    out, base = args.output_dir, args.pretrained_model_name_or_path
+    if of_captions:
+        return f"the bridge and its scheduler are in {out}; its README.md has the lines that use them"
+    data = ("--train_data_dir", args.train_data_dir) if args.train_data_dir else ("--dataset_name", args.dataset_name)
+    words = ["diffusers-ext", "evaluate", "--pretrained_model_name_or_path", base, out, *data, "--nfe", "5,10,20"]
+    return (
+        f"the short-time pipeline is in {out}\n"
+        f'  open it:    import diffusers_ext, then DiffusionPipeline.from_pretrained("{out}")\n'
+        f"  compare it: {shlex.join(map(str, words))}"
+    )
+
+
 @command
 def main() -> None:
     args = parse_arguments(FitArguments)
@@ -210,9 +225,9 @@ def main() -> None:
         bridge = fitted(args, data, moments)
         with RunLock(out):
             save(args, data, moments, bridge, scheduler, held_out, out.name if pusher is None else pusher.repo_id)
-        print(f"the {'bridge and its scheduler are' if subject.takes_captions else 'short-time pipeline is'} in {out}")
         if pusher is not None:
             pusher.push(out, "bridge")
+        print(next_steps(args, subject.takes_captions))
     failure = None if pusher is None else pusher.finish(args.hub_timeout)
     end_run(accelerator, failure)
 

@@ -70,7 +70,12 @@ def verdict(calibration: Calibration) -> str:
             f"- the data ended before the tolerance of {tolerance:.2g} was reached at {missed} of "
             f"{len(numbers['sigma'])} levels; the largest standard error is {calibration.std_error.max():.2g}."
         )
-    advice = "Strong models often gain nothing: compare samples, at equal numbers, before you keep it."
+    advice = (
+        "Strong models often gain nothing. It depends on the solver, too: of models that were trained briefly, samples "
+        "of DDIM gained, and those of DPMSolverMultistep did not. Before you keep it, compare samples of the solver "
+        "that you use: `diffusers-ext evaluate ... --schedulers DPMSolverMultistep,CalibratedDPMSolverMultistep`, "
+        "whose page begins with the verdict."
+    )
     return "\n".join([*lines, "", advice])
 
 
