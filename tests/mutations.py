@@ -304,6 +304,30 @@ MUTATIONS = [
         "half = value.high - value.low",
         "tests/test_evaluation_report.py -k 'interval or digits'",
     ),
+    Mutation(
+        "log",
+        "seconds = max(now - self._since - self._elsewhere, 1e-9)",
+        "seconds = max(now - self._since, 1e-9)",
+        "tests/test_trackers.py",
+    ),
+    Mutation(
+        "tables",
+        'return "better" if change.high < 0 else "worse" if change.low > 0 else "open"',
+        'return "better" if change.estimate < 0 else "worse" if change.low > 0 else "open"',
+        "tests/test_evaluation_report.py -k verdict",
+    ),
+    Mutation(
+        "moments",
+        "return self._laws[shrink]",
+        "return [moments.law(self.rank, not shrink) for moments in self.classes]",
+        "tests/test_bridge.py -k 'moments or shrinkage'",
+    ),
+    Mutation(
+        "build",
+        "if (its_size and resolution != size) or",
+        "if (its_size and resolution == size) or",
+        "tests/test_train_consistency.py -k preset",
+    ),
 ]
 
 

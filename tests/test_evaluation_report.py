@@ -368,7 +368,7 @@ def test_the_page_begins_with_the_verdict(tmp_path):
         5: [-0.2, -0.1, -0.3, -0.2],
         8: [-0.2, -0.1, -0.3, -0.2],
         10: [0.2, 0.1, 0.3, 0.2],
-        20: [-2.0, 2.0, -1.0, 1.0],
+        20: [-2.0, 2.0, -1.5, 1.0],
     }
     what = compared([("a", "DDIM", n, base) for n in moved] + [("b", "DDIM", n, base + d) for n, d in moved.items()])
     said = (
