@@ -87,7 +87,7 @@ def score_matching_loss(
     sigma: Tensor | float,
     *,
     prediction: Tensor | None = None,
-    weight: Tensor | float = 1.0,
+    weight: Tensor | float | None = None,
     **cond: Any,
 ) -> Tensor:
     """Return weight sigma^2 |score(x, sigma) - grad log p(x | x0)|^2, (B,).
@@ -95,14 +95,16 @@ def score_matching_loss(
     Args:
         x: a draw of `model.process.perturb(x0, sigma)`, (B, ...).
         prediction: `model(x, sigma, **cond)`, if the caller has it already.
-        weight: a number or (B,); 1 is the mean square error of eps. `Denoiser.output_weight` gives that of the
-            network's own output.
+        weight: a number or (B,); by default `model.output_weight`, the mean square error of the network's own output,
+            which the training commands have, too; 1 is the mean square error of eps.
 
     Raises:
         ValueError: x0 or the prediction is not of the shape of x.
     """
     prediction = model(x, sigma, **cond) if prediction is None else prediction
     _check_shapes(x, x0=x0, prediction=prediction)
+    if weight is None:
+        weight = model.output_weight(torch.as_tensor(sigma, device=x.device))
     return _mean_of_elements(align(weight, x) * model.score_error(prediction, x, x0, sigma) ** 2)
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy
 import pytest
 import torch
-from diffusers import DDIMScheduler, EDMEulerScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler
 from diffusers.models.embeddings import LabelEmbedding
 from oracles import Gaussian, along, image_mixture, plain_denoiser, two_bumps
 from torch import Tensor, nn
@@ -22,9 +22,11 @@ from diffusers_ext import (
     discriminator_loss,
     look_ahead_sigma,
     losses,
+    noise_schedule,
     observation_loss,
     score_matching_loss,
 )
+from diffusers_ext.shapes import align
 from diffusers_ext.solvers import posterior
 
 V = 0.25
@@ -298,10 +300,10 @@ def test_a_loss_is_the_mean_over_the_elements_of_its_own_sample(shape: tuple[int
     x = x0 + along(sigma, x0) * torch.randn(shape, dtype=torch.float64, generator=seeded(2))
     flat = consistency_loss(linear(), x.reshape(6, -1), sigma, sigma / 2, generator=seeded())
     torch.testing.assert_close(consistency_loss(linear(), x, sigma, sigma / 2, generator=seeded()), flat)
-    matching = score_matching_loss(linear(), x, x0, sigma)
+    matching = score_matching_loss(linear(), x, x0, sigma, weight=1.0)
     for i in range(6):  # every element a sample of its own
         one, data = x[i].reshape(-1), x0[i].reshape(-1)
-        elements = score_matching_loss(linear(), one, data, sigma[i].expand(len(one)))
+        elements = score_matching_loss(linear(), one, data, sigma[i].expand(len(one)), weight=1.0)
         assert matching[i].item() == pytest.approx(elements.mean().item())
 
 
@@ -398,7 +400,7 @@ def test_the_exact_denoiser_is_a_minimum_of_score_matching(fault: Callable[[Tens
 
     def loss(amount: Tensor | float) -> Tensor:
         moved = plain_denoiser(lambda x, s: law.denoiser(x, s) + amount * fault(law.denoiser(x, s), x))
-        return score_matching_loss(moved, x, x0, sigma)
+        return score_matching_loss(moved, x, x0, sigma, weight=1.0)
 
     (gradient,) = torch.autograd.grad(loss(theta).sum(), theta)
     mean, error = mean_and_error(gradient)
@@ -413,7 +415,7 @@ def test_the_score_matching_loss_of_the_exact_denoiser_is_the_posterior_variance
     law = Gaussian(0.3, V)
     x0 = law.sample(N, seeded())
     x = x0 + sigma * torch.randn(N, dtype=torch.float64, generator=seeded(1))
-    mean, error = mean_and_error(score_matching_loss(plain_denoiser(law.denoiser), x, x0, full(sigma)))
+    mean, error = mean_and_error(score_matching_loss(plain_denoiser(law.denoiser), x, x0, full(sigma), weight=1.0))
     posterior_variance = 1 / (1 / V + 1 / sigma**2)  # precisions add
     assert abs(mean - posterior_variance / sigma**2) < 5 * error
 
@@ -430,7 +432,7 @@ def test_score_matching_weighs_each_sample_reuses_a_prediction_and_passes_condit
         return law.denoiser(x, s) + shift
 
     denoiser = plain_denoiser(network)
-    plain = score_matching_loss(denoiser, x, x0, sigma, shift=0.5)
+    plain = score_matching_loss(denoiser, x, x0, sigma, shift=0.5, weight=1.0)
     assert calls == [0.5]
     target = -(x - x0) / along(sigma, x) ** 2  # of log N(x; x0, sigma^2)
     expected = (along(sigma, x) * (denoiser.score(x, sigma, shift=0.5) - target)).square().mean((1, 2))
@@ -440,7 +442,7 @@ def test_score_matching_weighs_each_sample_reuses_a_prediction_and_passes_condit
     torch.testing.assert_close(score_matching_loss(denoiser, x, x0, sigma, weight=3.0, shift=0.5), 3 * plain)
     prediction = denoiser(x, sigma, shift=0.5)
     calls.clear()
-    torch.testing.assert_close(score_matching_loss(denoiser, x, x0, sigma, prediction=prediction), plain)
+    torch.testing.assert_close(score_matching_loss(denoiser, x, x0, sigma, prediction=prediction, weight=1.0), plain)
     assert calls == []
 
 
@@ -868,3 +870,18 @@ def test_the_ambient_loss_has_no_singularity_at_the_noise_of_the_data():
     assert denoised.grad.isfinite().all()
     with pytest.raises(ValueError, match="noisy"):
         ambient_loss(denoised, noisy, noisy[:2], 0.2, 0.5)
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "epsilon", "sample"])
+def test_by_default_the_loss_is_that_of_the_networks_own_output(kind) -> None:
+    """As diffusers' own training has it: the mean square error of the raw output against its target."""
+    scheduler = DDPMScheduler(prediction_type=kind)
+    denoiser, schedule = denoiser_from(lambda x, t: torch.tanh(x), scheduler), noise_schedule(scheduler)
+    generator = torch.Generator().manual_seed(0)
+    x0, t = torch.randn(6, 2, 4, 4, generator=generator), torch.tensor([1, 100, 300, 500, 800, 999])
+    noise, sigma = torch.randn(x0.shape, generator=generator), schedule.sigmas[t].float()
+    x = x0 + align(sigma, x0) * noise
+    raw = torch.tanh(scheduler.add_noise(x0, noise, t))
+    target = {"epsilon": noise, "sample": x0, "v_prediction": scheduler.get_velocity(x0, noise, t)}[kind]
+    truth = (raw - target).square().flatten(1).mean(1)
+    torch.testing.assert_close(score_matching_loss(denoiser, x, x0, sigma), truth, rtol=2e-3, atol=1e-4)

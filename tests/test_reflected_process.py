@@ -220,7 +220,7 @@ def test_the_exact_score_is_where_the_loss_has_no_gradient() -> None:
     }
     step = torch.zeros(len(x), len(directions), dtype=torch.float64, requires_grad=True)  # a parameter for each sample
     prediction = eps + sum(along(step[:, i], x) * d for i, d in enumerate(directions.values()))
-    loss = score_matching_loss(reflected(None), x, x0, sigma, prediction=prediction)
+    loss = score_matching_loss(reflected(None), x, x0, sigma, prediction=prediction, weight=1.0)
     (gradient,) = torch.autograd.grad(loss.sum(), step)
     for i, name in enumerate(directions):
         assert mean_in_standard_errors(gradient[:, i]) < 4.5, name
@@ -229,9 +229,11 @@ def test_the_exact_score_is_where_the_loss_has_no_gradient() -> None:
 def test_another_score_loses_the_square_of_its_distance() -> None:
     x0, sigma, x = drawn(20_000)
     wrong = [lambda x: 0.1 * torch.sin(4 * x), lambda x: 0.05 + 0 * x, lambda x: 0.2 * (x - 0.7)]
-    best = score_matching_loss(reflected(exact_eps), x, x0, sigma)
+    best = score_matching_loss(reflected(exact_eps), x, x0, sigma, weight=1.0)
     for error in wrong:
-        loss = score_matching_loss(reflected(lambda x, s, error=error: exact_eps(x, s) + error(x)), x, x0, sigma)
+        loss = score_matching_loss(
+            reflected(lambda x, s, error=error: exact_eps(x, s) + error(x)), x, x0, sigma, weight=1.0
+        )
         excess = error(x).square().mean(1)
         assert mean_in_standard_errors(loss - best - excess) < 4.5
         assert mean_in_standard_errors(loss - best) > 4.5
@@ -257,7 +259,7 @@ def test_the_weight_of_one_is_the_mean_square_error_of_eps() -> None:
     eps = torch.stack(
         [-s * Folded(Gaussian(a, 0.0), *BOX).score(b[None], s)[0] for a, b, s in zip(x0, x, sigma, strict=True)]
     )
-    loss = score_matching_loss(reflected(lambda x, s: torch.sin(x)), x, x0, sigma)
+    loss = score_matching_loss(reflected(lambda x, s: torch.sin(x)), x, x0, sigma, weight=1.0)
     torch.testing.assert_close(loss, (torch.sin(x) - eps).square().mean(1), rtol=1e-6, atol=1e-8)
 
 

@@ -266,7 +266,7 @@ def loss_by_sigma(
             generator.set_state(before)
             if rows.data_noise is None:
                 x = model.process.perturb(x0, sigma, generator)
-                total[i] += score_matching_loss(model, x, x0, sigma, **cond).sum().cpu()
+                total[i] += score_matching_loss(model, x, x0, sigma, weight=1.0, **cond).sum().cpu()
             else:
                 noise = rows.data_noise.to(device)
                 level = (1.1 * noise).clamp(min=sigma)  # at the noise itself there is nothing to compare
