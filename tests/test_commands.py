@@ -1,6 +1,7 @@
 """`diffusers-ext`: the commands, from a wheel in an empty folder. Truth: accelerate's own parser, and a run."""
 
 import importlib
+import logging
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from test_models import tiny_unet
 from test_wrong_input import KINDS
 
 from diffusers_ext.commands import launch
+from diffusers_ext.progress import WIDTH
 from diffusers_ext.reports.card import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,3 +95,14 @@ def test_an_installed_wheel_trains_in_an_empty_folder(tmp_path):
     assert done.returncode == 1  # the command's own status, and its message alone
     assert "--overwrite_output_dir" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_list_of_commands_fits_and_the_launcher_does_not_list_its_defaults(monkeypatch):
+    """accelerate warns of everything that `accelerate config` would have asked for; the run says what it uses."""
+    assert max(map(len, launch.usage().splitlines())) <= WIDTH
+    seen = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", lambda args: seen.append(args.training_script))
+    monkeypatch.setattr(sys, "argv", ["diffusers-ext", "evaluate", "--nfe", "5"])
+    launch.main()
+    assert seen == ["diffusers_ext.commands.evaluate"]
+    assert not logging.getLogger("accelerate.commands.launch").isEnabledFor(logging.WARNING)

@@ -13,10 +13,14 @@ import argparse
 import ast
 import difflib
 import importlib
+import logging
 import subprocess
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+
+from ..progress import WIDTH
 
 COMMANDS = (
     *("train_consistency", "train_reflected", "train_short_time", "train_observation"),
@@ -58,7 +62,8 @@ def usage() -> str:
     ]
     for name in COMMANDS:
         doc = ast.get_docstring(ast.parse((Path(__file__).with_name(f"{name}.py")).read_text(encoding="utf-8")))
-        lines.append(f"  {name.replace('_', '-'):18}{(doc or '').splitlines()[0]}")
+        first = f"  {name.replace('_', '-'):18}"
+        lines += textwrap.wrap((doc or "").splitlines()[0], WIDTH, initial_indent=first, subsequent_indent=" " * 20)
     return "\n".join(lines)
 
 
@@ -80,6 +85,8 @@ def main() -> None:
         return
     from accelerate.commands.launch import launch_command, launch_command_parser
 
+    # It lists the defaults of all that `accelerate config` asks for; the run itself says on what it runs.
+    logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)
     launcher = launch_command_parser()
     of_launcher, of_command = split(words[1:], launcher)
     try:
