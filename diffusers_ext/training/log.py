@@ -116,7 +116,7 @@ class RunLog:
         seconds = max(now - self._since - self._elsewhere, 1e-9)
         speed = (step - self._since_step) * self.images_per_step / seconds
         values = means | {"lr": lr, "images_per_second": speed}
-        self.bar.set_postfix({n: f"{v:.3g}" for n, v in means.items()} | {"lr": f"{lr:.2g}", "img/s": f"{speed:.0f}"})
+        self.bar.set_postfix({"img/s": f"{speed:.0f}"} | {n: f"{v:.2g}" for n, v in means.items()})
         by_sigma = {
             n: [v / k if k else None for v, k in zip(s.tolist(), c.tolist(), strict=True)]
             for n, s, c in zip(names, sums, counts, strict=True)
