@@ -169,7 +169,7 @@ class Lab:
     ) -> Drawing:
         """Samples of a model by a scheduler of this name; a calibrated one has the baseline's calibration."""
         pipeline, n = self.model(model).pipeline if isinstance(model, str) else model, self.budget.samples
-        settings |= {} if name == "own" else {"timestep_spacing": "trailing"}
+        settings = settings if name == "own" else {"timestep_spacing": "trailing"} | settings
         scheduler = scheduler_for(pipeline, stock := name.removeprefix("Calibrated"), **settings)
         if name != stock:
             scheduler = calibrated_class(type(scheduler).__name__).from_scheduler(scheduler, self.calibration)

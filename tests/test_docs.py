@@ -53,12 +53,15 @@ def test_python_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("page", "code"), all_blocks("bash"), ids=lambda x: name_of(x) if isinstance(x, Path) else "")
 def test_commands_are_taken(page, code):
     of_launcher = {"--multi_gpu": 1, "--num_processes": 2}
-    for name, command in re.findall(r"^diffusers-ext ([\w-]+)((?:.*\\\n)*.*)", code, re.MULTILINE):
+    commands = re.findall(r"^diffusers-ext ([\w-]+)((?:.*\\\n)*.*)", code, re.MULTILINE)
+    assert len(commands) == len(re.findall(r"^diffusers-ext", code, re.MULTILINE))
+    for name, command in commands:
         words = shlex.split(command.replace("\\\n", " "))
         for option, length in of_launcher.items():
             if option in words:
                 del words[words.index(option) : words.index(option) + length]
-        parse_arguments(KINDS[name.replace("-", "_")], words)
+        args = parse_arguments(KINDS[name.replace("-", "_")], words)
+        assert all(getattr(args, word[2:].split("=")[0]) is not None for word in words if word.startswith("--"))
 
 
 @pytest.mark.parametrize("page", METHODS, ids=name_of)

@@ -341,7 +341,7 @@ except Exception as error:
 @pytest.mark.parametrize("token", [None, "hf_of_somebody_else"])
 def test_who_is_not_logged_in_is_told_before_the_work(hub, out, tmp_path, token):
     said = run(hub, tmp_path, LOGIN + ASK, token=token)
-    assert said.startswith("InputError: --push_to_hub: the Hub knows no such user")
+    assert said.startswith("InputError: --push_to_hub: nothing could be pushed")
     assert "hf auth login" in said
     assert "somebody" not in said
 
@@ -357,6 +357,17 @@ def test_a_hub_that_cannot_be_reached_now_does_not_keep_anyone_from_training(out
         pass
     said = run(gone, tmp_path, LOGIN + ASK)
     assert said.strip().endswith("tester/model")
+
+
+def test_a_mirror_that_does_not_know_the_question_does_not_keep_anyone_from_training(hub, out, tmp_path):
+    hub.fail("GET /api/whoami-v2", status=404)
+    assert run(hub, tmp_path, LOGIN + ASK).strip().endswith("tester/model")
+
+
+def test_offline_mode_is_refused_before_the_work(hub, out, tmp_path):
+    said = run(hub, tmp_path, f"import os\nos.environ['HF_HUB_OFFLINE'] = '1'\n{LOGIN}{ASK}")
+    assert said.startswith("InputError: --push_to_hub: nothing could be pushed")
+    assert "offline mode" in said
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(hub, out, tmp_path):

@@ -16,7 +16,6 @@ only the bridge and the scheduler are saved:
 """
 
 import copy
-import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,7 @@ from ..reports.hub import HubArguments, make_pusher
 from ..reports.pictures import image_grid
 from ..schedulers.scheduling_short_time import SHORT_TIME_SCHEDULERS, short_time_class
 from ..subjects import load_pipeline, subject_of
+from ..training.announce import evaluation_of
 from ..training.environment import end_run, make_accelerator
 from ..training.lock import RunLock
 from .parsing import parse_arguments
@@ -182,12 +182,10 @@ def next_steps(args: FitArguments, of_captions: bool) -> str:
     out, base = args.output_dir, args.pretrained_model_name_or_path
     if of_captions:
         return f"the bridge and its scheduler are in {out}; its README.md has the lines that use them"
-    data = ("--train_data_dir", args.train_data_dir) if args.train_data_dir else ("--dataset_name", args.dataset_name)
-    words = ["diffusers-ext", "evaluate", "--pretrained_model_name_or_path", base, out, *data, "--nfe", "5,10,20"]
     return (
         f"the short-time pipeline is in {out}\n"
         f'  open it:    import diffusers_ext, then DiffusionPipeline.from_pretrained("{out}")\n'
-        f"  compare it: {shlex.join(map(str, words))}"
+        f"  compare it: {evaluation_of([str(base), out], args, '--nfe', '5,10,20')}"
     )
 
 

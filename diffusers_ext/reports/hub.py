@@ -206,8 +206,11 @@ class HubPusher:
         if not found and not thread.is_alive():
             return
         reason = self._without_token(_describe(found[0])) if found else f"no answer in {timeout:g} seconds"
-        if found and _is_refusal(found[0]):
-            raise InputError(f"--push_to_hub: the Hub knows no such user: {reason}. Log in (`hf auth login`)")
+        if found and _is_of_login(found[0]):
+            raise InputError(
+                f"--push_to_hub: nothing could be pushed: {reason}. Log in (`hf auth login`), or leave "
+                f"--push_to_hub away"
+            )
         _logger.warning("the Hub cannot be reached now: %s; the result is pushed when it can", reason)
 
     def push(self, folder: Path, message: str, also: Sequence[str] = ()) -> None:
@@ -460,6 +463,16 @@ def _is_refusal(error: Exception) -> bool:
             status = cause.response.status_code
             return 400 <= status < 500 and status not in PASSING_STATUS_CODES
         if isinstance(cause, _Refusal | OfflineModeIsEnabled | HFValidationError | LocalTokenNotFoundError):
+            return True
+    return False
+
+
+def _is_of_login(error: Exception) -> bool:
+    """Whether it says that this token, or none, pushes nothing. A server without the question (404) does not."""
+    for cause in _causes(error):
+        if isinstance(cause, HfHubHTTPError):
+            return cause.response.status_code in (401, 403)
+        if isinstance(cause, OfflineModeIsEnabled | LocalTokenNotFoundError):
             return True
     return False
 

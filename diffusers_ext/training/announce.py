@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -50,15 +51,25 @@ def after(run: Run, where: str) -> str:
     name = f'DiffusionPipeline.from_pretrained("{base if run.subject.is_lora else folder}")'
     opened = f'{name}, then pipe.load_lora_weights("{folder}")' if run.subject.is_lora else name
     models = [str(base), "--lora_weights", folder] if run.subject.is_lora else [folder]
+    lines = [where, f"  open it:    {opened}", f"  judge it:   {evaluation_of(models, args)}"]
+    grids = [f"{folder}/samples"] if args.num_validation_images > 0 else []
+    lines.append(f"  look at it: {', '.join([*grids, str(run.log.path)])}")
+    return "\n".join(lines)
+
+
+def evaluation_of(models: Sequence[str], args: Any, *more: str) -> str:
+    """Return the command that evaluates models on the images that the arguments of another command name.
+
+    Args:
+        models: the words after --pretrained_model_name_or_path.
+        args: the arguments of the other command, with its output_dir.
+        more: further words.
+    """
     words: list[Any] = ["diffusers-ext", "evaluate", "--pretrained_model_name_or_path", *models]
     for argument in _OF_THE_DATA:
         if (value := getattr(args, argument, None)) is not None:
             words += [f"--{argument}={value}"] if str(value).startswith("-") else [f"--{argument}", value]
-    words += ["--output_dir", f"{folder}-evaluation"]
-    lines = [where, f"  open it:    {opened}", f"  judge it:   {shlex.join(map(str, words))}"]
-    grids = [f"{folder}/samples"] if args.num_validation_images > 0 else []
-    lines.append(f"  look at it: {', '.join([*grids, str(run.log.path)])}")
-    return "\n".join(lines)
+    return shlex.join(map(str, [*words, *more, "--output_dir", f"{args.output_dir}-evaluation"]))
 
 
 def _short(n: int) -> str:
