@@ -311,6 +311,30 @@ MUTATIONS = [
         "tests/test_trackers.py",
     ),
     Mutation(
+        "log",
+        "self._middles = ((edges[1:] + edges[:-1]) / 2).exp().tolist()",
+        "self._middles = ((edges[1:] + edges[:-1]) / 2).exp().flip(0).tolist()",
+        "tests/test_trackers.py -k named",
+    ),
+    Mutation(
+        "levels",
+        "relative=self.sigma_width_relative, generator=generator)",
+        "relative=self.sigma_width_relative)",
+        "tests/test_levels.py -k lower",
+    ),
+    Mutation(
+        "losses",
+        "weight = model.output_weight(torch.as_tensor(sigma, device=x.device))",
+        "weight = 1.0",
+        "tests/test_losses.py -k own_output",
+    ),
+    Mutation(
+        "sample_pictures",
+        "rows.append(real[:columns] / 2 + 0.5)",
+        "rows.append(real[:columns] + 0.5)",
+        "tests/test_evaluation_function.py -k pictures",
+    ),
+    Mutation(
         "tables",
         'return "better" if change.high < 0 else "worse" if change.low > 0 else "open"',
         'return "better" if change.estimate < 0 else "worse" if change.low > 0 else "open"',

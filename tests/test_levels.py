@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers_ext import denoiser_from, noise_schedule
 from diffusers_ext.errors import InputError
 from diffusers_ext.training import TrainingArguments
-from diffusers_ext.training.levels import Levels
+from diffusers_ext.training.levels import Levels, LowerLevelArguments
 
 N = 40_000
 
@@ -85,3 +85,16 @@ def test_the_generator_alone_draws_them(scheme) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(("width", "relative"), [(0.05, False), (0.3, False), (0.3, True)])
+def test_the_lower_level_is_drawn_by_the_arguments_and_the_generator(width, relative) -> None:
+    """U[0, width] below sigma, or below 1 as a share of it."""
+    args = LowerLevelArguments(sigma_width=width, sigma_width_relative=relative)
+    sigma = torch.full((N,), 40.0, dtype=torch.float64)
+    lower, again = (args.draw_lower(sigma, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert torch.equal(lower, again)
+    drop = (sigma - lower) / (40.0 if relative else 1.0) / width
+    assert 0 <= drop.min() < 1e-3
+    assert 1 - 1e-3 < drop.max() <= 1
+    assert drop.mean().item() == pytest.approx(0.5, abs=4 / (12 * N) ** 0.5)

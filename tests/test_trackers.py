@@ -1,9 +1,17 @@
 """What a tracker gets: all that the disk has. Truth: the lines of log.jsonl, and a clock that the test sets."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
+import torch
+from accelerate import Accelerator
 from test_train_consistency import log_of, script, small  # noqa: F401
 
+from diffusers_ext.evaluation.measures import SIGMA_BINS
+from diffusers_ext.training import TrainingArguments
 from diffusers_ext.training import log as log_module
+from diffusers_ext.training.log import RunLog
 
 
 @pytest.fixture
@@ -38,6 +46,25 @@ def test_losses_by_level_and_held_out_ones_reach_the_tracker(tracked):
             assert values(found, f"held_out_by_sigma/{sigma:.3g}")[n] == pytest.approx(v, rel=1e-6)
     assert all(v > 0 for v in values(found, "grad_norm").values())
     assert sorted(values(found, "grad_norm")) == [1, 2, 3]
+
+
+def test_a_loss_is_named_by_the_level_that_it_was_recorded_at(tmp_path):
+    """The name is within half a bin of the level, on a logarithmic scale; the values are the levels themselves."""
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    seen = []
+    log = RunLog(args, Accelerator(), (0.02, 20.0), 8, 1)
+    log.accelerator = SimpleNamespace(
+        reduce=lambda x, how: x, log=lambda values, step: seen.append(values), is_main_process=False, device="cpu"
+    )
+    log.bar, log._since, log._since_step = SimpleNamespace(set_postfix=lambda shown: None), 0.0, 0
+    sigma = torch.tensor([0.021, 0.3, 1.7, 19.0])
+    log.record(sigma, {"loss": sigma})
+    log.flush(1, 1e-3, 2.0)
+    named = {float(name.split("/")[1]): v for name, v in seen[0].items() if name.startswith("loss_by_sigma/")}
+    assert sorted(named.values()) == pytest.approx(sorted(sigma.tolist()))
+    half_a_bin = math.log(20.0 / 0.02) / SIGMA_BINS / 2
+    assert all(abs(math.log(name / value)) <= half_a_bin + 0.01 for name, value in named.items())
+    assert seen[0]["grad_norm"] == 2.0
 
 
 def test_validations_do_not_count_as_time_of_steps(script, small, tmp_path, monkeypatch):  # noqa: F811

@@ -53,8 +53,9 @@ class RunLog:
         self.images_per_step, self.total_steps = images_per_step, total_steps
         self.path = Path(args.output_dir) / "logs" / "log.jsonl"
         self.sigma_range = max(sigma_range[0], SIGMA_RANGE[0]), min(sigma_range[1], SIGMA_RANGE[1])
-        edges = log_linear_sigmas(SIGMA_BINS + 1, *self.sigma_range).flip(0)[1:-1].log()
-        self._edges = edges.to(accelerator.device, torch.float32)
+        edges = log_linear_sigmas(SIGMA_BINS + 1, *self.sigma_range).flip(0).log()
+        self._middles = ((edges[1:] + edges[:-1]) / 2).exp().tolist()
+        self._edges = edges[1:-1].to(accelerator.device, torch.float32)
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
         self._values: dict[str, list[Tensor]] = {}
@@ -132,8 +133,7 @@ class RunLog:
 
     def _named(self, by_bin: list[float | None]) -> list[tuple[str, float]]:
         """The values of the bins of noise levels that have some, each by the sigma in the middle of its bin."""
-        middles = log_linear_sigmas(SIGMA_BINS, *self.sigma_range).flip(0).tolist()
-        return [(f"{sigma:.3g}", v) for sigma, v in zip(middles, by_bin, strict=True) if v is not None]
+        return [(f"{sigma:.3g}", v) for sigma, v in zip(self._middles, by_bin, strict=True) if v is not None]
 
     def track_held_out(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Give a validation's measurements to the tracker: the mean loss, that by noise level, and the distance."""
