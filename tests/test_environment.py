@@ -85,5 +85,15 @@ def test_the_tracker_is_tensorboard_where_it_is_installed(monkeypatch):
     for there, expected in ((object(), "tensorboard"), (None, None)):
         monkeypatch.setattr(environment, "find_spec", lambda name, there=there: there)
         assert environment.tracker_named("auto") == expected
-        assert environment.tracker_named("wandb") == "wandb"
         assert environment.tracker_named("none") is None
+
+
+def test_a_tracker_that_is_missing_is_named(monkeypatch):
+    from diffusers_ext.training import environment
+
+    monkeypatch.setattr(environment, "get_available_trackers", lambda: ["tensorboard"])
+    assert environment.tracker_named("tensorboard") == "tensorboard"
+    with pytest.raises(InputError, match="--report_to wandb: it is not installed"):
+        environment.tracker_named("wandb")
+    monkeypatch.setattr(environment, "get_available_trackers", lambda: ["wandb"])
+    assert environment.tracker_named("wandb") == "wandb"

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
 
 from ..errors import NOT_PUSHED, InputError, TrainingStopped
@@ -39,9 +40,17 @@ def end_run(accelerator: Accelerator, failure: str | None) -> None:
 
 
 def tracker_named(name: str) -> str | None:
-    """Return what accelerate is told of `--report_to`; `None` is no tracker beside the log file."""
+    """Return what accelerate is told of `--report_to`; `None` is no tracker beside the log file.
+
+    Raises:
+        InputError: the tracker is not installed, which accelerate would pass over in silence.
+    """
     if name == "auto":
         return "tensorboard" if find_spec("tensorboard") is not None else None
+    if name in LOGGER_TYPE_TO_CLASS and name not in {str(one) for one in get_available_trackers()}:
+        raise InputError(
+            f"--report_to {name}: it is not installed (pip install {name}); `none` keeps the log file alone"
+        )
     return None if name == "none" else name
 
 

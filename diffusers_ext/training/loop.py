@@ -320,11 +320,12 @@ class TrainingLoop:
 
 
 def _accelerator(args: TrainingArguments) -> Accelerator:
+    tracker = tracker_named(args.report_to)
     try:
         accelerator = make_accelerator(
             mixed_precision=args.mixed_precision,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=tracker_named(args.report_to),
+            log_with=tracker,
             project_dir=str(Path(args.output_dir) / "logs"),
             dynamo_backend="inductor" if args.torch_compile else None,
         )
