@@ -23,6 +23,7 @@ from diffusers_ext.data.sources import Digits
 from diffusers_ext.extractors import make_extractor
 from diffusers_ext.figures import agg_figure
 from diffusers_ext.metrics import frechet_distance
+from diffusers_ext.noise_levels import log_linear_sigmas
 from diffusers_ext.reports.pictures import image_grid
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,10 +83,12 @@ def plot_losses(log: list[dict], path: Path) -> None:
     left.loglog(validation["sigmas"], validation["eps_mse"], "o-")
     left.set(xlabel="noise level sigma", ylabel="mean square error of eps")
     left.set_title(f"Denoising, {validation['measured_on']}")
-    sigmas = validation["sigmas"][::-1]
+    highest, *_, lowest = validation["sigmas"]
+    edges = log_linear_sigmas(len(validation["sigmas"]) + 1, lowest, highest).flip(0)  # of the bins of the training
+    middles = (edges[1:] * edges[:-1]).sqrt()
     by_bin = torch.tensor([[float("nan") if v is None else v for v in row] for row in consistency])
     if len(by_bin):
-        right.plot(sigmas, by_bin.nanmean(0), "o-", color="tab:orange")
+        right.plot(middles, by_bin.nanmean(0), "o-", color="tab:orange")
     right.set(xscale="log", xlabel="noise level sigma", ylabel="consistency loss", title="Consistency, training images")
     right.axhline(0, color="grey", linewidth=0.8)
     figure.savefig(path, dpi=120)
