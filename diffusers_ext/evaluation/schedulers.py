@@ -25,6 +25,7 @@ import diffusers_ext
 
 from ..errors import InputError
 from ..interop import OF_THE_MODEL, live_config, noise_schedule
+from ..pipelines.pipeline_class_conditional import reads_variance
 from ..schedulers import CalibratedScheduler, ShortTimeScheduler
 from ..subjects import subject_of
 
@@ -141,8 +142,7 @@ def _tried(scheduler: Any, steps: int) -> int:
     scheduler.set_timesteps(steps, **({"mu": 1.0} if dynamic else {}))
     calibration = getattr(scheduler, "calibration", None)
     sample = torch.ones(1, *((3, 8, 8) if calibration is None else calibration.config.shape))
-    learned = str(scheduler.config.get("variance_type")).startswith("learned")
-    output = torch.cat([torch.zeros_like(sample)] * (2 if learned else 1), 1)
+    output = torch.cat([torch.zeros_like(sample)] * (2 if reads_variance(scheduler) else 1), 1)
     generator = torch.Generator().manual_seed(0)
     takes = inspect.signature(scheduler.step).parameters
     for t in scheduler.timesteps:

@@ -39,6 +39,14 @@ from ..ranges import require
 READ_VARIANCE = (DDPMScheduler, DDPMParallelScheduler, UnCLIPScheduler)
 """The schedulers whose `step` reads the variance channels, where their `variance_type` is a learned one."""
 
+
+def reads_variance(scheduler: Any) -> bool:
+    """Return whether a scheduler's `step` reads the variance channels of the network."""
+    return scheduler.config.get("variance_type") in ("learned", "learned_range") and isinstance(
+        scheduler, READ_VARIANCE
+    )
+
+
 _OF_EACH_STEP = {"self", "model_output", "timestep", "sample", "generator", "eta", "return_dict"}
 
 
@@ -201,9 +209,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @property
     def _reads_variance(self) -> bool:
-        """Whether the scheduler's `step` reads the variance channels."""
-        learned = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
-        return learned and isinstance(self.scheduler, READ_VARIANCE)
+        return reads_variance(self.scheduler)
 
     def _shape(self, n: int) -> tuple[int, ...]:
         size = self.unet.config.sample_size
