@@ -12,6 +12,7 @@ from diffusers.pipelines import pipeline_loading_utils
 
 from .bridges import Bridge, FlowBridge, GaussianBridge, MixtureBridge
 from .calibration import Calibration, calibrate_denoiser
+from .checkpoints import convert_checkpoint
 from .conversion import calibrate_pipeline, short_time_pipeline
 from .diffusion_time import DiffusionTimeReport, diffusion_time_report
 from .discriminator import NoiseLevelDiscriminator
@@ -48,6 +49,7 @@ from .pipelines import (
 from .process import GaussianProcess, Process, ReflectedProcess
 from .schedulers import FAMILIES, ReflectedScheduler
 from .score import Denoiser, ReflectedModel, ScoreModel
+from .score_unet import ScoreUNet2DModel
 from .solvers import euler, euler_maruyama, heun, langevin, posterior, sample
 
 __version__ = "0.1.0"
@@ -74,6 +76,7 @@ __all__ = [
     "ReflectedProcess",
     "ReflectedScheduler",
     "ScoreModel",
+    "ScoreUNet2DModel",
     "ShortTimePipeline",
     "ambient_loss",
     "bits_per_dim",
@@ -81,6 +84,7 @@ __all__ = [
     "calibrate_denoiser",
     "calibrate_pipeline",
     "consistency_loss",
+    "convert_checkpoint",
     "denoised_copies",
     "denoiser_from",
     "dequantize",

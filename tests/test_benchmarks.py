@@ -5,6 +5,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import foreign
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
@@ -44,7 +45,7 @@ def load(monkeypatch):
 
 
 def test_they_stay_small():
-    assert sum(len(path.read_text().splitlines()) for path in BENCHMARKS.glob("*.py")) <= 2080
+    assert sum(len(path.read_text().splitlines()) for path in BENCHMARKS.glob("*.py")) <= 2150
 
 
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "first_step"])  # it has no flags
@@ -134,6 +135,22 @@ def test_a_benchmark_that_draws_measures_what_the_library_does(load, tmp_path):
     assert found.cells[0].quality.frechet == pytest.approx(expected, rel=1e-4)
     assert found.num_reference == 100
     assert found.num_floor == 80
+
+
+def test_a_converted_checkpoint_is_measured_beside_the_known_figure(load, tmp_path, capsys):
+    weights = foreign.Weights()
+    foreign.ncsnpp(
+        weights, torch.zeros(1, 3, 8, 8).double(), torch.ones(1).double(), fourier=False, residual_input=None
+    )
+    told = ("--resolution", 8, "--sde", "vp", "--known", "2.41, of another sampler")
+    data = ("--dataset_name", "digits", "--max_train_samples", 200, "--max_validation_samples", 100)
+    settings = ("--nfe", 2, "--num_samples", 80, "--extractor", "pixels", "--likelihood_images", 0, "--ode_images", 0)
+    file = foreign.pth_file(tmp_path / "vp.pth", weights)
+    load("converted").run(file, "--output_dir", tmp_path / "out", *told, *data, *settings)
+    shown = capsys.readouterr().out
+    assert "FID that the authors report: 2.41, of another sampler" in shown
+    (cell,) = Evaluation.load(tmp_path / "out" / "results.json").cells
+    assert f"{cell.quality.kernel.estimate:.3g}" in shown
 
 
 @pytest.mark.slow  # five trainings in processes of their own

@@ -1,4 +1,4 @@
-"""Wrong input of all seven scripts: each row ends with a message that has these words, before anything is written.
+"""Wrong input of all scripts: each row ends with a message that has these words, before anything is written.
 
 Rows are run as the command line would run them, in this process. What fails while the arguments are read needs no data
 and no model; the others get tiny ones, which are made once.
@@ -31,9 +31,11 @@ CLASSES = {
     "calibrate": "CalibrationArguments",
     "fit_bridge": "FitArguments",
     "evaluate": "ModelArguments",
+    "convert": "ConvertArguments",
 }
 
 
+WITH_DATA = [name for name in CLASSES if name != "convert"]
 SCRIPTS = {name: importlib.import_module(f"diffusers_ext.commands.{name}") for name in CLASSES}
 KINDS = {name: getattr(SCRIPTS[name], kind) for name, kind in CLASSES.items()}
 
@@ -188,6 +190,12 @@ WORDS = [
     ("calibrate", ["--toleranz", "1"], "did you mean tolerance?"),
     ("fit_bridge", ["--bridge_ranks", "1"], "did you mean bridge_rank?"),
     ("evaluate", ["--pretrained_model_name_or_path", "a", "--scheduler=DDIM"], "did you mean schedulers?"),
+    ("convert", ["--sde", "vesde"], "invalid choice: 'vesde'"),
+    ("convert", ["--output_dir", "pipe", "model.pkl"], "unknown argument 'model.pkl'"),
+    ("convert", ["--output_dir", "pipe"], "name the file: convert FILE --output_dir pipeline"),
+    ("convert", ["--file", "nowhere.pkl"], "there is no file nowhere.pkl"),
+    ("convert", ["--file", "{place}/file"], "neither a file of torch.save nor a pickle"),
+    ("convert", ["--file", "model.pkl", "--beta_shedule", "linear"], "did you mean beta_schedule?"),
     ("train_consistency", ["--learning", "1"], "unknown argument '--learning'"),  # no abbreviations
     ("train_consistency", ["faces"], "unknown argument 'faces'"),
     ("train_consistency", ["--max_train_steps", "10", "20"], "unknown argument '20'"),
@@ -329,7 +337,7 @@ FOLDERS = [
         ["--pretrained_model_name_or_path", "{place}/model", "--dataset_name", "digits", "--output_dir", out],
         words,
     )
-    for script in CLASSES
+    for script in WITH_DATA
     for out, words in (
         ("{place}/file", "is no folder"),
         ("{place}/file/below", "/file is no folder"),
@@ -345,7 +353,7 @@ CONFIGS = [
 ]
 MODELS = [
     (script, ["--dataset_name", "digits", "--pretrained_model_name_or_path", model], words)
-    for script in CLASSES
+    for script in WITH_DATA
     for model, words in (
         ("{place}/nowhere", "nowhere"),
         ("{place}/empty", "empty"),
@@ -365,10 +373,10 @@ MODELS += [
 ]
 DIGITS = ["--dataset_name", "digits"]
 MODEL = ["--pretrained_model_name_or_path", "{place}/model"]
-NO_MODEL = [(script, DIGITS, "name the model") for script in CLASSES if script != "train_reflected"]
+NO_MODEL = [(script, DIGITS, "name the model") for script in WITH_DATA if script != "train_reflected"]
 DATA = [
     (script, [*MODEL, *argv], words)
-    for script in CLASSES
+    for script in WITH_DATA
     if script not in ("train_reflected", "evaluate")
     for argv, words in (
         ([], "name the data"),

@@ -24,7 +24,7 @@ from ..progress import WIDTH
 
 COMMANDS = (
     *("train_consistency", "train_reflected", "train_short_time", "train_observation"),
-    *("calibrate", "fit_bridge", "evaluate"),
+    *("calibrate", "fit_bridge", "evaluate", "convert"),
 )
 OURS = ("mixed_precision", "gradient_accumulation_steps")
 """Options that commands and `accelerate launch` have both."""

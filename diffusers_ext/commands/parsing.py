@@ -13,22 +13,25 @@ from typing import Any, ClassVar, TypeVar, get_origin, get_type_hints
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
-from ..data.sources import DataArguments
 from ..errors import InputError
+from ..fields import Ranged
 from ..presets import PRESETS
 from .help import asked, help_text
 
-Arguments = TypeVar("Arguments", bound=DataArguments)
+Arguments = TypeVar("Arguments", bound=Ranged)
 
 
 def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
-    """Fill an argument class from its defaults, a preset, a YAML file and the command line; what comes later wins.
+    """Fill an argument class from its defaults, a preset, a YAML file and the command line; what comes later wins. A
+    class may name the argument that a command line can begin with, its `first`.
 
     An error in any of them ends the program with a message, as argparse does.
     """
     usage = "%(prog)s [--preset NAME] [--config FILE] [--ARGUMENT VALUE ...]; --help lists the arguments"
     parser = HfArgumentParser(kind, allow_abbrev=False, usage=usage)
     argv = list(sys.argv[1:] if argv is None else argv)
+    if (first := getattr(kind, "first", None)) is not None and argv and not argv[0].startswith("-"):
+        argv.insert(0, f"--{first}")
     if (wanted := asked(argv)) is not None:
         print(help_text(kind, wanted == "all"))
         sys.exit(0)

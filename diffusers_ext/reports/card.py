@@ -69,7 +69,7 @@ def write_model_card(
         f"[{paper[0]}]({_address(paper[1])}).",
         "" if sample is None else f"![Samples]({sample.resolve().relative_to(folder.resolve()).as_posix()})",
         "" if not prompts else "Prompts of the samples, in turn:\n\n" + "\n".join(f"- {_cell(p)}" for p in prompts),
-        _loading_section(name, pipeline_class, needs_package, arguments if is_lora else {}, prompts),
+        loading_section(name, pipeline_class, needs_package, arguments if is_lora else {}, prompts),
         _training_section(command, arguments),
         _metrics_section(metrics),
     ]
@@ -140,7 +140,7 @@ def _load_line(name: str) -> str:
     return f'DiffusionPipeline.from_pretrained("{name}")'
 
 
-def _loading_section(
+def loading_section(
     name: str, pipeline_class: str, needs_package: bool, base: Mapping[str, object], prompts: Sequence[str] | None
 ) -> str:
     """Return the code that opens the pipeline, or the LoRA on its base, which `base` names as the run's arguments do,

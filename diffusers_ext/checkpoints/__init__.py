@@ -1,0 +1,54 @@
+"""Checkpoints of the code bases of the papers and their field, as pipelines of diffusers.
+
+pickles, reading    what a file holds, without running anything of it
+edm, adm, score_sde the kinds of files: which blocks they have, under which names, and what their numbers mean
+layout, schedules   the network and the scheduler of that
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .adm import convert_adm, is_adm
+from .edm import convert_edm, is_edm
+from .model import Converted
+from .reading import read_checkpoint
+from .score_sde import SDES, convert_score_sde, is_score_sde
+
+__all__ = ["SDES", "Converted", "convert_checkpoint", "read_checkpoint"]
+
+KINDS: tuple[tuple[Callable[[Any], bool], Callable[..., Converted], str], ...] = (
+    (is_edm, convert_edm, "EDM"),
+    (is_adm, convert_adm, "ADM"),
+    (is_score_sde, convert_score_sde, "score_sde or Reflected-Diffusion"),
+)
+
+
+def convert_checkpoint(path: str | Path, **told: Any) -> Converted:
+    """Return the diffusers pipeline of a checkpoint of EDM (and its forks), ADM, score_sde or Reflected-Diffusion.
+
+    The kind is recognised by the content. Nothing of the file is executed.
+
+    Args:
+        path: the file.
+        told: what the file does not say of its model: the arguments of `convert_adm` or `convert_score_sde`. `None`
+            means not told.
+
+    Raises:
+        InputError: the file cannot be read or is of none of these kinds, something must be told or is not of this kind,
+            or the network cannot be represented.
+    """
+    content, told = read_checkpoint(path), {name: value for name, value in told.items() if value is not None}
+    for is_it, convert, name in KINDS:
+        if is_it(content):
+            if foreign := sorted(told.keys() - inspect.signature(convert).parameters.keys()):
+                raise InputError(f"a file of {name} needs no --{', --'.join(foreign)}: leave it away")
+            return convert(content, **told)
+    names = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
+    raise InputError(
+        f"{Path(path).name} is of none of the known kinds ({', '.join(k[2] for k in KINDS)}): it has {names}"
+    )

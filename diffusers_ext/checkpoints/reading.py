@@ -1,0 +1,176 @@
+"""Read a checkpoint: torch's own reader for what torch wrote, and `pickles` for EDM's, which `pickle` wrote.
+
+torch reads with `weights_only=True`: tensors and plain data, no code. EDM's files hold whole modules: each is a record
+of its class's name, that class's source as text, and its state. The text is left alone; state and names are what we
+read. Tensors inside such a file are small files of torch's.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import pickle
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .pickles import Record, read_pickle
+
+ZIP = b"PK\x03\x04"
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""The first bytes of what `torch.save` writes: of a zip archive, and of the format before it."""
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """Return the content of a checkpoint: dicts, lists, numbers, texts, tensors on the CPU, and a `Record` for what was
+    an object of EDM's. Nothing of the file is executed.
+
+    Raises:
+        InputError: there is no such file, or it is none of these, is damaged, or names something that is not needed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
+    with path.open("rb") as file:
+        start = file.read(len(LEGACY))
+        if start.startswith(ZIP) or start == LEGACY:
+            return _by_torch(path, mmap=start.startswith(ZIP))
+        if not start.startswith(b"\x80"):
+            raise InputError(f"{path.name} is neither a file of torch.save nor a pickle")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            try:
+                return read_pickle(content, _NAMES)  # type: ignore[arg-type]
+            except InputError as error:
+                raise InputError(f"{path.name} cannot be read: {error}") from error
+
+
+def _by_torch(file: Any, **options: Any) -> Any:
+    name = getattr(file, "name", "a tensor")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of storages, which we do not use as such
+            return torch.load(file, map_location="cpu", weights_only=True, **options)
+    except pickle.UnpicklingError as error:
+        # torch's whole message has advice to load the file with its code.
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise InputError(f"{name} cannot be read: it names {found[1]!r}{_hint(found[1])}") from error
+        found = re.search(r"WeightsUnpickler error: ([^\n]+)", str(error))
+        what = found[1] if found else "it is damaged, or holds more than weights and numbers"
+        raise InputError(f"{name} cannot be read: {what}") from error
+    except Exception as error:  # whatever a damaged file leads torch to
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise InputError(f"{name} cannot be read, it may be damaged: {type(error).__name__}: {first}") from error
+
+
+def _hint(name: str) -> str:
+    if "persist" in name:
+        return ": of EDM, convert network-snapshot-*.pkl and not training-state-*.pt"
+    return ", which no checkpoint of the known kinds needs: it is not read"
+
+
+# --- what EDM's pickles name ------------------------------------------------------------------------------------------
+
+
+def _dict(items: Any = ()) -> dict[Any, Any]:
+    return dict(_pairs(items))
+
+
+def _pairs(items: Any) -> Any:
+    if isinstance(items, dict):
+        return items.items()
+    if not isinstance(items, list | tuple) or not all(isinstance(i, list | tuple) and len(i) == 2 for i in items):
+        raise ValueError("a dict of what is no list of pairs")
+    return items
+
+
+def _set(items: Any = ()) -> set[Any]:
+    if not isinstance(items, list | tuple) or not all(isinstance(i, str | int | float) for i in items):
+        raise ValueError("a set of what is no list of texts and numbers")
+    return set(items)
+
+
+def _persistent(meta: Any) -> Record:
+    """An object of a class whose source lies in the file: only its name and its state are taken."""
+    if not (isinstance(meta, dict) and meta.get("type") == "class" and isinstance(meta.get("class_name"), str)):
+        raise ValueError("an object without a class's name")
+    state = meta.get("state")
+    return Record(meta["class_name"], state=dict(state) if isinstance(state, dict) else {})
+
+
+def _module_dict(*args: Any) -> Record:
+    return Record("ModuleDict")
+
+
+def _dtype(text: Any, *_: Any) -> Record:
+    if text not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
+        raise ValueError(f"numbers of numpy's type {str(text)[:20]!r}")
+    return Record("dtype", (text,))
+
+
+def _scalar(dtype: Any, content: Any) -> float | int:
+    if not (isinstance(dtype, Record) and dtype.name == "dtype" and isinstance(content, bytes)):
+        raise ValueError("a number of numpy's without type or content")
+    return np.frombuffer(content, f"<{dtype.args[0]}", count=1)[0].item()
+
+
+def _encode(text: Any, encoding: Any = "latin1") -> bytes:
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise ValueError("bytes of what is no text")
+    return text.encode("latin-1")
+
+
+def _storage(content: Any) -> Any:
+    if not isinstance(content, bytes | bytearray):
+        raise ValueError("a tensor without content")
+    storage = _by_torch(io.BytesIO(content))
+    if not isinstance(storage, torch.TypedStorage):
+        raise ValueError(f"a {type(storage).__name__} as the content of a tensor")
+    return storage
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
+    if not isinstance(storage, torch.TypedStorage):
+        raise ValueError("a tensor without content")
+    numbers = (offset, *size, *stride)
+    if not all(type(n) is int and n >= 0 for n in numbers) or len(size) != len(stride):
+        raise ValueError("a tensor of no shape")
+    elements = int(np.prod(size, dtype=object)) if size else 1
+    if elements > storage._size():
+        raise ValueError(f"a tensor of {elements} numbers whose content has {storage._size()}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        flat = torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage)
+    try:
+        return flat.as_strided(size, stride, offset)
+    except RuntimeError as error:
+        raise ValueError(f"a tensor that reaches beyond its content: {error}") from error
+
+
+def _parameter(tensor: Any, *_: Any) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise ValueError("a parameter that is no tensor")
+    return tensor
+
+
+_NAMES = {
+    "builtins.dict": _dict,
+    "builtins.set": _set,
+    "collections.OrderedDict": _dict,
+    "dnnlib.util.EasyDict": _dict,
+    "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
+    "torch.nn.modules.container.ModuleDict": _module_dict,
+    "torch.nn.modules.container.ModuleList": _module_dict,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch.storage._load_from_bytes": _storage,
+    "numpy.dtype": _dtype,
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy._core.multiarray.scalar": _scalar,
+    "_codecs.encode": _encode,
+}

@@ -1,0 +1,540 @@
+"""Checkpoints of other code bases. Truth: the forward passes of `foreign`, in float64, and the definitions of each
+process; of what is harmful, that it is refused by name and leaves no trace."""
+
+import io
+import math
+import os
+import pickle
+import warnings
+import zipfile
+
+import foreign
+import pytest
+import torch
+from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
+from torch.nn.functional import one_hot
+
+from diffusers_ext import (
+    ClassConditionalPipeline,
+    ReflectedPipeline,
+    ScoreUNet2DModel,
+    bits_per_dim,
+    convert_checkpoint,
+    denoiser_from,
+    log_likelihood,
+    noise_schedule,
+    score_model_from,
+)
+from diffusers_ext.checkpoints.edm import convert_edm
+from diffusers_ext.checkpoints.pickles import read_pickle
+from diffusers_ext.checkpoints.reading import _NAMES, read_checkpoint
+from diffusers_ext.errors import InputError
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+STEPS, TIME = torch.tensor([3.0, 17.0]).double(), torch.tensor([-1.0, 0.9]).double()
+LABELS, CLASSES = torch.tensor([1, 4]), 5
+EXACT = {"rtol": 0, "atol": 1e-6}  # float32: diffusers' embedding of the time, and weights as files hold them
+
+
+def answer(unet, x, time, labels=None):
+    return unet.double()(x, time, class_labels=labels).sample.detach()
+
+
+def told(**more):
+    return {"resolution": 8, "beta_schedule": "linear", "attention_head_dim": 16} | more
+
+
+def adm_file(path, **options):
+    weights = foreign.Weights()
+    output = foreign.adm(weights, X, STEPS, LABELS if "classes" in options else None, **options)
+    torch.save({name: value.float() for name, value in weights.all.items()}, path)
+    return path, output
+
+
+def edm_files(path, options, file=None):
+    weights = foreign.Weights()
+    labels = one_hot(LABELS, CLASSES).double() if "classes" in options else None
+    output = foreign.edm_unet(weights, X, TIME, labels, **options)
+    shared = {name: options[name] for name in ("song", "classes", "taps") if name in options}
+    return foreign.edm_file(path, weights, **shared, **(file or {})), weights, output
+
+
+def score_sde_file(path, time=TIME, sigmas=None, reflected=False, **options):
+    weights = foreign.Weights()
+    output = foreign.ncsnpp(weights, X, time, **options)
+    return foreign.pth_file(path, weights, sigmas, reflected), weights, output
+
+
+VE_SIGMAS = torch.exp(torch.linspace(math.log(50), math.log(0.01), 1000))
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+ADM = {
+    "as published": ({}, {}, UNet2DModel),
+    "newer order of attention": ({"newer": True}, {"new_attention_order": True}, UNet2DModel),
+    "strided convolutions": ({"residual_resampling": False}, {}, UNet2DModel),
+    "classes": ({"classes": CLASSES}, {}, UNet2DModel),
+    "a shift alone, no variance": ({"scale_shift": False, "out_channels": 3}, {}, UNet2DModel),
+    "four heads everywhere": ({"heads": 4}, {"attention_head_dim": None, "num_attention_heads": 4}, ScoreUNet2DModel),
+    "a narrower first level": ({"mult": (0.5, 1, 2), "width": 64, "attended": (1, 2), "n": 2}, {}, ScoreUNet2DModel),
+}
+
+
+@pytest.mark.parametrize(("options", "more", "kind"), ADM.values(), ids=ADM)
+def test_a_network_of_adm_answers_as_it_did(options, more, kind, tmp_path):
+    path, output = adm_file(tmp_path / "model.pt", **options)
+    converted = convert_checkpoint(path, **told(**more))
+    assert type(converted.unet) is kind
+    labels = LABELS if "classes" in options else None
+    torch.testing.assert_close(answer(converted.unet, X, STEPS, labels), output, **EXACT)
+
+
+NCSNPP = {"fourier": True, "residual": True, "taps": (1, 3, 3, 1)}
+ADM_OF_EDM = {"song": False, "width": 64}
+EDM = {
+    "DDPM++": ({}, {}, ScoreUNet2DModel),
+    "DDPM++, classes, augmentation": ({"classes": CLASSES}, {"augmented": True}, ScoreUNet2DModel),
+    "DDPM++, older pickle": ({"mult": (1, 2, 2)}, {"protocol": 3}, ScoreUNet2DModel),
+    "NCSN++": (NCSNPP, {}, ScoreUNet2DModel),
+    "NCSN++, classes": (NCSNPP | {"classes": CLASSES}, {}, ScoreUNet2DModel),
+    "residual input, box filter": ({"mult": (1, 2, 2), "residual": True}, {}, ScoreUNet2DModel),
+    "ADM, two widths of attention": (ADM_OF_EDM | {"attended": (0, 1)}, {}, ScoreUNet2DModel),
+    "ADM, classes": ({"song": False, "width": 128, "classes": CLASSES}, {}, UNet2DModel),
+}
+
+
+@pytest.mark.parametrize(("options", "file", "kind"), EDM.values(), ids=EDM)
+def test_a_network_of_edm_answers_as_it_did(options, file, kind, tmp_path):
+    path, _, output = edm_files(tmp_path / "model.pkl", options, file)
+    converted = convert_checkpoint(path)
+    assert type(converted.unet) is kind
+    assert converted.null_class is None
+    assert ("augmentation" in " ".join(converted.dropped)) == ("augmented" in file)
+    labels = LABELS if "classes" in options else None
+    torch.testing.assert_close(answer(converted.unet, X, TIME, labels), output, **EXACT)
+
+
+@pytest.mark.parametrize(("depth", "attended"), [((1, 2), (1,)), ((1, 2, 2), (0, 2)), ((1, 1, 2), ())])
+def test_a_network_of_score_sde_answers_as_it_did(depth, attended, tmp_path):
+    options = {"fourier": False, "residual_input": None, "mult": depth, "attended": attended}
+    path, _, output = score_sde_file(tmp_path / "model.pth", STEPS, **options)
+    converted = convert_checkpoint(path, resolution=8, sde="ddpm")
+    torch.testing.assert_close(answer(converted.unet, X, STEPS), output, **EXACT)
+    assert converted.scheduler.config.beta_schedule == "linear"
+
+
+@pytest.mark.parametrize("song", [True, False])
+def test_dropped_labels_of_edm_become_a_null_class(song, tmp_path):
+    options = {"classes": CLASSES} | ({} if song else ADM_OF_EDM)
+    path, weights, _ = edm_files(tmp_path / "model.pkl", options, {"label_dropout": 0.1})
+    converted = convert_checkpoint(path)
+    assert converted.pipeline.config.null_class == CLASSES
+    assert converted.pipeline.num_classes == CLASSES
+    without = foreign.edm_unet(weights, X, TIME, torch.zeros(2, CLASSES).double(), **options)
+    null = torch.full((2,), CLASSES)
+    torch.testing.assert_close(answer(converted.unet, X, TIME, null), without, **EXACT)
+
+
+# --- what the numbers mean: the denoiser at a noise level -------------------------------------------------------------
+
+SIGMA = torch.tensor([0.3, 2.0]).double()
+S = SIGMA[:, None, None, None]
+NOISY = X + S  # any point will do
+
+
+def denoised(converted):
+    return denoiser_from(converted.unet.double(), converted.scheduler)(NOISY, SIGMA).detach()
+
+
+def test_edm_preconditioning_is_that_of_the_paper(tmp_path):
+    path, weights, _ = edm_files(tmp_path / "model.pkl", {})
+    raw = foreign.edm_unet(weights, NOISY / (S**2 + 0.25).sqrt(), SIGMA.log() / 4)
+    truth = 0.25 / (S**2 + 0.25) * NOISY + 0.5 * S / (S**2 + 0.25).sqrt() * raw
+    torch.testing.assert_close(denoised(convert_checkpoint(path)), truth, **EXACT)
+
+
+@pytest.mark.parametrize("kind", ["edm", "score_sde"])
+def test_variance_exploding_models_see_x_as_it_is(kind, tmp_path):
+    if kind == "edm":
+        file = {"precond": "VEPrecond", "attributes": {"sigma_min": 0.02, "sigma_max": 100}}
+        path, weights, _ = edm_files(tmp_path / "model.pkl", NCSNPP, file)
+        raw, converted = foreign.edm_unet(weights, NOISY, (SIGMA / 2).log(), **NCSNPP), convert_checkpoint(path)
+    else:
+        path, weights, _ = score_sde_file(tmp_path / "model.pth", sigmas=VE_SIGMAS)
+        raw, converted = foreign.ncsnpp(weights, NOISY, (SIGMA / 2).log()), convert_checkpoint(path, resolution=8)
+    torch.testing.assert_close(denoised(converted), NOISY + S * raw, **EXACT)
+    schedule = noise_schedule(converted.scheduler)
+    assert [schedule.sigma_min, schedule.sigma_max] == pytest.approx([0.02, 100])  # of data in [-1, 1]
+
+
+@pytest.mark.parametrize("kind", ["edm", "score_sde"])
+def test_variance_preserving_models_are_told_the_time_of_their_sde(kind, tmp_path):
+    """abar(t) = exp(-integral of beta), the network told 999 t."""
+    times = torch.tensor([20.0, 400.0]).double()
+    t = times / 999
+    sigma = torch.expm1(0.1 * t + 19.9 * t**2 / 2).sqrt()
+    s = sigma[:, None, None, None]
+    if kind == "edm":
+        file = {"precond": "VPPrecond", "attributes": {"beta_d": 19.9, "beta_min": 0.1, "M": 1000}}
+        path, weights, _ = edm_files(tmp_path / "model.pkl", {}, file)
+        raw, converted = foreign.edm_unet(weights, X / (1 + s**2).sqrt(), times), convert_checkpoint(path)
+    else:
+        options = {"fourier": False, "residual_input": None}
+        path, weights, _ = score_sde_file(tmp_path / "model.pth", times, **options)
+        raw = foreign.ncsnpp(weights, X / (1 + s**2).sqrt(), times, **options)
+        converted = convert_checkpoint(path, resolution=8, sde="vp")
+    schedule = noise_schedule(converted.scheduler)
+    found = schedule.sigma(times)
+    torch.testing.assert_close(found, sigma, rtol=2e-4, atol=0)  # diffusers holds abar in float32
+    ours = denoiser_from(converted.unet.double(), converted.scheduler)(X, sigma).detach()
+    torch.testing.assert_close(ours, X - s * raw, rtol=0, atol=2e-3 * s.max().item())
+    whole = torch.arange(1, 1000).double()
+    exact = torch.expm1(0.1 * whole / 999 + 19.9 * (whole / 999) ** 2 / 2).sqrt()
+    torch.testing.assert_close(schedule.sigma(whole), exact, rtol=1e-3, atol=0)
+    assert schedule.sigma_min == pytest.approx(1e-3, rel=0.05)  # t = 1e-5
+
+
+@pytest.mark.parametrize("kind", ["NCSN++", "ADM"])
+def test_reflected_models_give_the_score_in_the_box(kind, tmp_path):
+    """In [0, 1] the file's network over sigma is the score, of x + sigma n; [-1, 1] is twice as wide."""
+    x, sigma = torch.rand(2, 3, 8, 8).double() * 2 - 1, SIGMA
+    if kind == "NCSN++":
+        options, sigmas = {"residual_input": "strided", "mult": (1, 2, 2)}, VE_SIGMAS / 10
+        path, weights, _ = score_sde_file(tmp_path / "model.pth", sigmas=sigmas, reflected=True, **options)
+        raw = foreign.ncsnpp(weights, x, (sigma / 2).log(), **options)
+        converted, labels = convert_checkpoint(path, resolution=8), {}
+    else:
+        weights, options = foreign.Weights(), ADM_OF_EDM | {"classes": CLASSES}
+        raw = foreign.edm_unet(weights, (x + 1) / 2, (sigma / 4).log(), one_hot(LABELS, CLASSES).double(), **options)
+        path = foreign.pth_file(tmp_path / "model.pth", weights, reflected=True)
+        converted = convert_checkpoint(path, resolution=8, sigma_min=0.001, sigma_max=5.0)
+        labels = {"class_labels": LABELS}
+        assert converted.pipeline.config.null_class == CLASSES
+    assert isinstance(converted.pipeline, ReflectedPipeline)
+    score = score_model_from(converted.unet.double(), converted.scheduler).score(x, sigma, **labels).detach()
+    in_unit_range = raw / (S / 2)
+    torch.testing.assert_close(score, in_unit_range / 2, rtol=0, atol=1e-5)
+    schedule = noise_schedule(converted.scheduler)
+    assert [schedule.sigma_min, schedule.sigma_max] == pytest.approx([0.002, 10.0], rel=1e-5)
+
+
+def test_fourier_features_stay_exact_in_half_precision(tmp_path):
+    path, _, _ = edm_files(tmp_path / "model.pkl", NCSNPP)
+    unet = convert_checkpoint(path).unet
+    before = unet.time_proj.frequencies.clone()
+    unet.to(torch.bfloat16)
+    assert unet.dtype == torch.bfloat16
+    assert torch.equal(unet.time_proj.frequencies, before)
+    assert unet(X.bfloat16(), TIME.float()).sample.dtype == torch.bfloat16
+
+
+# --- the command, and what follows it ---------------------------------------------------------------------------------
+
+
+def vp_file(folder):
+    return score_sde_file(folder / "model.pth", STEPS, fourier=False, residual_input=None)[0]
+
+
+@pytest.fixture
+def converted(load_script, tmp_path, request):
+    """A folder with the pipeline of a tiny checkpoint, made by the command."""
+    kind = request.param
+    words = ["--resolution", 8]
+    if kind == "edm":
+        weights = foreign.Weights()  # of as many classes as there are digits
+        foreign.edm_unet(weights, X, TIME, one_hot(LABELS, 10).double(), classes=10)
+        path, words = foreign.edm_file(tmp_path / "edm.pkl", weights, classes=10), []
+    elif kind == "vp":
+        path, words = vp_file(tmp_path), [*words, "--sde", "vp"]
+    elif kind == "ve":
+        path = score_sde_file(tmp_path / "ve.pth", sigmas=VE_SIGMAS)[0]
+    else:
+        path = adm_file(tmp_path / "adm.pt")[0]
+        words += ["--beta_schedule", "linear", "--attention_head_dim", 16]
+    load_script("convert").run(path, "--output_dir", tmp_path / "pipe", "--license", "mit", *words)
+    return tmp_path / "pipe"
+
+
+@pytest.mark.parametrize("converted", ["edm", "vp", "ve", "adm"], indirect=True)
+def test_the_saved_pipeline_opens_and_samples(converted):
+    pipe = DiffusionPipeline.from_pretrained(converted)
+    labels = {} if pipe.unet.config.num_class_embeds is None else {"class_labels": [0, 4]}
+    many = labels or {"batch_size": 2}
+    options = {"num_inference_steps": 3, "output_type": "np"}
+    images = [pipe(**many, generator=torch.Generator().manual_seed(0), **options).images for _ in range(2)]
+    assert images[0].shape == (2, 8, 8, 3)
+    assert (images[0] == images[1]).all()
+    card = (converted / "README.md").read_text()
+    assert "license: mit" in card
+    assert "Converted from" in card
+    assert not list(converted.rglob("*.bin"))
+    assert not list(converted.rglob("*.pkl"))
+
+
+def test_a_model_that_is_stock_opens_without_this_package(load_script, tmp_path):
+    path, output = adm_file(tmp_path / "adm.pt", scale_shift=False, out_channels=3)
+    words = ["--resolution", 8, "--beta_schedule", "squaredcos_cap_v2", "--attention_head_dim", 16]
+    load_script("convert").run("--file", path, "--output_dir", tmp_path / "pipe", *words)
+    assert "diffusers_ext" not in (tmp_path / "pipe" / "model_index.json").read_text()
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipe")
+    assert type(pipe) is DDPMPipeline
+    assert pipe.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+    torch.testing.assert_close(answer(pipe.unet, X, STEPS), output, **EXACT)
+
+
+DIGITS = ("--dataset_name", "digits", "--max_train_samples", 150)
+
+
+@pytest.mark.parametrize("converted", ["edm"], indirect=True)
+def test_a_converted_model_is_calibrated(converted, load_script, tmp_path):
+    load_script("calibrate").run(
+        *("--pretrained_model_name_or_path", converted, "--output_dir", tmp_path / "out", *DIGITS),
+        *("--train_batch_size", 32, "--num_levels", 3),
+    )
+    assert (tmp_path / "out" / "offsets.png").is_file()
+
+
+@pytest.mark.parametrize("converted", ["vp"], indirect=True)
+def test_a_converted_model_gets_a_bridge(converted, load_script, tmp_path):
+    load_script("fit_bridge").run(
+        *("--pretrained_model_name_or_path", converted, "--output_dir", tmp_path / "out", *DIGITS),
+        *("--max_diffusion_time", 0.6, "--bridge", "gaussian"),
+    )
+    images = DiffusionPipeline.from_pretrained(tmp_path / "out")(batch_size=2, num_inference_steps=2).images
+    assert len(images) == 2
+
+
+@pytest.mark.parametrize("converted", ["edm", "ve"], indirect=True)
+def test_a_converted_model_is_fine_tuned(converted, load_script, tmp_path):
+    before = DiffusionPipeline.from_pretrained(converted).unet.state_dict()
+    load_script("train_consistency").run(
+        *("--pretrained_model_name_or_path", converted, "--output_dir", tmp_path / "out", *DIGITS),
+        *("--train_batch_size", 8, "--max_train_steps", 2, "--max_validation_samples", 8, "--report_to", "none"),
+        *("--num_validation_images", 0, "--consistency_start", 0),
+    )
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert type(pipe) is ClassConditionalPipeline
+    assert type(pipe.unet) is ScoreUNet2DModel
+    after = pipe.unet.state_dict()
+    assert all(v.isfinite().all() for v in after.values())
+    assert not torch.equal(after["conv_in.weight"], before["conv_in.weight"])
+
+
+@pytest.mark.parametrize("converted", ["adm"], indirect=True)
+def test_a_converted_model_is_evaluated(converted, load_script, tmp_path):
+    load_script("evaluate").run(
+        *("--pretrained_model_name_or_path", converted, "--output_dir", tmp_path / "out", *DIGITS),
+        *("--max_validation_samples", 100, "--schedulers", "DDIM,DDPM", "--nfe", 2, "--num_samples", 64),
+        *("--likelihood_images", 0),
+    )
+    assert "DDIM" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.parametrize("converted", ["ve"], indirect=True)
+def test_a_converted_model_has_a_likelihood(converted):
+    """A network of zeros is the denoiser D = x: it moves nothing, so that the density is the prior's, at x."""
+    pipe = DiffusionPipeline.from_pretrained(converted)
+    for parameter in (pipe.unet.conv_out.weight, pipe.unet.conv_out.bias):
+        torch.nn.init.zeros_(parameter)
+    x, model = X.float()[:1].clamp(-1, 1), denoiser_from(pipe.unet, pipe.scheduler)
+    schedule = noise_schedule(pipe.scheduler)
+    probes = {"divergence": "hutchinson", "generator": torch.Generator().manual_seed(0)}
+    found = log_likelihood(model, x, schedule.sigma_min, schedule.sigma_max, **probes)
+    truth = torch.distributions.Normal(0, schedule.sigma_max).log_prob(x.double()).sum()
+    assert bits_per_dim(found, x.shape[1:]).item() == pytest.approx(bits_per_dim(truth, x.shape[1:]).item(), abs=1e-3)
+
+
+# --- what is missing, or is another thing -----------------------------------------------------------------------------
+
+
+def refused(path, match, **more):
+    with pytest.raises(InputError, match=match):
+        convert_checkpoint(path, **more)
+
+
+def test_what_a_file_does_not_say_is_asked_for(tmp_path):
+    path, _ = adm_file(tmp_path / "adm.pt")
+    refused(path, "--resolution")
+    refused(path, "--attention_head_dim", resolution=8, beta_schedule="linear")
+    refused(path, "one of --attention_head_dim", **told(num_attention_heads=4))
+    refused(path, "10 heads do not divide", **told(attention_head_dim=None, num_attention_heads=10))
+    refused(path, "needs no --sde", **told(sde="vp"))
+    path = vp_file(tmp_path)
+    refused(path, "--resolution")
+    refused(path, "--sde is needed: its network has timesteps", resolution=8)
+    refused(path, "--sde ve: its network has timesteps", resolution=8, sde="ve")
+    path = score_sde_file(tmp_path / "ve.pth")[0]
+    refused(path, "--sigma_min and --sigma_max", resolution=8)
+    refused(path, "must be below", resolution=8, sigma_min=2.0, sigma_max=1.0)
+
+
+def test_another_network_is_refused_with_what_it_is(tmp_path):
+    path, _ = adm_file(tmp_path / "adm.pt")
+    state = torch.load(path, weights_only=True)
+    for name, change, match in (
+        ("part", {"extra.weight": torch.zeros(1)}, "extra.weight"),
+        ("colours", {"input_blocks.0.0.weight": torch.zeros(32, 6, 3, 3), "out.2.weight": torch.zeros(3, 32, 3, 3),
+                     "out.2.bias": torch.zeros(3)}, "maps 6 channels to 3"),
+        ("shape", {"out.0.weight": torch.zeros(7)}, "do not fit"),
+    ):  # fmt: skip
+        torch.save(state | change, tmp_path / f"{name}.pt")
+        refused(tmp_path / f"{name}.pt", match, **told())
+    torch.save({k: v for k, v in state.items() if not k.startswith(("out", "output"))}, tmp_path / "classifier.pt")
+    refused(tmp_path / "classifier.pt", "a classifier", **told())
+    torch.save({k: v for k, v in state.items() if k != "middle_block.0.in_layers.0.weight"}, tmp_path / "hole.pt")
+    refused(tmp_path / "hole.pt", "has no middle_block.0.in_layers.0.weight", **told())
+    torch.save({"state_dict": state}, tmp_path / "other.pt")
+    refused(tmp_path / "other.pt", "none of the known kinds .*it has state_dict")
+    path, _, _ = edm_files(tmp_path / "edm.pkl", {}, {"precond": "iDDPMPrecond"})
+    refused(path, "iDDPMPrecond is not known")
+    refused(path, "needs no --resolution", resolution=8)
+    refused(tmp_path / "nothing.pt", "there is no file")
+
+
+def test_the_average_is_taken_and_must_fit(tmp_path):
+    path, _, _ = score_sde_file(tmp_path / "model.pth", sigmas=VE_SIGMAS)
+    content = torch.load(path, weights_only=True)
+    assert (content["model"]["module.all_modules.1.weight"] == 7).all()  # the model itself is another one
+    for shadow in (content["ema"]["shadow_params"][:-1], content["ema"]["shadow_params"][::-1], None):
+        torch.save(content | {"ema": {"shadow_params": shadow}}, tmp_path / "wrong.pth")
+        refused(tmp_path / "wrong.pth", "does not hold an average", resolution=8)
+
+
+# --- harmful files ----------------------------------------------------------------------------------------------------
+
+
+class Harm:
+    """Its pickle calls a function."""
+
+    def __init__(self, function, *args):
+        self.function, self.args = function, args
+
+    def __reduce__(self):
+        return self.function, self.args
+
+
+def harmful(trace):
+    """Objects whose pickles would leave a trace, if they were loaded as usual."""
+    command = f"touch {trace}"
+    yield Harm(os.system, command), "system"
+    yield Harm(eval, f"open({str(trace)!r}, 'w')"), "eval"
+    yield Harm(open, str(trace), "w"), "open"
+    yield {"ema": [(1, {"deep": Harm(os.system, command)})]}, "system"
+    yield Harm(torch.load, str(trace)), "torch.serialization.load"
+    yield Harm(getattr, "", "join"), "getattr"
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_no_function_of_a_file_is_called(number, tmp_path):
+    trace = tmp_path / "trace"
+    content, name = list(harmful(trace))[number]
+    for protocol in range(2, 6):
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol))
+        refused(tmp_path / "a.pkl", f"names '[\\w.]*{name}'")
+    for zipped in (True, False):
+        torch.save({"model": content, "ema": {}}, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+        refused(tmp_path / "a.pth", f"names '[\\w.]*{name}'")
+    assert not trace.exists()
+
+
+def test_the_source_in_a_file_of_edm_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, _, _ = edm_files(tmp_path / "model.pkl", {})
+    assert f"open('{foreign.SOURCE_MARK}'" in path.read_bytes().decode("latin-1")
+    convert_checkpoint(path)
+    assert not (tmp_path / foreign.SOURCE_MARK).exists()
+
+
+def test_harm_within_a_tensor_s_content_is_refused(tmp_path):
+    inner = io.BytesIO()
+    torch.save(Harm(os.system, f"touch {tmp_path}/trace"), inner)
+    storage = Harm(torch.storage._load_from_bytes, inner.getvalue())
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": storage}))
+    refused(tmp_path / "a.pkl", "system")
+    assert not (tmp_path / "trace").exists()
+
+
+def test_every_truncated_file_is_refused(tmp_path):
+    path, _, _ = edm_files(tmp_path / "model.pkl", {"n": 1})
+    whole, cut = path.read_bytes(), tmp_path / "cut.pkl"
+    for end in [*range(1, 400, 7), *range(400, len(whole), len(whole) // 60)]:
+        cut.write_bytes(whole[:end])
+        refused(cut, "cannot be read|neither")
+    torch.save({"model": {"a": torch.zeros(1000)}, "ema": {}}, tmp_path / "model.pth")
+    whole, cut = (tmp_path / "model.pth").read_bytes(), tmp_path / "cut.pth"
+    for end in range(1, len(whole) - 1, 97):
+        cut.write_bytes(whole[:end])
+        refused(cut, "cannot be read|neither")
+
+
+def numbers(shape, stride, n=4, offset=0):
+    """A pickled tensor of this shape, whose content has n numbers."""
+    content = io.BytesIO()
+    with warnings.catch_warnings(action="ignore"):
+        torch.save(torch.zeros(n).storage(), content, _use_new_zipfile_serialization=False)
+    storage = Harm(torch.storage._load_from_bytes, content.getvalue())
+    return Harm(torch._utils._rebuild_tensor_v2, storage, offset, shape, stride, False, {})
+
+
+HUGE = 1 << 62
+PICKLES = {
+    "a tensor of many numbers in one": (pickle.dumps(numbers((10**9, 10**9), (0, 0))), "whose content has 4"),
+    "a tensor beyond its content": (pickle.dumps(numbers((2, 2), (2, 9))), "beyond its content"),
+    "a tensor before its content": (pickle.dumps(numbers((2,), (1,), offset=-1)), "no shape"),
+    "bytes of no length": (b"\x80\x04\x8e" + HUGE.to_bytes(8, "little") + b".", "no complete pickle"),
+    "an array of bytes of no length": (b"\x80\x05\x96" + HUGE.to_bytes(8, "little") + b".", "no complete pickle"),
+    "a memo of no size": (b"\x80\x04]r\xff\xff\xff\xff.", "has list"),
+    "a number of many digits": (b"\x80\x04I" + b"9" * 10_000 + b"\n.", "no complete pickle"),
+    "an extension": (b"\x80\x04\x82\x01.", "EXT1"),
+    "a persistent object": (b"\x80\x04\x8c\x01aQ.", "BINPERSID"),
+    "an instance": (b"\x80\x04(ios\nsystem\n.", "INST"),
+    "no mark": (b"\x80\x04]e.", "no complete pickle"),
+    "nothing on the stack": (b"\x80\x04R.", "no complete pickle"),
+    "a call of a text": (b"\x80\x04\x8c\x01a)R.", "no complete pickle"),
+    "a state for a list": (b"\x80\x04]}b.", "no complete pickle"),
+    "a function as a value": (b"\x80\x04\x8c\x08builtins\x8c\x03set\x93}b.", "no complete pickle"),
+    "a key that is a list": (b"\x80\x04}]Ns.", "no complete pickle"),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), PICKLES.values(), ids=PICKLES)
+def test_a_pickle_that_is_none_is_refused(content, words, tmp_path):
+    (tmp_path / "a.pkl").write_bytes(content)
+    refused(tmp_path / "a.pkl", words)
+
+
+def test_a_pickle_of_great_depth_or_within_itself_is_refused(tmp_path):
+    deep = b"\x80\x04" + b"]" * 200_000 + b"a" * 199_999 + b"."
+    (tmp_path / "deep.pkl").write_bytes(deep)
+    refused(tmp_path / "deep.pkl", "none of the known kinds")
+    root = {}
+    root["ema"] = root
+    (tmp_path / "loop.pkl").write_bytes(pickle.dumps(root))
+    refused(tmp_path / "loop.pkl", "none of the known kinds")
+    # A module within itself: once, and twice, which without a bound would never end, and grow.
+    for names in (("a",), ("a", "b")):
+        path, _, _ = edm_files(tmp_path / "model.pkl", {"n": 1})
+        record = read_checkpoint(path)["ema"]
+        record.state["_modules"] |= dict.fromkeys(names, record)
+        with pytest.raises(InputError, match="within themselves"):
+            convert_edm({"ema": record})
+
+
+def test_a_zip_that_is_no_checkpoint_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}q\x00.")
+        archive.writestr("../../outside", b"x")
+    refused(tmp_path / "a.pth", "cannot be read|none of the known kinds")
+    (tmp_path / "text.pt").write_text("hello")
+    refused(tmp_path / "text.pt", "neither a file of torch.save nor a pickle")
+
+
+def test_the_table_of_names_holds_functions_of_ours_alone():
+    assert {function.__module__ for function in _NAMES.values()} == {"diffusers_ext.checkpoints.reading"}
+    assert read_pickle(io.BytesIO(pickle.dumps([1, ("a", {2.5: None}), {3}, b"x"], 4)), {}) == [
+        1,
+        ("a", {2.5: None}),
+        {3},
+        b"x",
+    ]
