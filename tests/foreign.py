@@ -166,7 +166,7 @@ def adm(w, x, t, y=None, *, width=32, mult=(1, 2), n=1, attended=(1,), heads=Non
 
 
 def edm_unet(w, x, t, y=None, *, song=True, width=16, mult=(1, 2), n=2, attended=(1,), classes=0, fourier=False,
-             taps=(1, 1), residual=False, prefix="model."):  # fmt: skip
+             taps=(1, 1), residual=False, out_channels=3, prefix="model."):  # fmt: skip
     """y: one-hot labels, or zeros for none."""
     eps, scale = (1e-6, ROOT_HALF) if song else (1e-5, 1.0)
     inner = w
@@ -253,7 +253,8 @@ def edm_unet(w, x, t, y=None, *, song=True, width=16, mult=(1, 2), n=2, attended
             x = torch.cat([x, skips.pop()], 1)
             x = block(f"{here}block{j}", x, width * mult[level], level in attended and (not song or j == n))
     last = f"dec.{size}x{size}_aux_" if song else "out_"
-    return conv(w, f"{last}conv", F.silu(norm(w, f"{last}norm", x, groups(x.shape[1]), eps)), 3, 3, padding=1)
+    x = F.silu(norm(w, f"{last}norm", x, groups(x.shape[1]), eps))
+    return conv(w, f"{last}conv", x, out_channels, 3, padding=1)
 
 
 class Persistent(torch.nn.Module):

@@ -352,6 +352,78 @@ MUTATIONS = [
         "if (its_size and resolution == size) or",
         "tests/test_train_consistency.py -k preset",
     ),
+    Mutation(
+        "checkpoints",
+        'rows.permute(*(order.index(axis) for axis in "jhd"), 3)',
+        'rows.permute(*(order.index(axis) for axis in "jdh"), 3)',
+        "tests/test_checkpoints.py -k answers",
+    ),
+    Mutation(
+        "checkpoints",
+        "label_table(weights, sqrt(classes) if song else 1.0, bool(rate))",
+        "label_table(weights, 1.0, bool(rate))",
+        "tests/test_checkpoints.py -k answers",
+    ),
+    Mutation(
+        "checkpoints",
+        'weights[f"conv_out.{kind}"] = -weights[f"conv_out.{kind}"]',
+        'weights[f"conv_out.{kind}"] = weights[f"conv_out.{kind}"]',
+        "tests/test_checkpoints.py -k reflected",
+    ),
+    Mutation(
+        "checkpoints",
+        '"time_offset": log(low) - time_is',
+        '"time_offset": log(low) + time_is',
+        "tests/test_checkpoints.py -k reflected",
+    ),
+    Mutation(
+        "checkpoints",
+        "/ (N - 1)).clamp(min=LEAST_TIME)",
+        "/ N).clamp(min=LEAST_TIME)",
+        "tests/test_checkpoints.py -k preserving",
+    ),
+    Mutation(
+        "checkpoints",
+        "return model | dict(zip(names, average, strict=True))",
+        "return model",
+        "tests/test_checkpoints.py -k 'answers or exploding'",
+    ),
+    Mutation(
+        "checkpoints",
+        'map_location="cpu", weights_only=True, **options',
+        'map_location="cpu", weights_only=False, **options',
+        "tests/test_checkpoints.py -k 'function or content'",
+    ),
+    Mutation(
+        "checkpoints",
+        "if value.numel() * value.itemsize > value.untyped_storage().nbytes():",
+        "if False:",
+        "tests/test_checkpoints.py -k memory",
+    ),
+    Mutation(
+        "checkpoints",
+        "if text not in self.names:",
+        "if False:",
+        "tests/test_checkpoints.py -k function",
+    ),
+    Mutation(
+        "score_unet",
+        "4 * time - log(2), class_labels)",
+        "4 * time + log(2), class_labels)",
+        "tests/test_checkpoints.py -k exploding",
+    ),
+    Mutation(
+        "score_unet",
+        "pyramid = x = (x + self.input_pyramid[i](pyramid)) / sqrt(2)",
+        "x = (x + self.input_pyramid[i](pyramid)) / sqrt(2)",
+        "tests/test_checkpoints.py -k 'answers or exploding or reflected'",
+    ),
+    Mutation(
+        "score_unet",
+        "module.num_groups = min(32, module.num_channels // config.norm_group_size)",
+        "module.num_groups = min(32, module.num_channels // 8)",
+        "tests/test_checkpoints.py -k answers",
+    ),
 ]
 
 

@@ -5,6 +5,7 @@ import io
 import math
 import os
 import pickle
+import random
 import warnings
 import zipfile
 
@@ -26,7 +27,7 @@ from diffusers_ext import (
     score_model_from,
 )
 from diffusers_ext.checkpoints.edm import convert_edm
-from diffusers_ext.checkpoints.pickles import read_pickle
+from diffusers_ext.checkpoints.pickles import Record, read_pickle
 from diffusers_ext.checkpoints.reading import _NAMES, read_checkpoint
 from diffusers_ext.errors import InputError
 
@@ -195,6 +196,30 @@ def test_variance_preserving_models_are_told_the_time_of_their_sde(kind, tmp_pat
     assert schedule.sigma_min == pytest.approx(1e-3, rel=0.05)  # t = 1e-5
 
 
+def test_the_cosine_schedule_of_edm_has_its_noise_levels(tmp_path):
+    """u_j of table 1 of the paper, from u_M = 0 up; the network is told M - 1 - j, and its variance is not read."""
+    options, m = ADM_OF_EDM | {"out_channels": 6}, 1000
+    file = {"precond": "iDDPMPrecond", "attributes": {"C_1": 0.001, "C_2": 0.008, "M": m}}
+    path, weights, _ = edm_files(tmp_path / "model.pkl", options, file)
+    alpha_bar = [math.sin(math.pi / 2 * j / m / 1.008) ** 2 for j in range(m + 1)]
+    u = [0.0]
+    for j in range(m, 0, -1):
+        u.append(math.sqrt((u[-1] ** 2 + 1) / max(alpha_bar[j - 1] / alpha_bar[j], 0.001) - 1))
+    u = torch.tensor(u[1:]).double()  # u_{M-1}, ..., u_0
+    converted = convert_checkpoint(path)
+    schedule = noise_schedule(converted.scheduler)
+    torch.testing.assert_close(schedule.sigma(torch.arange(900).double()), u[:900], rtol=1e-3, atol=0)
+    times = torch.tensor([3.0, 17.0]).double()
+    s = schedule.sigma(times)
+    raw = foreign.edm_unet(weights, X / (1 + s**2).sqrt()[:, None, None, None], times, **options)[:, :3]
+    ours = denoiser_from(converted.unet.double(), converted.scheduler)(X, s).detach()
+    torch.testing.assert_close(ours, X - s[:, None, None, None] * raw, **EXACT)
+    path, _, _ = edm_files(
+        tmp_path / "model.pkl", options, file | {"attributes": {"C_1": 0.001, "C_2": 0.008, "M": 4000}}
+    )
+    refused(path, "not those of the cosine schedule")
+
+
 @pytest.mark.parametrize("kind", ["NCSN++", "ADM"])
 def test_reflected_models_give_the_score_in_the_box(kind, tmp_path):
     """In [0, 1] the file's network over sigma is the score, of x + sigma n; [-1, 1] is twice as wide."""
@@ -227,6 +252,22 @@ def test_fourier_features_stay_exact_in_half_precision(tmp_path):
     assert unet.dtype == torch.bfloat16
     assert torch.equal(unet.time_proj.frequencies, before)
     assert unet(X.bfloat16(), TIME.float()).sample.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("options", [NCSNPP, NCSNPP | {"classes": CLASSES}, ADM_OF_EDM], ids=["VE", "classes", "ADM"])
+def test_a_network_compiles_whole_reads_no_value_and_has_a_gradient(options, tmp_path):
+    file = {"precond": "VEPrecond", "attributes": {"sigma_min": 0.02, "sigma_max": 100}} if options is NCSNPP else {}
+    path, _, _ = edm_files(tmp_path / "model.pkl", options, file)
+    unet, labels = convert_checkpoint(path).unet, LABELS if "classes" in options else None
+    x, time = X.float(), TIME.float()
+    whole = torch.compile(unet, backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(x, time, class_labels=labels).sample, unet(x, time, class_labels=labels).sample)
+    unet.enable_gradient_checkpointing()
+    unet.train()(x, time, class_labels=labels).sample.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in unet.parameters())
+    meta = unet.to("meta")
+    on_meta = {"class_labels": None if labels is None else labels.to("meta")}
+    assert meta(x.to("meta"), time.to("meta"), **on_meta).sample.shape == x.shape
 
 
 # --- the command, and what follows it ---------------------------------------------------------------------------------
@@ -325,8 +366,19 @@ def test_a_converted_model_is_fine_tuned(converted, load_script, tmp_path):
 def test_a_converted_model_is_evaluated(converted, load_script, tmp_path):
     load_script("evaluate").run(
         *("--pretrained_model_name_or_path", converted, "--output_dir", tmp_path / "out", *DIGITS),
-        *("--max_validation_samples", 100, "--schedulers", "DDIM,DDPM", "--nfe", 2, "--num_samples", 64),
-        *("--likelihood_images", 0),
+        *(
+            "--max_validation_samples",
+            100,
+            "--schedulers",
+            "DDIM,DDPM",
+            "--nfe",
+            2,
+            "--num_samples",
+            64,
+            "--extractor",
+            "pixels",
+        ),
+        *("--likelihood_images", 0, "--ode_images", 0),
     )
     assert "DDIM" in (tmp_path / "out" / "table.md").read_text()
 
@@ -385,10 +437,12 @@ def test_another_network_is_refused_with_what_it_is(tmp_path):
     torch.save({k: v for k, v in state.items() if k != "middle_block.0.in_layers.0.weight"}, tmp_path / "hole.pt")
     refused(tmp_path / "hole.pt", "has no middle_block.0.in_layers.0.weight", **told())
     torch.save({"state_dict": state}, tmp_path / "other.pt")
-    refused(tmp_path / "other.pt", "none of the known kinds .*it has state_dict")
-    path, _, _ = edm_files(tmp_path / "edm.pkl", {}, {"precond": "iDDPMPrecond"})
-    refused(path, "iDDPMPrecond is not known")
+    refused(tmp_path / "other.pt", "none of the known kinds .*it has 'state_dict'")
+    path, _, _ = edm_files(tmp_path / "edm.pkl", {}, {"precond": "OtherPrecond"})
+    refused(path, "'OtherPrecond' is not known")
     refused(path, "needs no --resolution", resolution=8)
+    path, _, _ = edm_files(tmp_path / "edm.pkl", {}, {"precond": "VPPrecond"})
+    refused(path, "looks like one of EDM, and is another: KeyError: 'beta_min'")
     refused(tmp_path / "nothing.pt", "there is no file")
 
 
@@ -479,12 +533,11 @@ def numbers(shape, stride, n=4, offset=0):
 
 HUGE = 1 << 62
 PICKLES = {
-    "a tensor of many numbers in one": (pickle.dumps(numbers((10**9, 10**9), (0, 0))), "whose content has 4"),
     "a tensor beyond its content": (pickle.dumps(numbers((2, 2), (2, 9))), "beyond its content"),
     "a tensor before its content": (pickle.dumps(numbers((2,), (1,), offset=-1)), "no shape"),
     "bytes of no length": (b"\x80\x04\x8e" + HUGE.to_bytes(8, "little") + b".", "no complete pickle"),
     "an array of bytes of no length": (b"\x80\x05\x96" + HUGE.to_bytes(8, "little") + b".", "no complete pickle"),
-    "a memo of no size": (b"\x80\x04]r\xff\xff\xff\xff.", "has list"),
+    "a memo of no size": (b"\x80\x04]r\xff\xff\xff\xff.", "has a list"),
     "a number of many digits": (b"\x80\x04I" + b"9" * 10_000 + b"\n.", "no complete pickle"),
     "an extension": (b"\x80\x04\x82\x01.", "EXT1"),
     "a persistent object": (b"\x80\x04\x8c\x01aQ.", "BINPERSID"),
@@ -502,6 +555,66 @@ PICKLES = {
 def test_a_pickle_that_is_none_is_refused(content, words, tmp_path):
     (tmp_path / "a.pkl").write_bytes(content)
     refused(tmp_path / "a.pkl", words)
+
+
+def test_tensors_that_would_fill_the_memory_are_refused(tmp_path):
+    """One number that is said to be many; a large weight beside others, of which a network would be much larger."""
+    path, _ = adm_file(tmp_path / "adm.pt")
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"out.2.weight": torch.zeros(1).expand(10**6, 10**6, 3, 3)}, tmp_path / "huge.pt")
+    assert (tmp_path / "huge.pt").stat().st_size < 10**7
+    refused(tmp_path / "huge.pt", "more than its content", **told())
+    wide = {f"input_blocks.{i}.0.in_layers.2.weight": torch.zeros(500_000, 1, 3, 3) for i in (1, 3)}
+    torch.save(state | wide, tmp_path / "wide.pt")
+    refused(tmp_path / "wide.pt", "do not fit: ", **told())
+    weights = foreign.Weights()
+    foreign.edm_unet(weights, X, TIME)
+    foreign.edm_file(tmp_path / "edm.pkl", weights)
+    content = read_checkpoint(tmp_path / "edm.pkl")
+    many = read_pickle(io.BytesIO(pickle.dumps(numbers((10**9, 10**9), (0, 0)))), _NAMES)
+    content["ema"].state["_modules"]["model"].state["_modules"]["map_layer0"].state["_parameters"]["weight"] = many
+    with pytest.raises(InputError, match="more than its content"):
+        convert_edm(content)
+    with zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}q\x00." + bytes(10**6))
+    refused(tmp_path / "small.pt", "is compressed")
+
+
+JUNK = [None, "x\x1b[31m", [], {}, -1, 0, 1 << 62, float("nan"), b"", torch.zeros(0), torch.zeros(2, 3), {"a": None}]
+
+
+def places(value, depth=0):
+    """Every dict in a value, with each of its keys."""
+    inner = value.state if isinstance(value, Record) else value
+    if isinstance(inner, dict) and depth < 12:
+        for key, below in inner.items():
+            yield inner, key
+            yield from places(below, depth + 1)
+
+
+@pytest.mark.parametrize("kind", ["edm", "adm", "score_sde"])
+def test_whatever_a_file_holds_the_end_is_a_message(kind, tmp_path, monkeypatch):
+    """One entry after the other is replaced by something else, by chance; nothing but an `InputError` comes out."""
+    if kind == "edm":
+        path, more = edm_files(tmp_path / "a.pkl", {"n": 1, "classes": CLASSES})[0], {}
+    elif kind == "adm":
+        path, more = adm_file(tmp_path / "a.pt")[0], told()
+    else:
+        path, more = score_sde_file(tmp_path / "a.pth", sigmas=VE_SIGMAS, n=1)[0], {"resolution": 8}
+    content = read_checkpoint(path)
+    monkeypatch.setattr("diffusers_ext.checkpoints.read_checkpoint", lambda _: content)
+    chance, found = random.Random(0), list(places(content))
+    said = []
+    for inner, key in chance.sample(found, min(150, len(found))):
+        before = inner[key]
+        inner[key] = chance.choice(JUNK)
+        try:
+            convert_checkpoint(path, **more)
+        except InputError as error:
+            said.append(str(error))
+        inner[key] = before
+    assert len(said) > 20
+    assert "\x1b" not in "".join(said)  # nothing that a terminal would obey
 
 
 def test_a_pickle_of_great_depth_or_within_itself_is_refused(tmp_path):

@@ -47,8 +47,13 @@ def convert_checkpoint(path: str | Path, **told: Any) -> Converted:
         if is_it(content):
             if foreign := sorted(told.keys() - inspect.signature(convert).parameters.keys()):
                 raise InputError(f"a file of {name} needs no --{', --'.join(foreign)}: leave it away")
-            return convert(content, **told)
-    names = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
-    raise InputError(
-        f"{Path(path).name} is of none of the known kinds ({', '.join(k[2] for k in KINDS)}): it has {names}"
-    )
+            try:
+                return convert(content, **told)
+            except InputError:
+                raise
+            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                wrong = f"{type(error).__name__}: {error}".replace("\x1b", "")[:300]
+                raise InputError(f"{Path(path).name} looks like one of {name}, and is another: {wrong}") from error
+    keys = ", ".join(f"{one!r:.99}" for one in list(content)[:5]) if isinstance(content, dict) else ""
+    known, found = ", ".join(name for _, _, name in KINDS), keys or f"a {type(content).__name__}"
+    raise InputError(f"{Path(path).name} is of none of the known kinds ({known}): it has {found}")

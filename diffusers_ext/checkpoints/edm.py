@@ -6,7 +6,8 @@
     norm0 conv0 affine norm1 conv1 [skip] [norm2 qkv proj]
 
 The preconditioning says the scheduler: `EDMPrecond` is `EDMEulerScheduler`; `VPPrecond` a variance-preserving one
-of the same noise levels; `VEPrecond` is `EDMEulerScheduler`, too (see `score_unet`).
+of the same noise levels, and so is `iDDPMPrecond`, of the cosine schedule; `VEPrecond` is `EDMEulerScheduler`, too (see
+`score_unet`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..errors import InputError
 from .layout import TIME_MLP, State, Tensors, attention, below, make_unet, resnet
 from .model import Converted
 from .pickles import Record
-from .schedules import edm_scheduler, vp_scheduler
+from .schedules import N, ddpm_scheduler, edm_scheduler, vp_scheduler
 
 RESNET = {
     "norm1": "norm0", "conv1": "conv0", "time_emb_proj": "affine", "norm2": "norm1", "conv2": "conv1",
@@ -44,7 +45,7 @@ def convert_edm(content: dict[str, Any]) -> Converted:
     network = modules.get("model")
     if network is None or network.name not in ("SongUNet", "DhariwalUNet"):
         found = "none" if network is None else network.name
-        raise InputError(f"a network of EDM is a SongUNet or a DhariwalUNet, the file has {found}")
+        raise InputError(f"a network of EDM is a SongUNet or a DhariwalUNet, the file has {found!r}")
     tensors = Tensors(_tensors(modules))
     song, state = network.name == "SongUNet", precond.state
     description, weights = read_unet(tensors, "model.", _block_facts(modules), song)
@@ -53,25 +54,34 @@ def convert_edm(content: dict[str, Any]) -> Converted:
         tensors.take("model.map_augment.weight")
         dropped.append("the weights of augmentation labels, which sampling leaves at 0")
     tensors.require_empty()
-    classes = int(state.get("label_dim") or 0)
     null = None
-    if classes:
-        rate = network.state.get("label_dropout") or 0
-        null = classes if rate else None
-        label_table(weights, sqrt(classes) if song else 1.0, bool(rate))
-        description |= {"num_class_embeds": classes + bool(rate), "labels_before_time_mlp": song}
-    described = f"a {network.name} of EDM in {precond.name}"
-    if precond.name == "EDMPrecond":
-        scheduler: Any = edm_scheduler(0.002, 80.0, float(state["sigma_data"]))
-    elif precond.name == "VPPrecond":
-        scheduler = vp_scheduler(float(state["beta_min"]), float(state["beta_d"]) + float(state["beta_min"]))
-    elif precond.name == "VEPrecond":
-        scheduler = edm_scheduler(float(state["sigma_min"]), float(state["sigma_max"]), 0.5)
-        description["variance_exploding"] = True
-    else:
-        raise InputError(f"the preconditioning {precond.name} is not known: EDMPrecond, VPPrecond and VEPrecond are")
+    if "map_label.weight" in weights:
+        classes, dropout = weights["map_label.weight"].shape[1], bool(network.state.get("label_dropout"))
+        null = classes if dropout else None
+        label_table(weights, sqrt(classes) if song else 1.0, dropout)
+        description |= {"num_class_embeds": classes + dropout, "labels_before_time_mlp": song}
+    learned = description["out_channels"] == 2 * description["in_channels"]
+    scheduler = _scheduler(precond.name, state, learned)
+    description["variance_exploding"] = precond.name == "VEPrecond"
     description["sample_size"] = int(state["img_resolution"])
+    described = f"a {network.name} of EDM in {precond.name}"
     return Converted(make_unet(description, weights), scheduler, null, described, dropped=dropped)
+
+
+def _scheduler(precond: str, state: dict[str, Any], learned_variance: bool) -> Any:
+    """Return the scheduler of a preconditioning with these settings."""
+    if precond == "EDMPrecond":
+        return edm_scheduler(0.002, 80.0, float(state["sigma_data"]))
+    if precond == "VPPrecond":
+        return vp_scheduler(float(state["beta_min"]), float(state["beta_d"]) + float(state["beta_min"]))
+    if precond == "VEPrecond":
+        return edm_scheduler(float(state["sigma_min"]), float(state["sigma_max"]), 0.5)
+    if precond == "iDDPMPrecond":
+        if (state["C_1"], state["C_2"], state["M"]) != (0.001, 0.008, N):
+            raise InputError("its noise levels are not those of the cosine schedule, of 1000 timesteps")
+        return ddpm_scheduler("squaredcos_cap_v2", learned_variance)
+    known = "EDMPrecond, VPPrecond, VEPrecond and iDDPMPrecond"
+    raise InputError(f"the preconditioning {precond!r} is not known: {known} are")
 
 
 def _modules(root: Record) -> dict[str, Record]:

@@ -29,10 +29,16 @@ class Tensors:
 
     Args:
         tensors: what the file holds.
+
+    Raises:
+        InputError: one has more numbers than its content, so that a small file would fill the memory.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.left = dict(tensors)
+        for name, value in self.left.items():
+            if value.numel() * value.itemsize > value.untyped_storage().nbytes():
+                raise InputError(f"{name!r:.99} has {value.numel()} numbers, more than its content")
 
     def __contains__(self, name: str) -> bool:
         return name in self.left
@@ -69,7 +75,7 @@ class Tensors:
     def require_empty(self) -> None:
         """Raise an `InputError` if something was not taken."""
         if self.left:
-            some = ", ".join(sorted(self.left)[:3])
+            some = ", ".join(f"{name!r:.99}" for name in sorted(self.left)[:3])
             raise InputError(
                 f"the file has {len(self.left)} tensors that its kind of network does not have, among them {some}"
             )
@@ -159,16 +165,23 @@ def make_unet(description: Mapping[str, Any], state: State, convolutional: bool 
             for way, name in zip(("Down", "Up"), plain, strict=True)
         )
         config = {name: description[name] for name in _OF_BOTH}
-        kind = "conv" if convolutional else "resnet"
+        by = "conv" if convolutional else "resnet"
         config |= {"down_block_types": down, "up_block_types": up[::-1], "attn_norm_num_groups": 32}
-        config |= {"downsample_type": kind, "upsample_type": kind}
+        config |= {"downsample_type": by, "upsample_type": by}
+    kind, arguments = (UNet2DModel, config) if is_stock else (ScoreUNet2DModel, description)
+    with torch.device("meta"):  # no memory for what does not fit
+        needed = {name: value.shape for name, value in kind(**arguments).state_dict().items()}
+    found = {name: value.shape for name, value in state.items()}
+    if wrong := sorted(name for name in needed.keys() | found.keys() if needed.get(name) != found.get(name)):
+        name = wrong[0]
+        raise InputError(
+            f"{len(wrong)} weights do not fit: {name} would be {_size(needed, name)}, the file has {_size(found, name)}"
+        )
     with torch.random.fork_rng(devices=[]):
-        unet = UNet2DModel(**config) if is_stock else ScoreUNet2DModel(**description)
-    missing, unknown = set(unet.state_dict()) - set(state), set(state) - set(unet.state_dict())
-    if missing or unknown:
-        raise InputError(f"the network needs {sorted(missing)[:3]} and has no {sorted(unknown)[:3]}: it is another one")
-    try:
-        unet.load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError(f"the weights do not fit: {str(error).splitlines()[-1].strip()}") from error
+        unet = kind(**arguments)
+    unet.load_state_dict(state)
     return unet.eval()
+
+
+def _size(shapes: Mapping[str, torch.Size], name: str) -> str:
+    return " x ".join(map(str, shapes[name])) if name in shapes else "nothing"

@@ -12,6 +12,7 @@ import mmap
 import pickle
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,11 @@ def read_checkpoint(path: str | Path) -> Any:
         raise InputError(f"there is no file {path}")
     with path.open("rb") as file:
         start = file.read(len(LEGACY))
-        if start.startswith(ZIP) or start == LEGACY:
-            return _by_torch(path, mmap=start.startswith(ZIP))
+        if start.startswith(ZIP):
+            _require_stored(path)
+            return _by_torch(path, mmap=True)
+        if start == LEGACY:
+            return _by_torch(path)
         if not start.startswith(b"\x80"):
             raise InputError(f"{path.name} is neither a file of torch.save nor a pickle")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -48,6 +52,17 @@ def read_checkpoint(path: str | Path) -> Any:
                 return read_pickle(content, _NAMES)  # type: ignore[arg-type]
             except InputError as error:
                 raise InputError(f"{path.name} cannot be read: {error}") from error
+
+
+def _require_stored(path: Path) -> None:
+    """Refuse an archive with compressed files, which torch does not write, and which may fill the memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            compressed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise InputError(f"{path.name} cannot be read, it may be damaged: {error}") from error
+    if compressed:
+        raise InputError(f"{path.name} cannot be read: {compressed[0]!r:.99} in it is compressed, unlike torch's files")
 
 
 def _by_torch(file: Any, **options: Any) -> Any:
@@ -140,9 +155,6 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tenso
     numbers = (offset, *size, *stride)
     if not all(type(n) is int and n >= 0 for n in numbers) or len(size) != len(stride):
         raise ValueError("a tensor of no shape")
-    elements = int(np.prod(size, dtype=object)) if size else 1
-    if elements > storage._size():
-        raise ValueError(f"a tensor of {elements} numbers whose content has {storage._size()}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         flat = torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage)
