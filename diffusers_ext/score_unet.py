@@ -9,7 +9,8 @@ They have the blocks of diffusers, put together in another way. What can differ 
                           after its last one alone (`attention_after_last_up_block`)
     the time              the embedding is that of time_scale t + time_offset, of `embedding_channels`; a label is
                           added to it (`labels_before_time_mlp`), or to what the time's MLP makes of it
-    the input             also goes down a pyramid of its own, added to each level's input (`residual_input`)
+    the input             becomes `first_channels`, fewer than the first level has; and it goes down a pyramid of its
+                          own, which is added to each level's input (`residual_input`)
     what x is             in the units of data in [0, 1] (`unit_range_input`); `variance_exploding`: see below
 
 **Variance-exploding models.** Such a network F sees x = x0 + sigma n as it is, at the time ln(sigma/2), and gives
@@ -101,6 +102,7 @@ class ScoreUNet2DModel(UNet2DModel):
     (B,), and returns (B, out_channels, H, W) as `UNet2DOutput.sample`.
 
     Args:
+        first_channels: the channels after the first convolution; by default those of the first level.
         attention_levels: which levels have attention, 0 being that of the full resolution.
         embedding_channels: the channels of the time's embedding; by default those of the first level.
         time_embedding_dim: those that its MLP makes of it; by default four times as many.
@@ -117,6 +119,7 @@ class ScoreUNet2DModel(UNet2DModel):
         in_channels: int = 3,
         out_channels: int = 3,
         block_out_channels: tuple[int, ...] = (128, 256, 256, 256),
+        first_channels: int | None = None,
         layers_per_block: int = 4,
         attention_levels: tuple[int, ...] = (1,),
         num_attention_heads: int | None = 1,
@@ -145,6 +148,11 @@ class ScoreUNet2DModel(UNet2DModel):
     ) -> None:
         self._make_blocks()
         self._make_embedding()
+        if first_channels is not None:
+            self.conv_in = nn.Conv2d(in_channels, first_channels, 3, padding=1)
+            for block, i in ((self.down_blocks[0], 0), (self.up_blocks[-1], -1)):
+                taken = block.resnets[i].in_channels - block_out_channels[0] + first_channels
+                block.resnets[i] = self._resnet(taken, block_out_channels[0])
         if attention_after_last_up_block:
             for block in self.up_blocks:
                 if hasattr(block, "attentions"):
@@ -182,6 +190,18 @@ class ScoreUNet2DModel(UNet2DModel):
             norm_eps=config.norm_eps,
             resnet_time_scale_shift=config.resnet_time_scale_shift,
             num_class_embeds=config.num_class_embeds,
+        )
+
+    def _resnet(self, channels: int, out_channels: int) -> ResnetBlock2D:
+        config = self.config
+        return ResnetBlock2D(
+            in_channels=channels,
+            out_channels=out_channels,
+            temb_channels=self._widths[1],
+            groups=1,
+            eps=config.norm_eps,
+            dropout=config.dropout,
+            time_embedding_norm=config.resnet_time_scale_shift,
         )
 
     @property

@@ -238,7 +238,7 @@ def edm_unet(w, x, t, y=None, *, song=True, width=16, mult=(1, 2), n=2, attended
                     filtered = mean_of_four(filtered)
                 pyramid = x = (x + filtered) * ROOT_HALF
         else:
-            x = conv(w, f"{here}conv", x, width * m, 3, padding=1)
+            x = conv(w, f"{here}conv", x, width if song else width * m, 3, padding=1)
         skips.append(x)
         for j in range(n):
             x = block(f"{here}block{j}", x, width * m, level in attended)
@@ -283,6 +283,8 @@ def edm_file(path, w, precond="EDMPrecond", *, song=True, size=8, classes=0, lab
     fields = {"img_resolution": size, "img_channels": 3, "label_dim": classes, "use_fp16": False, "sigma_data": 0.5}
     root = Persistent(precond, **(fields | (attributes or {})))
     root.add_module("model", network)
+    if precond == "iDDPMPrecond":
+        root.register_buffer("u", torch.zeros(1001))
     tensors = dict(w.all)
     if augmented:
         tensors["model.map_augment.weight"] = torch.randn(tensors["model.map_layer0.weight"].shape[1], 9)

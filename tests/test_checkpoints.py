@@ -97,6 +97,8 @@ EDM = {
     "DDPM++": ({}, {}, ScoreUNet2DModel),
     "DDPM++, classes, augmentation": ({"classes": CLASSES}, {"augmented": True}, ScoreUNet2DModel),
     "DDPM++, older pickle": ({"mult": (1, 2, 2)}, {"protocol": 3}, ScoreUNet2DModel),
+    "DDPM++ as published": ({"mult": (2, 2, 2)}, {"augmented": True}, ScoreUNet2DModel),
+    "NCSN++ as published": (NCSNPP | {"mult": (2, 2, 2)}, {"augmented": True}, ScoreUNet2DModel),
     "NCSN++": (NCSNPP, {}, ScoreUNet2DModel),
     "NCSN++, classes": (NCSNPP | {"classes": CLASSES}, {}, ScoreUNet2DModel),
     "residual input, box filter": ({"mult": (1, 2, 2), "residual": True}, {}, ScoreUNet2DModel),
@@ -135,6 +137,23 @@ def test_dropped_labels_of_edm_become_a_null_class(song, tmp_path):
     without = foreign.edm_unet(weights, X, TIME, torch.zeros(2, CLASSES).double(), **options)
     null = torch.full((2,), CLASSES)
     torch.testing.assert_close(answer(converted.unet, X, TIME, null), without, **EXACT)
+
+
+PUBLISHED = {  # million parameters, as papers cite them: of EDM's model of CIFAR-10, and of ADM's of ImageNet 64
+    55.7: {"block_out_channels": (256, 256, 256), "first_channels": 128, "embedding_channels": 128},
+    295.9: {
+        "block_out_channels": (192, 384, 576, 768), "layers_per_block": 3, "attention_levels": (1, 2, 3),
+        "num_attention_heads": None, "attention_after_last_up_block": False, "num_class_embeds": 1000,
+        "resnet_time_scale_shift": "scale_shift", "resample_shortcut": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("millions", "options"), PUBLISHED.items(), ids=map(str, PUBLISHED))
+def test_networks_of_the_published_size_have_the_published_number_of_parameters(millions, options):
+    with torch.device("meta"):
+        unet = ScoreUNet2DModel(**options)
+    assert round(unet.num_parameters() / 1e6, 1) == millions
 
 
 # --- what the numbers mean: the denoiser at a noise level -------------------------------------------------------------

@@ -100,10 +100,11 @@ def _modules(root: Record) -> dict[str, Record]:
 
 
 def _tensors(modules: dict[str, Record]) -> dict[str, Tensor]:
-    """Return the parameters and buffers of modules by their names in a state dict."""
+    """Return the parameters and buffers of the network's modules by their names in a state dict."""
     return {
         f"{path}.{name}": value
         for path, module in modules.items()
+        if path.startswith("model.")
         for kind in ("_parameters", "_buffers")
         for name, value in (module.state.get(kind) or {}).items()
         if isinstance(value, Tensor)
@@ -188,6 +189,7 @@ def read_unet(tensors: Tensors, prefix: str, facts: dict[str, Any], song: bool) 
         "in_channels": weights["conv_in.weight"].shape[1],
         "out_channels": weights["conv_out.weight"].shape[0],
         "block_out_channels": tuple(channels),
+        "first_channels": None if (stem := weights["conv_in.weight"].shape[0]) == channels[0] else stem,
         "layers_per_block": n,
         "attention_levels": tuple(sorted(reader.attended)),
         "attention_after_last_up_block": song,

@@ -117,8 +117,9 @@ def below(prefix: str, part: State) -> State:
 
 TIME_MLP = ("time_embedding.linear_1", "time_embedding.linear_2")
 
-_STOCK = {  # the arguments of `ScoreUNet2DModel` that `UNet2DModel` has no other values of
+_STOCK: dict[str, Any] = {  # the arguments of `ScoreUNet2DModel` that `UNet2DModel` has no other values of
     "attention_after_last_up_block": False,
+    "first_channels": None,
     "num_attention_heads": None,
     "output_scale_factor": 1.0,
     "resample_filter": (1, 1),
