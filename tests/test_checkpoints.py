@@ -2,6 +2,7 @@
 process; of what is harmful, that it is refused by name and leaves no trace."""
 
 import io
+import json
 import math
 import os
 import pickle
@@ -154,6 +155,29 @@ def test_networks_of_the_published_size_have_the_published_number_of_parameters(
     with torch.device("meta"):
         unet = ScoreUNet2DModel(**options)
     assert round(unet.num_parameters() / 1e6, 1) == millions
+
+
+KEYS = """
+    attention_after_last_up_block attention_head_dim attention_levels block_out_channels dropout embedding_channels
+    first_channels flip_sin_to_cos freq_shift in_channels labels_before_time_mlp layers_per_block norm_eps
+    norm_group_size num_attention_heads num_class_embeds out_channels output_scale_factor resample_filter
+    resample_shortcut residual_input resnet_time_scale_shift sample_size sigma_data time_embedding_dim
+    time_embedding_type time_offset time_scale unit_range_input variance_exploding
+"""
+
+
+def test_the_names_of_a_saved_network_stay(tmp_path):
+    """They are a file format: what is added later must have a default that means what these mean now."""
+    path, _, output = edm_files(tmp_path / "model.pkl", NCSNPP)
+    unet = convert_checkpoint(path).unet
+    unet.save_pretrained(tmp_path / "unet")
+    config = json.loads((tmp_path / "unet" / "config.json").read_text())
+    assert set(KEYS.split()) <= config.keys()
+    old = {key: value for key, value in config.items() if key in KEYS.split() or key.startswith("_")}
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(old))
+    torch.testing.assert_close(answer(ScoreUNet2DModel.from_pretrained(tmp_path / "unet"), X, TIME), output, **EXACT)
+    names = {"time_proj.frequencies", "input_pyramid.0.0.weight", "down_blocks.0.downsamplers.0.conv_shortcut.weight"}
+    assert names | {"up_blocks.0.attentions.2.to_q.weight", "conv_in.weight"} <= unet.state_dict().keys()
 
 
 # --- what the numbers mean: the denoiser at a noise level -------------------------------------------------------------
