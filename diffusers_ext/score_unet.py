@@ -96,7 +96,8 @@ class Resample(nn.Module):
 
 
 class ScoreUNet2DModel(UNet2DModel):
-    """A `UNet2DModel` with the parts that the module's docstring lists; the other arguments are those of diffusers.
+    """The U-Nets of score-based models: DDPM++, NCSN++ and relatives of ADM. Arguments that are not listed are those of
+    `UNet2DModel`.
 
     `forward(sample, timestep, class_labels=None)` takes (B, in_channels, H, W), times of shape () or (B,) and labels
     (B,), and returns (B, out_channels, H, W) as `UNet2DOutput.sample`.
@@ -107,8 +108,18 @@ class ScoreUNet2DModel(UNet2DModel):
         embedding_channels: the channels of the time's embedding; by default those of the first level.
         time_embedding_dim: those that its MLP makes of it; by default four times as many.
         num_attention_heads: of each attention; `None`: one for each `attention_head_dim` channels.
+        attention_after_last_up_block: whether a level of the decoder has attention after its last block alone.
+        norm_group_size: the least number of channels of a group of a norm, of which there are 32 at most.
+        output_scale_factor: residual blocks and attentions divide their sum by it.
+        resample_filter: the taps of the separable filter with which residual blocks change the resolution.
+        resample_shortcut: whether these have a 1x1 convolution on the way around.
         residual_input: how the pyramid's convolutions halve the resolution: `filtered` (3x3, then `resample_filter`) or
             `strided` (3x3 with stride 2, on x with a row and a column of zeros at the end).
+        time_scale, time_offset: the embedding is that of time_scale timestep + time_offset.
+        labels_before_time_mlp: whether a label is added to the time's embedding, and not to what its MLP makes of it.
+        unit_range_input: whether the network sees (x + 1) / 2.
+        variance_exploding: whether it sees x without a scale, and is one of `EDMEulerScheduler` all the same: see the
+            module's docstring.
         sigma_data: the standard deviation of the data, of `EDMEulerScheduler`, where `variance_exploding`.
     """
 
@@ -158,7 +169,7 @@ class ScoreUNet2DModel(UNet2DModel):
                 if hasattr(block, "attentions"):
                     none = [nn.Identity() for _ in block.resnets[1:]]
                     block.attentions = nn.ModuleList([*none, block.attentions[-1]])
-        for module in self.modules():
+        for module in list(self.modules()):
             self._set_apart(module)
         self.input_pyramid = nn.ModuleList()
         if residual_input is not None:

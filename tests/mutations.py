@@ -360,8 +360,8 @@ MUTATIONS = [
     ),
     Mutation(
         "checkpoints",
-        "label_table(weights, sqrt(classes) if song else 1.0, bool(rate))",
-        "label_table(weights, 1.0, bool(rate))",
+        "label_table(weights, sqrt(classes) if song else 1.0, dropout)",
+        "label_table(weights, 1.0, dropout)",
         "tests/test_checkpoints.py -k answers",
     ),
     Mutation(
@@ -423,6 +423,18 @@ MUTATIONS = [
         "module.num_groups = min(32, module.num_channels // config.norm_group_size)",
         "module.num_groups = min(32, module.num_channels // 8)",
         "tests/test_checkpoints.py -k answers",
+    ),
+    Mutation(
+        "score_unet",
+        "block.resnets[i].in_channels - block_out_channels[0] + first_channels",
+        "block.resnets[i].in_channels",
+        "tests/test_checkpoints.py -k published",
+    ),
+    Mutation(
+        "checkpoints",
+        "if compressed:",
+        "if False:",
+        "tests/test_checkpoints.py -k memory",
     ),
 ]
 

@@ -67,7 +67,7 @@ def save(args: ConvertArguments, converted: Converted, name: str) -> None:
         pipeline.save_pretrained(aside)
     subject, file = subject_of(pipeline), Path(str(args.file)).name
     origin = "" if args.source is None else f" from {shown(args.source)}"
-    owner = "its owner says nothing here" if args.license is None else f"by its owner's word, {args.license}"
+    owner = "not said here (--license)" if args.license is None else f"as its owner states it, {args.license}"
     parts = [
         f"Converted from `{file}`{origin}. Licence of the weights: {owner}.",
         *converted.sentences(),
