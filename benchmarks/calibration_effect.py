@@ -14,7 +14,8 @@ many forward passes per noise level spent on the estimate:
 
 Frechet distance of a small classifier's features to held-out images, the same noise for all variants, with its change
 from the baseline; and "bound", the gain of the likelihood bound on held-out images, int (2 o^ . o - |o^|^2) dln(sigma)
-in bits per dimension, o measured there. Writes an evaluation (index.html, table.md ...) for each model and scheduler.
+in bits per dimension, o measured there. `--schedulers` are names with settings, as `evaluate` takes them. Writes an
+evaluation (index.html, table.md ...) for each model and scheduler.
 """
 
 import copy
@@ -28,7 +29,7 @@ from trained import batches, held_out_images, load, train
 
 from diffusers_ext import Calibration, ClassConditionalPipeline, estimate_calibration
 from diffusers_ext.data.batches import Images
-from diffusers_ext.evaluation import evaluate, markdown_table, swap_scheduler, write_report
+from diffusers_ext.evaluation import evaluate, markdown_table, read_schedulers, swap_scheduler, write_report
 from diffusers_ext.schedulers import calibrated_class
 from diffusers_ext.subjects import Subject
 
@@ -76,7 +77,8 @@ def main() -> None:
             for name, tables in (("plain", plain), ("ours", ours), ("random", random_pattern(ours))):
                 found[f"{passes} passes, {name}, bound {bound_gain(tables, truth):+.5f}"] = tables
         for scheduler in args.schedulers:
-            stock, network = swap_scheduler(subject.pipeline, scheduler), subject.network
+            ((name, settings),) = read_schedulers([scheduler]).values()
+            stock, network = swap_scheduler(subject.pipeline, name, **settings), subject.network
             subtract = calibrated_class(type(stock).__name__).from_scheduler
             models = {name: ClassConditionalPipeline(network, subtract(stock, table)) for name, table in found.items()}
             folder = args.output_dir / f"steps-{steps}-{scheduler}"

@@ -95,6 +95,20 @@ class Resample(nn.Module):
         return resample(x, kernel, stride=2, padding=self.padding, groups=channels)
 
 
+def block_types(attended: Sequence[bool], resample_type: str) -> tuple[list[str], list[str]]:
+    """Return diffusers' names of the blocks of the levels, down and up.
+
+    Args:
+        attended: whether each level has attention, that of the full resolution first.
+        resample_type: what changes the resolution, `resnet` or `conv`.
+    """
+    down, up = {"resnet": ("ResnetDownsample", "ResnetUpsample"), "conv": ("Down", "Up")}[resample_type]
+    return (
+        [f"{'AttnDown' if has else down}Block2D" for has in attended],
+        [f"{'AttnUp' if has else up}Block2D" for has in reversed(attended)],
+    )
+
+
 class ScoreUNet2DModel(UNet2DModel):
     """The U-Nets of score-based models: DDPM++, NCSN++ and relatives of ADM. Arguments that are not listed are those of
     `UNet2DModel`.
@@ -111,6 +125,7 @@ class ScoreUNet2DModel(UNet2DModel):
         attention_after_last_up_block: whether a level of the decoder has attention after its last block alone.
         norm_group_size: the least number of channels of a group of a norm, of which there are 32 at most.
         output_scale_factor: residual blocks and attentions divide their sum by it.
+        resample_type: what changes the resolution: residual blocks, or convolutions with stride 2 and after repetition.
         resample_filter: the taps of the separable filter with which residual blocks change the resolution.
         resample_shortcut: whether these have a 1x1 convolution on the way around.
         residual_input: how the pyramid's convolutions halve the resolution: `filtered` (3x3, then `resample_filter`) or
@@ -141,6 +156,7 @@ class ScoreUNet2DModel(UNet2DModel):
         norm_group_size: int = 4,
         output_scale_factor: float = sqrt(2),
         resnet_time_scale_shift: Literal["default", "scale_shift"] = "default",
+        resample_type: Literal["resnet", "conv"] = "resnet",
         resample_filter: tuple[float, ...] = (1, 1),
         resample_shortcut: bool = True,
         residual_input: Literal["filtered", "strided"] | None = None,
@@ -180,6 +196,7 @@ class ScoreUNet2DModel(UNet2DModel):
         """Make a `UNet2DModel` with the blocks of this one."""
         config = self.config  # which `register_to_config` has set before this
         attended = [level in config.attention_levels for level in range(len(config.block_out_channels))]
+        down, up = block_types(attended, config.resample_type)
         stock: Any = UNet2DModel.__init__
         stock.__wrapped__(  # below `register_to_config`, so that the configuration has our own arguments alone
             self,
@@ -187,13 +204,13 @@ class ScoreUNet2DModel(UNet2DModel):
             in_channels=config.in_channels,
             out_channels=config.out_channels,
             time_embedding_dim=self._widths[1],
-            down_block_types=["AttnDownBlock2D" if one else "ResnetDownsampleBlock2D" for one in attended],
-            up_block_types=["AttnUpBlock2D" if one else "ResnetUpsampleBlock2D" for one in reversed(attended)],
+            down_block_types=down,
+            up_block_types=up,
             block_out_channels=config.block_out_channels,
             layers_per_block=config.layers_per_block,
             mid_block_scale_factor=config.output_scale_factor,
-            downsample_type="resnet",
-            upsample_type="resnet",
+            downsample_type=config.resample_type,
+            upsample_type=config.resample_type,
             dropout=config.dropout,
             attention_head_dim=None,
             norm_num_groups=1,

@@ -359,9 +359,9 @@ def _set_facts(module, song):
 # --- score_sde and Reflected-Diffusion --------------------------------------------------------------------------------
 
 
-def ncsnpp(w, x, t, *, width=16, mult=(1, 2), n=2, attended=(1,), fourier=True, residual_input="filtered"):
+def ncsnpp(w, x, t, *, width=16, mult=(1, 2), n=2, attended=(1,), fourier=True, residual_input="filtered", fir=False):
     """t: what the embedding is of, ln(sigma) or a timestep. Without the division by sigma at the end."""
-    taps = (1, 3, 3, 1) if residual_input == "filtered" else (1, 1)
+    taps = (1, 3, 3, 1) if fir or residual_input == "filtered" else (1, 1)
     i = iter(range(10_000))
 
     def name():
@@ -396,7 +396,7 @@ def ncsnpp(w, x, t, *, width=16, mult=(1, 2), n=2, attended=(1,), fourier=True, 
         a = attend(*(mixed(k, h)[:, None] for k in range(3)))[:, 0]
         return (x + mixed(3, a).reshape(x.shape)) * ROOT_HALF
 
-    pyramid, skips = x, [conv(w, name(), x, width * mult[0], 3, padding=1)]
+    pyramid, skips = x, [conv(w, name(), x, width, 3, padding=1)]
     for level, m in enumerate(mult):
         for _ in range(n):
             h = residual(skips[-1], width * m)
@@ -438,7 +438,8 @@ def pth_file(path, w, sigmas=None, reflected=False):
     model |= {name: value if name in constant else torch.full_like(value, 7.0) for name, value in average.items()}
     shadow = [value for name, value in average.items() if name not in constant]
     ema = {"decay": 0.999, "num_updates": 3, "shadow_params": shadow}
-    content = {"optimizer": {"state": {}, "param_groups": []}, "model": model, "ema": ema, "step": 5}
+    groups = [{"lr": np.float64(2e-4) * np.minimum(5 / 5000, 1.0), "step": np.int64(5)}]  # as their warm-up leaves it
+    content = {"optimizer": {"state": {}, "param_groups": groups}, "model": model, "ema": ema, "step": 5}
     if reflected:
         content["scaler"] = None
     else:

@@ -78,7 +78,17 @@ ADM = {
     "strided convolutions": ({"residual_resampling": False}, {}, UNet2DModel),
     "classes": ({"classes": CLASSES}, {}, UNet2DModel),
     "a shift alone, no variance": ({"scale_shift": False, "out_channels": 3}, {}, UNet2DModel),
-    "four heads everywhere": ({"heads": 4}, {"attention_head_dim": None, "num_attention_heads": 4}, ScoreUNet2DModel),
+    "four heads everywhere": (
+        {"heads": 4, "attended": (0, 1)},
+        {"attention_head_dim": None, "num_attention_heads": 4},
+        ScoreUNet2DModel,
+    ),
+    "four heads, strided convolutions": (
+        {"heads": 4, "residual_resampling": False, "attended": (0, 1)},
+        {"attention_head_dim": None, "num_attention_heads": 4},
+        ScoreUNet2DModel,
+    ),
+    "four heads of one width": ({"heads": 4}, {"attention_head_dim": None, "num_attention_heads": 4}, UNet2DModel),
     "a narrower first level": ({"mult": (0.5, 1, 2), "width": 64, "attended": (1, 2), "n": 2}, {}, ScoreUNet2DModel),
 }
 
@@ -119,11 +129,15 @@ def test_a_network_of_edm_answers_as_it_did(options, file, kind, tmp_path):
     torch.testing.assert_close(answer(converted.unet, X, TIME, labels), output, **EXACT)
 
 
-@pytest.mark.parametrize(("depth", "attended"), [((1, 2), (1,)), ((1, 2, 2), (0, 2)), ((1, 1, 2), ())])
-def test_a_network_of_score_sde_answers_as_it_did(depth, attended, tmp_path):
-    options = {"fourier": False, "residual_input": None, "mult": depth, "attended": attended}
+@pytest.mark.parametrize(
+    ("depth", "attended", "fir"),
+    [((1, 2), (1,), False), ((1, 2, 2), (0, 2), True), ((1, 1, 2), (), False), ((2, 2), (1,), False)],
+)
+def test_a_network_of_score_sde_answers_as_it_did(depth, attended, fir, tmp_path):
+    options = {"fourier": False, "residual_input": None, "mult": depth, "attended": attended, "fir": fir}
     path, _, output = score_sde_file(tmp_path / "model.pth", STEPS, **options)
-    converted = convert_checkpoint(path, resolution=8, sde="ddpm")
+    converted = convert_checkpoint(path, resolution=8, sde="ddpm", fir=fir or None)
+    assert ("the filter 1, 3, 3, 1" if fir else "means of 2 x 2") in converted.sentences()[1]
     torch.testing.assert_close(answer(converted.unet, X, STEPS), output, **EXACT)
     assert converted.scheduler.config.beta_schedule == "linear"
 
@@ -161,7 +175,7 @@ KEYS = """
     attention_after_last_up_block attention_head_dim attention_levels block_out_channels dropout embedding_channels
     first_channels flip_sin_to_cos freq_shift in_channels labels_before_time_mlp layers_per_block norm_eps
     norm_group_size num_attention_heads num_class_embeds out_channels output_scale_factor resample_filter
-    resample_shortcut residual_input resnet_time_scale_shift sample_size sigma_data time_embedding_dim
+    resample_shortcut resample_type residual_input resnet_time_scale_shift sample_size sigma_data time_embedding_dim
     time_embedding_type time_offset time_scale unit_range_input variance_exploding
 """
 
@@ -487,14 +501,21 @@ def test_another_network_is_refused_with_what_it_is(tmp_path):
     path, _, _ = edm_files(tmp_path / "edm.pkl", {}, {"precond": "VPPrecond"})
     refused(path, "looks like one of EDM, and is another: KeyError: 'beta_min'")
     refused(tmp_path / "nothing.pt", "there is no file")
+    path, _, _ = score_sde_file(tmp_path / "model.pth", sigmas=VE_SIGMAS)
+    content = read_checkpoint(path)
+    for part, change in (("GroupNorm_0", "GroupNorm_9"), ("Conv_1", "Conv_9")):  # as with other kinds of blocks
+        changed = {name.replace(f"4.{part}.", f"4.{change}."): value for name, value in content["model"].items()}
+        torch.save(content | {"model": changed}, tmp_path / "other.pth")
+        refused(tmp_path / "other.pth", "has no all_modules|is no residual block", resolution=8)
 
 
 def test_the_average_is_taken_and_must_fit(tmp_path):
     path, _, _ = score_sde_file(tmp_path / "model.pth", sigmas=VE_SIGMAS)
-    content = torch.load(path, weights_only=True)
+    content = read_checkpoint(path)
+    assert content["optimizer"]["param_groups"] == [{"lr": pytest.approx(2e-7), "step": 5}]  # numbers of numpy's
     assert (content["model"]["module.all_modules.1.weight"] == 7).all()  # the model itself is another one
     for shadow in (content["ema"]["shadow_params"][:-1], content["ema"]["shadow_params"][::-1], None):
-        torch.save(content | {"ema": {"shadow_params": shadow}}, tmp_path / "wrong.pth")
+        torch.save(content | {"ema": {"shadow_params": shadow}, "optimizer": {}}, tmp_path / "wrong.pth")
         refused(tmp_path / "wrong.pth", "does not hold an average", resolution=8)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of ADM (guided-diffusion, improved-diffusion): a state dict in a .pt file.
+"""Checkpoints of ADM (guided-diffusion): a state dict in a .pt file.
 
     time_embed.{0,2}  label_emb  input_blocks.i.{0,1,...}  middle_block.{0,1,2}  output_blocks.i.{0,1,...}  out.{0,2}
 
@@ -70,8 +70,11 @@ def convert_adm(
         raise InputError(f"it maps {taken} channels to {given}: a model of superresolution or another task")
     tensors.require_empty()
     description |= {"sample_size": resolution, "norm_eps": 1e-5, "norm_group_size": 1}
+    description |= {"resample_type": "conv" if reader.convolutional else "resnet"}
+    if num_attention_heads is not None and len(reader.widths) == 1:  # heads of one width, as UNet2DModel has them
+        attention_head_dim, num_attention_heads = reader.widths.pop() // num_attention_heads, None
     description |= {"num_attention_heads": num_attention_heads, "attention_head_dim": attention_head_dim or 64}
-    unet = make_unet(description, weights, convolutional=reader.convolutional)
+    unet = make_unet(description, weights)
     scheduler = ddpm_scheduler(beta_schedule, given == 2 * taken)
     order = "jhd, use_new_attention_order" if new_attention_order else "hjd, the usual one"
     assumed = [f"attention's rows in the order {order}", "1000 timesteps"]
@@ -85,6 +88,7 @@ class _Reader:
         self.tensors, self.heads, self.head_dim, self.order = tensors, heads, head_dim, order
         self.convolutional = False
         self.attended: set[int] = set()
+        self.widths: set[int] = set()
 
     def read(self) -> tuple[dict[str, Any], State]:
         """Return the description of the network, and its weights by diffusers' names."""
@@ -158,10 +162,11 @@ class _Reader:
         return found
 
     def attention(self, prefix: str, where: str) -> State:
-        heads = self.heads
+        heads, width = self.heads, self.tensors.peek(f"{prefix}qkv.weight").shape[1]
+        self.widths.add(width)
         if heads is None:
             assert self.head_dim is not None
-            heads = max(self.tensors.peek(f"{prefix}qkv.weight").shape[1] // self.head_dim, 1)
+            heads = max(width // self.head_dim, 1)
         return below(where, attention(self.tensors, prefix, ATTENTION, heads, self.order))
 
     def resampling(self, prefix: str, where: str, convolution: str) -> State:

@@ -19,7 +19,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from ..errors import InputError
-from ..score_unet import ScoreUNet2DModel
+from ..score_unet import ScoreUNet2DModel, block_types
 
 State = dict[str, Tensor]
 
@@ -139,16 +139,15 @@ _OF_BOTH = (
 )
 
 
-def make_unet(description: Mapping[str, Any], state: State, convolutional: bool = False) -> UNet2DModel:
+def make_unet(description: Mapping[str, Any], state: State) -> UNet2DModel:
     """Return the network with these weights.
 
     Args:
         description: the arguments of `ScoreUNet2DModel`.
         state: the weights under diffusers' names.
-        convolutional: whether resolutions change by convolutions with stride 2, and not by residual blocks.
 
     Raises:
-        InputError: the weights do not fit the description, or there is no such network in diffusers and here.
+        InputError: the weights do not fit the description.
     """
     defaults = inspect.signature(ScoreUNet2DModel.__init__).parameters.values()
     description = {one.name: one.default for one in defaults if one.name != "self"} | dict(description)
@@ -156,19 +155,12 @@ def make_unet(description: Mapping[str, Any], state: State, convolutional: bool 
     is_stock = all(description[name] == value for name, value in _STOCK.items())
     is_stock &= description["embedding_channels"] in (None, channels[0])
     is_stock &= min(channels) // description["norm_group_size"] >= 32
-    if convolutional and not is_stock:
-        raise InputError("a network with strided convolutions that is not exactly a UNet2DModel cannot be represented")
     if is_stock:
         attended = [level in description["attention_levels"] for level in range(len(channels))]
-        plain = ("DownBlock2D", "UpBlock2D") if convolutional else ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
-        down, up = (
-            [f"Attn{way}Block2D" if has else name for has in attended]
-            for way, name in zip(("Down", "Up"), plain, strict=True)
-        )
+        down, up = block_types(attended, description["resample_type"])
         config = {name: description[name] for name in _OF_BOTH}
-        by = "conv" if convolutional else "resnet"
-        config |= {"down_block_types": down, "up_block_types": up[::-1], "attn_norm_num_groups": 32}
-        config |= {"downsample_type": by, "upsample_type": by}
+        config |= {"down_block_types": down, "up_block_types": up, "attn_norm_num_groups": 32}
+        config |= dict.fromkeys(("downsample_type", "upsample_type"), description["resample_type"])
     kind, arguments = (UNet2DModel, config) if is_stock else (ScoreUNet2DModel, description)
     with torch.device("meta"):  # no memory for what does not fit
         needed = {name: value.shape for name, value in kind(**arguments).state_dict().items()}

@@ -68,7 +68,7 @@ def _require_stored(path: Path) -> None:
 def _by_torch(file: Any, **options: Any) -> Any:
     name = getattr(file, "name", "a tensor")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_NUMBERS):
             warnings.simplefilter("ignore")  # of storages, which we do not use as such
             return torch.load(file, map_location="cpu", weights_only=True, **options)
     except pickle.UnpicklingError as error:
@@ -122,16 +122,22 @@ def _module_dict(*args: Any) -> Record:
     return Record("ModuleDict")
 
 
-def _dtype(text: Any, *_: Any) -> Record:
-    if text not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
-        raise ValueError(f"numbers of numpy's type {str(text)[:20]!r}")
-    return Record("dtype", (text,))
+class _DType(Record):
+    """The type of a number of numpy's, of which its name is taken."""
+
+    def __init__(self, text: Any, *_: Any) -> None:
+        if text not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
+            raise ValueError(f"numbers of numpy's type {str(text)[:20]!r}")
+        super().__init__(text)
+
+    def __setstate__(self, _: Any) -> None:
+        """What torch's reader calls with the rest of the type's description: the order of the bytes, and no more."""
 
 
 def _scalar(dtype: Any, content: Any) -> float | int:
-    if not (isinstance(dtype, Record) and dtype.name == "dtype" and isinstance(content, bytes)):
+    if not (isinstance(dtype, _DType) and isinstance(content, bytes)):
         raise ValueError("a number of numpy's without type or content")
-    return np.frombuffer(content, f"<{dtype.args[0]}", count=1)[0].item()
+    return np.frombuffer(content, f"<{dtype.name}", count=1)[0].item()
 
 
 def _encode(text: Any, encoding: Any = "latin1") -> bytes:
@@ -181,8 +187,13 @@ _NAMES = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
     "torch.storage._load_from_bytes": _storage,
-    "numpy.dtype": _dtype,
+    "numpy.dtype": _DType,
     "numpy.core.multiarray.scalar": _scalar,
     "numpy._core.multiarray.scalar": _scalar,
     "_codecs.encode": _encode,
 }
+
+_NUMBERS: list[Any] = [
+    (function, name) for name, function in _NAMES.items() if name.startswith("numpy.") or name == "_codecs.encode"
+]
+"""What torch's reader may call beside its own: optimizers hold numbers of numpy's, which become numbers here, too."""

@@ -50,6 +50,7 @@ def convert_score_sde(
     sigma_max: float | None = None,
     beta_min: float = 0.1,
     beta_max: float = 20.0,
+    fir: bool = False,
 ) -> Converted:
     """Return the pipeline of the averaged network.
 
@@ -59,6 +60,8 @@ def convert_score_sde(
         resolution: of the training; needed.
         sigma_min, sigma_max: of `ve` and `reflected`, of data in [0, 1]; by default the file's.
         beta_min, beta_max: of `vp`.
+        fir: whether residual blocks change the resolution by the filter (1, 3, 3, 1), as its configuration says; needed
+            where no pyramid of the input shows it.
 
     Raises:
         InputError: something is needed and missing, or the network is another one.
@@ -70,6 +73,7 @@ def convert_score_sde(
         raise InputError("it is the network of VDM, all at one resolution, which is no U-Net of diffusers")
     levels = tensors.take("sigmas") if "sigmas" in tensors else None
     null: int | None = None
+    assumed: list[str] = []
     if "model.map_noise" in " ".join(tensors.left) or "model.map_layer0.weight" in tensors:
         described, sde = "a DhariwalUNet", sde or "reflected"
         facts = {"output_scale_factor": 1.0, "resnet_time_scale_shift": "scale_shift", "norm_eps": 1e-5}
@@ -83,6 +87,10 @@ def convert_score_sde(
         time_is = log(2)  # the network is told ln(sigma) less this, sigma in the units of data in [0, 1]
     else:
         description, weights = _Reader(tensors).read()
+        assumed.append("residual blocks divided by the square root of 2 (skip_rescale)")
+        if description["residual_input"] is None:
+            description["resample_filter"] = (1, 3, 3, 1) if fir else (1, 1)
+            assumed.append(f"resolutions changed by {'the filter 1, 3, 3, 1' if fir else 'means of 2 x 2'} (fir)")
         fourier, time_is = description["time_embedding_type"] == "fourier", 0.0
         if fourier and sde is None:
             sde = "reflected" if "scaler" in content else "ve"
@@ -94,12 +102,12 @@ def convert_score_sde(
             )
     tensors.require_empty()
     description["sample_size"] = resolution
-    assumed = ["residual blocks divided by the square root of 2"] if described != "a DhariwalUNet" else []
     if sde in ("vp", "ddpm"):
         scheduler: Any = vp_scheduler(beta_min, beta_max) if sde == "vp" else ddpm_scheduler("linear")
         assumed += [f"beta from {beta_min:g} to {beta_max:g}" if sde == "vp" else "betas from 0.0001 to 0.02"]
         return Converted(make_unet(description, weights), scheduler, null, f"{described} of {sde}", assumed=assumed)
     low, high = _range(levels, sigma_min, sigma_max)
+    assumed.append(f"noise levels of data in [0, 1], from {low:.4g} to {high:.4g}")
     if sde == "ve":
         scheduler = edm_scheduler(2 * low, 2 * high, 0.5)
         description["variance_exploding"] = True
@@ -176,7 +184,7 @@ class _Reader:
             if level < levels - 1:
                 weights |= below(f"down_blocks.{level}.downsamplers.0", self.resnet())
                 for theirs, kind, ours in (("Conv2d_0", "filtered", 0), ("Conv_0", "strided", 1)):
-                    if self.has(f"{theirs}.weight") and not self.has("GroupNorm_0.weight"):
+                    if self.has(f"{theirs}.weight") and not self.has("GroupNorm_0.weight") and self.is_3x3(theirs):
                         pyramid = kind
                         weights |= self.tensors.part(self.next(), {f"input_pyramid.{level}.{ours}": theirs})
         weights |= below("mid_block.resnets.0", self.resnet())
@@ -195,6 +203,7 @@ class _Reader:
             "in_channels": weights["conv_in.weight"].shape[1],
             "out_channels": weights["conv_out.weight"].shape[0],
             "block_out_channels": tuple(channels),
+            "first_channels": None if (stem := weights["conv_in.weight"].shape[0]) == channels[0] else stem,
             "layers_per_block": n,
             "attention_levels": tuple(sorted(attended)),
             "residual_input": pyramid,
@@ -203,6 +212,9 @@ class _Reader:
             "embedding_channels": first.shape[1] // (2 if fourier else 1),
             "time_embedding_dim": first.shape[0],
         }, weights
+
+    def is_3x3(self, name: str) -> bool:
+        return self.tensors.peek(f"all_modules.{self.i}.{name}.weight").shape[2:] == (3, 3)
 
     def _counts(self) -> tuple[int, int]:
         """Return the numbers of levels and of residual blocks in each."""
@@ -227,6 +239,12 @@ class _Reader:
         return self.tensors.part("", {ours: self.next().removesuffix(".")})
 
     def resnet(self) -> State:
+        if not self.has("Conv_1.weight"):
+            raise InputError(
+                f"all_modules.{self.i} is no residual block, where one should be: of NCSN++ and DDPM++ those with "
+                f"BigGAN's residual blocks, and a residual pyramid or none, can be represented (not output_skip or "
+                f"input_skip)"
+            )
         return resnet(self.tensors, self.next(), RESNET)
 
     def attention(self, where: str) -> State:

@@ -46,6 +46,7 @@ class ConvertArguments(HubArguments):
         None, "ve, reflected: least noise, of data in [0, 1]; by default the file's.", above=0
     )
     sigma_max: float | None = arg(None, "ve, reflected: most noise, likewise.", above=0)
+    fir: bool = arg(False, "score_sde: fir in its configuration, where the network has no pyramid of the input.")
     beta_min: float | None = arg(None, "vp: beta at time 0, by default 0.1.", above=0)
     beta_max: float | None = arg(None, "vp: beta at time 1, by default 20.", above=0)
     source: str | None = arg(None, "Where the file comes from, for the card: an address, or words.")
@@ -56,7 +57,7 @@ class ConvertArguments(HubArguments):
         """What is told about the model, as arguments of `convert_checkpoint`."""
         own = ("resolution", "beta_schedule", "attention_head_dim", "num_attention_heads", "sde")
         values = {name: getattr(self, name) for name in (*own, "sigma_min", "sigma_max", "beta_min", "beta_max")}
-        return values | {"new_attention_order": self.new_attention_order or None}
+        return values | {"new_attention_order": self.new_attention_order or None, "fir": self.fir or None}
 
 
 def save(args: ConvertArguments, converted: Converted, name: str) -> None:

@@ -71,10 +71,11 @@ def verdict(calibration: Calibration) -> str:
             f"{len(numbers['sigma'])} levels; the largest standard error is {calibration.std_error.max():.2g}."
         )
     advice = (
-        "Strong models often gain nothing. It depends on the solver, too: of models that were trained briefly, samples "
-        "of DDIM gained, and those of DPMSolverMultistep did not. Before you keep it, compare samples of the solver "
-        "that you use: `diffusers-ext evaluate ... --schedulers DPMSolverMultistep,CalibratedDPMSolverMultistep`, "
-        "whose page begins with the verdict."
+        "Strong models often gain nothing. Of models of pixels that were trained briefly, samples gained where the "
+        "solver clips x0, which is worth more by itself: `clip_sample` of DDIM and DDPM, `thresholding` of DPMSolver "
+        "and UniPC. Before you keep it, compare samples of the solver that you use: `diffusers-ext evaluate ... "
+        "--schedulers DPMSolverMultistep:thresholding=true,CalibratedDPMSolverMultistep:thresholding=true` (of latents "
+        "without thresholding), whose page begins with the verdict."
     )
     return "\n".join([*lines, "", advice])
 
