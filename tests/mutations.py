@@ -372,8 +372,8 @@ MUTATIONS = [
     ),
     Mutation(
         "checkpoints",
-        '"time_offset": log(low) - time_is',
-        '"time_offset": log(low) + time_is',
+        '"time_offset": log(low) - shift',
+        '"time_offset": log(low) + shift',
         "tests/test_checkpoints.py -k reflected",
     ),
     Mutation(

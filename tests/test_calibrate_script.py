@@ -76,7 +76,7 @@ def test_a_constant_output_is_found_and_taken_away(calibrate, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "worth trying" in said
     assert "4 of 4 levels, the largest 0.1" in said
-    assert "It depends on the solver" in said
+    assert "samples gained where the solver clips x0" in said
     card = (tmp_path / "out" / "README.md").read_text()
     assert "pipe = calibrate_pipeline(pipe, calibration)" in card
     assert str(tmp_path) not in card

@@ -72,51 +72,71 @@ def convert_score_sde(
     if "cond_map.0.weight" in tensors:
         raise InputError("it is the network of VDM, all at one resolution, which is no U-Net of diffusers")
     levels = tensors.take("sigmas") if "sigmas" in tensors else None
-    null: int | None = None
-    assumed: list[str] = []
-    if "model.map_noise" in " ".join(tensors.left) or "model.map_layer0.weight" in tensors:
-        described, sde = "a DhariwalUNet", sde or "reflected"
-        facts = {"output_scale_factor": 1.0, "resnet_time_scale_shift": "scale_shift", "norm_eps": 1e-5}
-        facts |= {"num_attention_heads": None, "attention_head_dim": 64}
-        description, weights = read_unet(tensors, "model.", facts, song=False)
-        description["unit_range_input"] = True
-        if "map_label.weight" in weights:
-            null = weights["map_label.weight"].shape[1]
-            label_table(weights, 1.0, with_null=True)
-            description["num_class_embeds"] = null + 1
-        time_is = log(2)  # the network is told ln(sigma) less this, sigma in the units of data in [0, 1]
+    null, assumed, shift = None, list[str](), 0.0
+    if "model.map_layer0.weight" in tensors:
+        described, shift = "a DhariwalUNet", log(2)
+        description, weights, null = _dhariwal(tensors)
+        if sde not in (None, "reflected"):
+            raise InputError(f"--sde {sde}: a DhariwalUNet in such a file is one of reflected")
+        sde = "reflected"
     else:
         description, weights = _Reader(tensors).read()
         assumed.append("residual blocks divided by the square root of 2 (skip_rescale)")
         if description["residual_input"] is None:
             description["resample_filter"] = (1, 3, 3, 1) if fir else (1, 1)
             assumed.append(f"resolutions changed by {'the filter 1, 3, 3, 1' if fir else 'means of 2 x 2'} (fir)")
-        fourier, time_is = description["time_embedding_type"] == "fourier", 0.0
-        if fourier and sde is None:
-            sde = "reflected" if "scaler" in content else "ve"
-        if sde is None or fourier != (sde in ("ve", "reflected")):
-            raise InputError(
-                f"--sde {sde or 'is needed'}: its network has {'Fourier features' if fourier else 'timesteps'}; with "
-                f"timesteps it is one of vp (of continuous times) or ddpm (of 1000 discrete ones), with Fourier "
-                f"features one of ve or reflected"
-            )
+        sde = _process(sde, description["time_embedding_type"] == "fourier", "scaler" in content)
     tensors.require_empty()
     description["sample_size"] = resolution
-    if sde in ("vp", "ddpm"):
-        scheduler: Any = vp_scheduler(beta_min, beta_max) if sde == "vp" else ddpm_scheduler("linear")
-        assumed += [f"beta from {beta_min:g} to {beta_max:g}" if sde == "vp" else "betas from 0.0001 to 0.02"]
-        return Converted(make_unet(description, weights), scheduler, null, f"{described} of {sde}", assumed=assumed)
-    low, high = _range(levels, sigma_min, sigma_max)
-    assumed.append(f"noise levels of data in [0, 1], from {low:.4g} to {high:.4g}")
-    if sde == "ve":
-        scheduler = edm_scheduler(2 * low, 2 * high, 0.5)
-        description["variance_exploding"] = True
+    if sde == "vp":
+        scheduler: Any = vp_scheduler(beta_min, beta_max)
+        assumed.append(f"beta from {beta_min:g} to {beta_max:g}")
+    elif sde == "ddpm":
+        scheduler = ddpm_scheduler("linear")
+        assumed.append("betas from 0.0001 to 0.02")
     else:
-        scheduler = reflected_scheduler(2 * low, 2 * high)
-        description |= {"time_scale": log(high / low) / (N - 1), "time_offset": log(low) - time_is}
-        for kind in ("weight", "bias"):
-            weights[f"conv_out.{kind}"] = -weights[f"conv_out.{kind}"]
+        low, high = _range(levels, sigma_min, sigma_max)
+        assumed.append(f"noise levels of data in [0, 1], from {low:.4g} to {high:.4g}")
+        if sde == "ve":
+            scheduler = edm_scheduler(2 * low, 2 * high, 0.5)
+            description["variance_exploding"] = True
+        else:
+            scheduler = reflected_scheduler(2 * low, 2 * high)
+            description |= {"time_scale": log(high / low) / (N - 1), "time_offset": log(low) - shift}
+            for kind in ("weight", "bias"):
+                weights[f"conv_out.{kind}"] = -weights[f"conv_out.{kind}"]
     return Converted(make_unet(description, weights), scheduler, null, f"{described} of {sde}", assumed=assumed)
+
+
+def _dhariwal(tensors: Tensors) -> tuple[dict[str, Any], State, int | None]:
+    """Return the description of Reflected-Diffusion's DhariwalUNet, its weights, and its null class: no label."""
+    facts = {"output_scale_factor": 1.0, "resnet_time_scale_shift": "scale_shift", "norm_eps": 1e-5}
+    facts |= {"num_attention_heads": None, "attention_head_dim": 64}
+    description, weights = read_unet(tensors, "model.", facts, song=False)
+    description["unit_range_input"] = True
+    if "map_label.weight" not in weights:
+        return description, weights, None
+    null = weights["map_label.weight"].shape[1]
+    label_table(weights, 1.0, with_null=True)
+    return description | {"num_class_embeds": null + 1}, weights, null
+
+
+def _process(sde: str | None, fourier: bool, with_scaler: bool) -> str:
+    """Return the process of an NCSN++ or DDPM++: the one that is told, or the one that the file shows.
+
+    Args:
+        fourier: whether its time is embedded by Fourier features.
+        with_scaler: whether the file has a `scaler`, as those of Reflected-Diffusion have.
+    """
+    if fourier and sde is None:
+        return "reflected" if with_scaler else "ve"
+    if sde is None or fourier != (sde in ("ve", "reflected")):
+        raise InputError(
+            f"--sde {sde or 'is needed'}: its network has {'Fourier features' if fourier else 'timesteps'}; with "
+            f"timesteps it is one of vp (of continuous times) or ddpm (of 1000 discrete ones), with Fourier features "
+            f"one of ve or reflected"
+        )
+    return sde
 
 
 def _range(levels: Tensor | None, low: float | None, high: float | None) -> tuple[float, float]:
