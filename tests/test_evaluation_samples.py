@@ -42,9 +42,11 @@ from diffusers_ext.evaluation import (
     likelihood,
     pipeline_fingerprint,
     quality,
+    read_schedulers,
     steps_for,
     swap_scheduler,
 )
+from diffusers_ext.evaluation.schedulers import clipping_advice
 from diffusers_ext.extractors import Extractor
 from diffusers_ext.interop import stored_scheduler
 from diffusers_ext.schedulers import save_tables
@@ -369,6 +371,26 @@ def test_a_scheduler_that_the_pipeline_cannot_take_is_refused_with_a_list():
     with pytest.raises(InputError, match="cannot take DDIMScheduler"):
         swap_scheduler(edm, "DDIM")
     assert type(swap_scheduler(edm, "EDMDPMSolverMultistep")).__name__ == "EDMDPMSolverMultistepScheduler"
+
+
+@pytest.mark.parametrize(
+    ("words", "advised"),
+    [
+        ("DDIM", None),  # it clips
+        ("DPMSolverMultistep", "DPMSolverMultistep:thresholding=true"),
+        ("DPMSolverMultistep:solver_order=3", "DPMSolverMultistep:solver_order=3:thresholding=true"),
+        ("DPMSolverMultistep:thresholding=true", None),
+        ("DDIM:clip_sample=false", None),  # whoever says so knows
+        ("PNDM", None),  # it cannot clip
+    ],
+)
+def test_a_sampler_of_pixels_that_does_not_clip_is_told_how_to(words, advised):
+    pipeline = DDIMPipeline(tiny_unet(), DDIMScheduler())
+    ((name, settings),) = read_schedulers([words]).values()
+    scheduler = swap_scheduler(pipeline, name, **settings)
+    found = clipping_advice(scheduler, words)
+    assert (found is None) == (advised is None)
+    assert advised is None or f"compare {advised}, too" in found
 
 
 def test_another_scheduler_keeps_the_noise_levels():

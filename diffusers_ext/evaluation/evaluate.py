@@ -51,7 +51,7 @@ from .measures import likelihood as measure_likelihood
 from .real_images import MIN_IMAGES, MeasureArguments, RealImages
 from .sample_pictures import grids, nearest_to_training
 from .samples import Drawing, pipeline_fingerprint
-from .schedulers import OWN, possible_steps, read_schedulers, swap_scheduler
+from .schedulers import OWN, clipping_advice, possible_steps, read_schedulers, swap_scheduler
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -282,6 +282,7 @@ def _plan(
 ) -> list[Drawing]:
     """Return all drawings that the evaluation needs, each once."""
     planned: dict[str, Drawing] = {}
+    advice: dict[str, None] = {}
     for model, subject in subjects.items():
         pipeline, identity = subject.pipeline, pipeline_fingerprint(subject.pipeline)
         options = options | {"resolution": resolution if subject.takes_captions else None}
@@ -289,9 +290,13 @@ def _plan(
             scheduler = swap_scheduler(pipeline, name, sources[model], **settings)
             _guide(scheduler, pipeline, options["guidance_scale"])
             label = ":".join([type(scheduler).__name__.removesuffix("Scheduler"), *words.split(":")[1:]])
+            if subject.of_pixels and (missing := clipping_advice(scheduler, label)):
+                advice[missing] = None
             for steps in possible_steps(scheduler, nfe, say):
                 drawing = Drawing(model, pipeline, identity, scheduler, steps, label=label, **options)
                 planned.setdefault(drawing.name, drawing)
+    for text in advice:
+        say(text)
     return list(planned.values())
 
 

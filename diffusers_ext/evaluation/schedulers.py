@@ -108,6 +108,23 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, folder: str | None = 
     return scheduler
 
 
+def clipping_advice(scheduler: Any, label: str) -> str | None:
+    """Return what to compare with a scheduler that could clip x0 of a model of pixels, and does not; else `None`.
+
+    Args:
+        label: the scheduler's name for people, with its settings.
+    """
+    kinds = type(scheduler).__mro__
+    stock: Any = next((kind for kind in kinds if kind.__module__.startswith("diffusers.schedulers.")), kinds[0])
+    takes = [n for n in ("clip_sample", "thresholding") if n in inspect.signature(stock.__init__).parameters]
+    if not takes or any(scheduler.config[name] or f":{name}=" in label for name in takes):
+        return None
+    return (
+        f"{label} does not clip x0. Of a model of pixels compare {label}:{takes[0]}=true, too: values beyond the range "
+        f"of images are then cut at each step, and not at the end alone"
+    )
+
+
 def steps_for(scheduler: Any, nfe: int) -> int:
     """Return the largest number of steps for which the scheduler needs at most `nfe` evaluations of the network.
 
