@@ -59,6 +59,6 @@ class Ranged:
         for one in fields(self):
             value, allowed = getattr(self, one.name), range_of(one)
             if value == "":
-                raise InputError(f"--{one.name} is empty: give it a value, or leave it away")
+                raise InputError(f"--{one.name} is empty: give it a value, or leave it out")
             if isinstance(value, int | float) and not isinstance(value, bool) and value not in allowed:
                 raise InputError(allowed.refusal(f"--{one.name}", value))

@@ -1,12 +1,14 @@
 """Checkpoints of other code bases. Truth: the forward passes of `foreign`, in float64, and the definitions of each
 process; of what is harmful, that it is refused by name and leaves no trace."""
 
+import hashlib
 import io
 import json
 import math
 import os
 import pickle
 import random
+import re
 import warnings
 import zipfile
 
@@ -14,6 +16,7 @@ import foreign
 import pytest
 import torch
 from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
+from safetensors.torch import save_file
 from torch.nn.functional import one_hot
 
 from diffusers_ext import (
@@ -137,7 +140,9 @@ def test_a_network_of_score_sde_answers_as_it_did(depth, attended, fir, tmp_path
     options = {"fourier": False, "residual_input": None, "mult": depth, "attended": attended, "fir": fir}
     path, _, output = score_sde_file(tmp_path / "model.pth", STEPS, **options)
     converted = convert_checkpoint(path, resolution=8, sde="ddpm", fir=fir or None)
-    assert ("the filter 1, 3, 3, 1" if fir else "means of 2 x 2") in converted.sentences()[1]
+    said = dict(line.split(": ", 1) for line in converted.sentences()[1:])
+    filters = {True: ("told", "the filter 1, 3, 3, 1"), False: ("assumed", "means of 2 x 2")}
+    assert filters[fir][1] in said[f"Not in the file, and {filters[fir][0]}"]
     torch.testing.assert_close(answer(converted.unet, X, STEPS), output, **EXACT)
     assert converted.scheduler.config.beta_schedule == "linear"
 
@@ -366,6 +371,10 @@ def test_the_saved_pipeline_opens_and_samples(converted):
     card = (converted / "README.md").read_text()
     assert "license: mit" in card
     assert "Converted from" in card
+    (file,) = (path for path in converted.parent.iterdir() if path.is_file())
+    assert f"`{file.name}`, SHA-256 {hashlib.sha256(file.read_bytes()).hexdigest()}" in card
+    (call,) = re.findall(r"images = (pipe\(.*\)).images", card)
+    assert len(eval(call, {"pipe": pipe}).images) == 4
     assert not list(converted.rglob("*.bin"))
     assert not list(converted.rglob("*.pkl"))
 
@@ -464,18 +473,30 @@ def refused(path, match, **more):
 
 def test_what_a_file_does_not_say_is_asked_for(tmp_path):
     path, _ = adm_file(tmp_path / "adm.pt")
-    refused(path, "--resolution")
-    refused(path, "--attention_head_dim", resolution=8, beta_schedule="linear")
-    refused(path, "one of --attention_head_dim", **told(num_attention_heads=4))
+    refused(path, "Say --resolution; and --beta_schedule linear or cosine .*; and --attention_head_dim")
+    refused(path, "all of its model. Say --attention_head_dim", resolution=8, beta_schedule="linear")
+    refused(path, "say the same thing: give one", **told(num_attention_heads=4))
     refused(path, "10 heads do not divide", **told(attention_head_dim=None, num_attention_heads=10))
+    refused(path, "--attention_head_dim 7 does not divide 64", **told(attention_head_dim=7))
+    refused(path, "is linear or cosine, not sigmoid", **told(beta_schedule="sigmoid"))
     refused(path, "needs no --sde", **told(sde="vp"))
+    refused(path, "of 2 levels takes images of a multiple of 2, not of 9", **told(resolution=9))
     path = vp_file(tmp_path)
-    refused(path, "--resolution")
-    refused(path, "--sde is needed: its network has timesteps", resolution=8)
-    refused(path, "--sde ve: its network has timesteps", resolution=8, sde="ve")
+    refused(path, "say --resolution")
+    refused(path, "Say --sde vp .training.continuous = True. or --sde ddpm", resolution=8)
+    refused(path, "--sde ve: its network is told timesteps", resolution=8, sde="ve")
+    refused(path, "--beta_min 20 must be below --beta_max 0.1", resolution=8, sde="vp", beta_min=20.0, beta_max=0.1)
+    refused(path, "--sigma_min and --sigma_max: the variance-preserving", resolution=8, sde="vp", sigma_min=0.01)
+    refused(path, "--beta_min and --beta_max: DDPM's discrete", resolution=8, sde="ddpm", beta_min=0.1)
     path = score_sde_file(tmp_path / "ve.pth")[0]
-    refused(path, "--sigma_min and --sigma_max", resolution=8)
+    refused(path, "say --sigma_min and --sigma_max", resolution=8)
     refused(path, "must be below", resolution=8, sigma_min=2.0, sigma_max=1.0)
+    refused(path, "--sde vp: it is a network with Fourier features, ve: leave it out", resolution=8, sde="vp")
+    refused(path, "--fir: the file shows it", resolution=8, fir=True, sigma_min=0.01, sigma_max=50.0)
+    path = score_sde_file(tmp_path / "ve.pth", sigmas=VE_SIGMAS)[0]
+    refused(path, "the file says its noise levels, 0.01 to 50: leave them out", resolution=8, sigma_min=0.02)
+    path = score_sde_file(tmp_path / "reflected.pth", sigmas=VE_SIGMAS, reflected=True)[0]
+    refused(path, "--sde ve: it is a file of Reflected-Diffusion", resolution=8, sde="ve")
 
 
 def test_another_network_is_refused_with_what_it_is(tmp_path):
@@ -493,8 +514,28 @@ def test_another_network_is_refused_with_what_it_is(tmp_path):
     refused(tmp_path / "classifier.pt", "a classifier", **told())
     torch.save({k: v for k, v in state.items() if k != "middle_block.0.in_layers.0.weight"}, tmp_path / "hole.pt")
     refused(tmp_path / "hole.pt", "has no middle_block.0.in_layers.0.weight", **told())
-    torch.save({"state_dict": state}, tmp_path / "other.pt")
-    refused(tmp_path / "other.pt", "none of the known kinds .*it has 'state_dict'")
+    torch.save({"weights": state}, tmp_path / "other.pt")
+    refused(tmp_path / "other.pt", "none of the known kinds .*it has 'weights'")
+    flash = {name: v[..., None] for name, v in state.items() if name.endswith(("qkv.weight", "proj_out.weight"))}
+    torch.save(state | flash, tmp_path / "consistency.pt")
+    refused(tmp_path / "consistency.pt", "openai/consistency_models", **told())
+    broken = state["out.2.bias"] * float("nan")
+    torch.save(state | {"out.2.bias": broken}, tmp_path / "nan.pt")
+    refused(tmp_path / "nan.pt", "1 of its tensors are not finite, among them that of conv_out.bias", **told())
+    torch.save({"conv_in.weight": torch.zeros(1)}, tmp_path / "unet.bin")
+    refused(tmp_path / "unet.bin", "has the names of diffusers: open it by from_pretrained")
+    torch.save(torch.nn.Sequential(torch.nn.SiLU()), tmp_path / "whole.pt")
+    refused(tmp_path / "whole.pt", "holds a whole module, with its code; save its state_dict")
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    for name, content, words in (
+        ("a.safetensors", None, "a safetensors file: a model of diffusers needs no conversion"),
+        ("empty.pt", b"", "is empty"),
+        ("page.pt", b"<!DOCTYPE html><html>", "is text, perhaps a page or a Git LFS pointer"),
+        ("bytes.pt", bytes(range(129, 160)), "neither a file of torch.save nor a pickle"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        refused(tmp_path / name, words)
     path, _, _ = edm_files(tmp_path / "edm.pkl", {}, {"precond": "OtherPrecond"})
     refused(path, "'OtherPrecond' is not known")
     refused(path, "needs no --resolution", resolution=8)
@@ -578,12 +619,12 @@ def test_every_truncated_file_is_refused(tmp_path):
     whole, cut = path.read_bytes(), tmp_path / "cut.pkl"
     for end in [*range(1, 400, 7), *range(400, len(whole), len(whole) // 60)]:
         cut.write_bytes(whole[:end])
-        refused(cut, "cannot be read|neither")
+        refused(cut, "cut off|cannot be read|neither")
     torch.save({"model": {"a": torch.zeros(1000)}, "ema": {}}, tmp_path / "model.pth")
     whole, cut = (tmp_path / "model.pth").read_bytes(), tmp_path / "cut.pth"
     for end in range(1, len(whole) - 1, 97):
         cut.write_bytes(whole[:end])
-        refused(cut, "cannot be read|neither")
+        refused(cut, "cut off|cannot be read|neither")
 
 
 def numbers(shape, stride, n=4, offset=0):
@@ -702,9 +743,9 @@ def test_a_zip_that_is_no_checkpoint_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02}q\x00.")
         archive.writestr("../../outside", b"x")
-    refused(tmp_path / "a.pth", "cannot be read|none of the known kinds")
+    refused(tmp_path / "a.pth", "cut off|cannot be read|none of the known kinds")
     (tmp_path / "text.pt").write_text("hello")
-    refused(tmp_path / "text.pt", "neither a file of torch.save nor a pickle")
+    refused(tmp_path / "text.pt", "is text")
 
 
 def test_the_table_of_names_holds_functions_of_ours_alone():

@@ -246,7 +246,7 @@ def test_short_of_images_there_is_no_frechet_distance(evaluate, models, tmp_path
         (("--ode_images", 1), "at least 2"),
         (("--likelihood_evaluations", 0), "at least 1"),
         (("--max_validation_samples", 0), "at least 1"),
-        (("--streaming",), "leave it away"),
+        (("--streaming",), "leave it out"),
         (("--guidance_scale", "nan"), "finite"),
     ],
 )

@@ -283,7 +283,7 @@ def test_prompts_of_the_sample_grid_are_drawn_with_the_guidance_of_the_pipeline(
     ("name", "more", "said"),
     [
         ("sd", ("--caption_column", "words"), "no column 'words': image, text"),
-        ("pixart", ("--rank", 2), "stock pipeline of PixArt has no loader for a LoRA; leave --rank away"),
+        ("pixart", ("--rank", 2), "stock pipeline of PixArt has no loader for a LoRA; leave --rank out"),
         ("sd", ("--rank", 0), "--rank must be at least 1"),
         ("sd", ("--lora_alpha", 2), "--lora_alpha is a setting of a LoRA: say its --rank, too"),
         ("sd", ("--rank", 2, "--lora_layers", "nothing"), "--lora_layers nothing: "),

@@ -28,6 +28,15 @@ KINDS: tuple[tuple[Callable[[Any], bool], Callable[..., Converted], str], ...] =
 )
 
 
+def _unwrapped(content: Any) -> Any:
+    """Return a state dict without what some trainers put around it: a dict with one key, or a prefix of its names."""
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if isinstance(content, dict) and content and all(str(name).startswith("module.") for name in content):
+        content = {str(name).removeprefix("module."): value for name, value in content.items()}
+    return content
+
+
 def convert_checkpoint(path: str | Path, **told: Any) -> Converted:
     """Return the diffusers pipeline of a checkpoint of EDM (and its forks), ADM, score_sde or Reflected-Diffusion.
 
@@ -35,18 +44,22 @@ def convert_checkpoint(path: str | Path, **told: Any) -> Converted:
 
     Args:
         path: the file.
-        told: what the file does not say of its model: the arguments of `convert_adm` or `convert_score_sde`. `None`
-            means not told.
+        told: what the file does not say of its model. ADM: resolution, beta_schedule ("linear" or "cosine"),
+            attention_head_dim or num_attention_heads, new_attention_order. score_sde: resolution, sde ("vp", "ddpm",
+            "ve" or "reflected"), sigma_min and sigma_max, beta_min and beta_max, fir. `None` means not told.
 
     Raises:
         InputError: the file cannot be read or is of none of these kinds, something must be told or is not of this kind,
             or the network cannot be represented.
     """
-    content, told = read_checkpoint(path), {name: value for name, value in told.items() if value is not None}
+    content, told = (
+        _unwrapped(read_checkpoint(path)),
+        {name: value for name, value in told.items() if value is not None},
+    )
     for is_it, convert, name in KINDS:
         if is_it(content):
             if foreign := sorted(told.keys() - inspect.signature(convert).parameters.keys()):
-                raise InputError(f"a file of {name} needs no --{', --'.join(foreign)}: leave it away")
+                raise InputError(f"a file of {name} needs no --{', --'.join(foreign)}: leave it out")
             try:
                 return convert(content, **told)
             except InputError:
@@ -55,5 +68,9 @@ def convert_checkpoint(path: str | Path, **told: Any) -> Converted:
                 wrong = f"{type(error).__name__}: {error}".replace("\x1b", "")[:300]
                 raise InputError(f"{Path(path).name} looks like one of {name}, and is another: {wrong}") from error
     keys = ", ".join(f"{one!r:.99}" for one in list(content)[:5]) if isinstance(content, dict) else ""
+    if "conv_in.weight" in keys:
+        raise InputError(
+            f"{Path(path).name} has the names of diffusers: open it by from_pretrained, it needs no conversion"
+        )
     known, found = ", ".join(name for _, _, name in KINDS), keys or f"a {type(content).__name__}"
     raise InputError(f"{Path(path).name} is of none of the known kinds ({known}): it has {found}")

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import InputError
@@ -46,7 +47,7 @@ def convert_adm(
     """Return the pipeline of a state dict.
 
     Args:
-        resolution, beta_schedule: of the training; `beta_schedule` is `linear` or `squaredcos_cap_v2` ("cosine").
+        resolution, beta_schedule: of the training; `beta_schedule` is `linear` or `cosine` (`squaredcos_cap_v2`).
         attention_head_dim: the channels of a head, or, instead, `num_attention_heads` of each attention.
         new_attention_order: whether it was trained with `use_new_attention_order`.
 
@@ -55,13 +56,14 @@ def convert_adm(
     """
     if "out.0.weight" not in content:
         raise InputError("it is the first half of a U-Net: a classifier, and no diffusion model")
-    if resolution is None or beta_schedule is None or (attention_head_dim is None) == (num_attention_heads is None):
+    if content.get("middle_block.1.qkv.weight", torch.zeros(1, 1, 1)).ndim != 3:
         raise InputError(
-            "a file of ADM does not say its resolution, noise levels and heads. Say --resolution, --beta_schedule "
-            "(linear, or squaredcos_cap_v2 where it was trained with `cosine`), and one of --attention_head_dim (64 in "
-            "most published models) and --num_attention_heads (4 in that of ImageNet 128), and --new_attention_order "
-            "where it was trained with use_new_attention_order (ImageNet 64)"
+            "its attention is not that of guided-diffusion: it may be one of openai/consistency_models, which have the "
+            "same names, another order of the rows and EDM's preconditioning, and are not represented"
         )
+    _require_told(resolution, beta_schedule, attention_head_dim, num_attention_heads)
+    assert resolution is not None
+    assert beta_schedule is not None
     tensors = Tensors(content)
     reader = _Reader(tensors, num_attention_heads, attention_head_dim, "jhd" if new_attention_order else "hjd")
     description, weights = reader.read()
@@ -70,15 +72,40 @@ def convert_adm(
         raise InputError(f"it maps {taken} channels to {given}: a model of superresolution or another task")
     tensors.require_empty()
     description |= {"sample_size": resolution, "norm_eps": 1e-5, "norm_group_size": 1}
+    of_heads = f"{attention_head_dim} channels a head" if attention_head_dim else f"{num_attention_heads} heads"
+    told = [f"images of {resolution} x {resolution}", f"noise levels {beta_schedule}", of_heads]
+    told += ["use_new_attention_order"] if new_attention_order else []
     description |= {"resample_type": "conv" if reader.convolutional else "resnet"}
     if num_attention_heads is not None and len(reader.widths) == 1:  # heads of one width, as UNet2DModel has them
         attention_head_dim, num_attention_heads = reader.widths.pop() // num_attention_heads, None
     description |= {"num_attention_heads": num_attention_heads, "attention_head_dim": attention_head_dim or 64}
     unet = make_unet(description, weights)
-    scheduler = ddpm_scheduler(beta_schedule, given == 2 * taken)
-    order = "jhd, use_new_attention_order" if new_attention_order else "hjd, the usual one"
-    assumed = [f"attention's rows in the order {order}", "1000 timesteps"]
-    return Converted(unet, scheduler, None, "a U-Net of ADM", assumed=assumed)
+    scheduler = ddpm_scheduler({"cosine": "squaredcos_cap_v2"}.get(beta_schedule, beta_schedule), given == 2 * taken)
+    assumed = ["1000 timesteps"] + ([] if new_attention_order else ["not trained with use_new_attention_order"])
+    return Converted(unet, scheduler, None, "a U-Net of guided-diffusion (ADM)", told=told, assumed=assumed)
+
+
+def _require_told(resolution: Any, beta_schedule: Any, head_dim: Any, heads: Any) -> None:
+    """Check that what the file does not say is told.
+
+    Raises:
+        InputError: something is missing, or contradicts another; the message says what to say.
+    """
+    if beta_schedule not in (None, "linear", "cosine", "squaredcos_cap_v2"):
+        raise InputError(f"--beta_schedule is linear or cosine, not {beta_schedule}")
+    if head_dim is not None and heads is not None:
+        raise InputError("--attention_head_dim and --num_attention_heads say the same thing: give one of them")
+    missing = {
+        "--resolution": resolution is None,
+        "--beta_schedule linear or cosine (its noise_schedule)": beta_schedule is None,
+        "--attention_head_dim (its num_head_channels, 64 in most published models) or --num_attention_heads (its "
+        "num_heads)": head_dim is None and heads is None,
+    }
+    if wanted := [text for text, lacks in missing.items() if lacks]:
+        raise InputError(
+            f"a file of guided-diffusion does not say all of its model. Say {'; and '.join(wanted)}; and "
+            f"--new_attention_order if it was trained with use_new_attention_order (ImageNet 64)"
+        )
 
 
 class _Reader:
@@ -166,7 +193,9 @@ class _Reader:
         self.widths.add(width)
         if heads is None:
             assert self.head_dim is not None
-            heads = max(width // self.head_dim, 1)
+            if width % self.head_dim:
+                raise InputError(f"--attention_head_dim {self.head_dim} does not divide {width} channels")
+            heads = width // self.head_dim
         return below(where, attention(self.tensors, prefix, ATTENTION, heads, self.order))
 
     def resampling(self, prefix: str, where: str, convolution: str) -> State:

@@ -99,7 +99,7 @@ def attention(tensors: Tensors, prefix: str, names: Mapping[str, str], heads: in
     joint = tensors.part(prefix, {"qkv": names["qkv"]})
     channels = joint["qkv.weight"].shape[1]
     if channels % heads:
-        raise InputError(f"{heads} heads do not divide an attention of {channels} channels: say how many it has")
+        raise InputError(f"{heads} heads do not divide an attention of {channels} channels")
     sizes = {"h": heads, "j": 3, "d": channels // heads}
     for kind in ("weight", "bias"):
         rows = joint[f"qkv.{kind}"].reshape(*(sizes[axis] for axis in order), -1)
@@ -152,6 +152,11 @@ def make_unet(description: Mapping[str, Any], state: State) -> UNet2DModel:
     defaults = inspect.signature(ScoreUNet2DModel.__init__).parameters.values()
     description = {one.name: one.default for one in defaults if one.name != "self"} | dict(description)
     channels, config = description["block_out_channels"], {}
+    size, multiple = description["sample_size"], 2 ** (len(channels) - 1)
+    if size is None or size < 1 or size % multiple:
+        raise InputError(f"a network of {len(channels)} levels takes images of a multiple of {multiple}, not of {size}")
+    if broken := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise InputError(f"{len(broken)} of its tensors are not finite, among them that of {broken[0]}")
     is_stock = all(description[name] == value for name, value in _STOCK.items())
     is_stock &= description["embedding_channels"] in (None, channels[0])
     is_stock &= min(channels) // description["norm_group_size"] >= 32

@@ -69,8 +69,8 @@ def read_pickle(file: BinaryIO, names: Names) -> Any:
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError, UnicodeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"it is no complete pickle: {error}") from error
-    raise InputError("it is no complete pickle: its end is missing")
+        raise InputError(f"it is no complete pickle, perhaps cut off: {error}") from error
+    raise InputError("it is no complete pickle, perhaps cut off: its end is missing")
 
 
 class _Machine:
@@ -104,7 +104,7 @@ class _Machine:
         elif operation not in ("PROTO", "FRAME"):
             step = getattr(self, f"_{operation.lower()}", None)
             if step is None:
-                raise InputError(f"it has the instruction {operation}, which no checkpoint needs: it is not read")
+                raise InputError(f"it has the instruction {operation}, which no checkpoint needs")
             step(argument)
 
     # --- the stack and the memo ---------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ class _Machine:
 
     def _look_up(self, text: str) -> None:
         if text not in self.names:
-            raise InputError(f"it names {text[:200]!r}, which no checkpoint of the known kinds needs: it is not read")
+            raise InputError(f"it names {text[:200]!r}, which no checkpoint of the known kinds needs")
         self.stack.append(_Name(text, self.names[text]))
 
     def _reduce(self, _: Any) -> None:

@@ -35,9 +35,20 @@ def read_checkpoint(path: str | Path) -> Any:
     Raises:
         InputError: there is no such file, or it is none of these, is damaged, or names something that is not needed.
     """
+    if str(path).startswith(("http://", "https://")):
+        raise InputError(f"{path} is an address: download the file first")
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name the file in it")
     if not path.is_file():
         raise InputError(f"there is no file {path}")
+    try:
+        return _read(path)
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _read(path: Path) -> Any:
     with path.open("rb") as file:
         start = file.read(len(LEGACY))
         if start.startswith(ZIP):
@@ -46,12 +57,23 @@ def read_checkpoint(path: str | Path) -> Any:
         if start == LEGACY:
             return _by_torch(path)
         if not start.startswith(b"\x80"):
-            raise InputError(f"{path.name} is neither a file of torch.save nor a pickle")
+            raise InputError(f"{path.name} {_other_kind(start)}")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             try:
                 return read_pickle(content, _NAMES)  # type: ignore[arg-type]
             except InputError as error:
                 raise InputError(f"{path.name} cannot be read: {error}") from error
+
+
+def _other_kind(start: bytes) -> str:
+    """Say what a file is that begins so, and is neither torch's nor a pickle."""
+    if not start:
+        return "is empty"
+    if start[8:9] == b"{":
+        return "is a safetensors file: a model of diffusers needs no conversion, open it by from_pretrained"
+    if len(start) > 4 and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in start):
+        return "is text, perhaps a page or a Git LFS pointer in the place of the file: download the file itself"
+    return "is neither a file of torch.save nor a pickle"
 
 
 def _require_stored(path: Path) -> None:
@@ -60,7 +82,7 @@ def _require_stored(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             compressed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise InputError(f"{path.name} cannot be read, it may be damaged: {error}") from error
+        raise InputError(f"{path.name} is cut off or damaged: compare its size with that of the original") from error
     if compressed:
         raise InputError(f"{path.name} cannot be read: {compressed[0]!r:.99} in it is compressed, unlike torch's files")
 
@@ -86,7 +108,9 @@ def _by_torch(file: Any, **options: Any) -> Any:
 def _hint(name: str) -> str:
     if "persist" in name:
         return ": of EDM, convert network-snapshot-*.pkl and not training-state-*.pt"
-    return ", which no checkpoint of the known kinds needs: it is not read"
+    if ".nn." in name or name.startswith("diffusers."):
+        return ": it holds a whole module, with its code; save its state_dict() instead"
+    return ", which no checkpoint of the known kinds needs"
 
 
 # --- what EDM's pickles name ------------------------------------------------------------------------------------------

@@ -35,10 +35,18 @@ def vp_scheduler(beta_min: float, beta_max: float) -> DDIMScheduler:
     return DDIMScheduler(N, trained_betas=betas, clip_sample=False, timestep_spacing="trailing")
 
 
-def ddpm_scheduler(beta_schedule: str, learned_variance: bool = False) -> DDPMScheduler:
-    """Return a scheduler for a network of N timesteps; `beta_schedule` is `linear` or `squaredcos_cap_v2`."""
-    variance = "learned_range" if learned_variance else "fixed_small"
-    return DDPMScheduler(N, beta_schedule=beta_schedule, variance_type=variance, timestep_spacing="trailing")
+def ddpm_scheduler(beta_schedule: str, learned_variance: bool = False, clip: bool = True) -> DDPMScheduler:
+    """Return a scheduler for a network of N timesteps.
+
+    Args:
+        beta_schedule: `linear` or `squaredcos_cap_v2`.
+        learned_variance: whether the network predicts the variance.
+        clip: whether x0 is clipped, with the smaller fixed variance, as ADM samples; or not, with the larger one, as
+            score_sde does.
+    """
+    variance = "learned_range" if learned_variance else "fixed_small" if clip else "fixed_large"
+    options = {"variance_type": variance, "clip_sample": clip, "timestep_spacing": "trailing"}
+    return DDPMScheduler(N, beta_schedule=beta_schedule, **options)
 
 
 def edm_scheduler(sigma_min: float, sigma_max: float, sigma_data: float) -> EDMEulerScheduler:

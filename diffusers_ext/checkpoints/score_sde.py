@@ -34,7 +34,12 @@ RESNET = {
     "norm1": "GroupNorm_0", "conv1": "Conv_0", "time_emb_proj": "Dense_0", "norm2": "GroupNorm_1", "conv2": "Conv_1",
     "conv_shortcut": "Conv_2",
 }  # fmt: skip
-SDES = ("vp", "ddpm", "ve", "reflected")
+SDES = {
+    "vp": "the variance-preserving SDE",
+    "ddpm": "DDPM's discrete times",
+    "ve": "the variance-exploding SDE",
+    "reflected": "a reflected SDE",
+}
 
 
 def is_score_sde(content: Any) -> bool:
@@ -48,18 +53,18 @@ def convert_score_sde(
     resolution: int | None = None,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
-    beta_min: float = 0.1,
-    beta_max: float = 20.0,
-    fir: bool = False,
+    beta_min: float | None = None,
+    beta_max: float | None = None,
+    fir: bool | None = None,
 ) -> Converted:
     """Return the pipeline of the averaged network.
 
     Args:
-        sde: `vp` (continuous times), `ddpm` (1000 discrete ones), `ve` or `reflected`; needed where the network does
-            not tell.
+        sde: `vp` (`training.continuous = True`), `ddpm` (False), `ve` or `reflected`; needed where the network does not
+            tell.
         resolution: of the training; needed.
-        sigma_min, sigma_max: of `ve` and `reflected`, of data in [0, 1]; by default the file's.
-        beta_min, beta_max: of `vp`.
+        sigma_min, sigma_max: of `ve` and `reflected`, of data in [0, 1]; needed where the file does not say them.
+        beta_min, beta_max: of `vp`, by default 0.1 and 20.
         fir: whether residual blocks change the resolution by the filter (1, 3, 3, 1), as its configuration says; needed
             where no pyramid of the input shows it.
 
@@ -67,37 +72,48 @@ def convert_score_sde(
         InputError: something is needed and missing, or the network is another one.
     """
     if resolution is None:
-        raise InputError("the file does not say the resolution of its images: --resolution")
-    tensors, described = Tensors(_averaged(content)), "an NCSN++ or DDPM++"
+        raise InputError("the file does not say the size of its images: say --resolution")
+    tensors, described = Tensors(_averaged(content)), "a DDPM++"
     if "cond_map.0.weight" in tensors:
         raise InputError("it is the network of VDM, all at one resolution, which is no U-Net of diffusers")
     levels = tensors.take("sigmas") if "sigmas" in tensors else None
-    null, assumed, shift = None, list[str](), 0.0
+    null, shift = None, 0.0
+    told, assumed = [f"images of {resolution} x {resolution}"], list[str]()
     if "model.map_layer0.weight" in tensors:
         described, shift = "a DhariwalUNet", log(2)
         description, weights, null = _dhariwal(tensors)
         if sde not in (None, "reflected"):
             raise InputError(f"--sde {sde}: a DhariwalUNet in such a file is one of reflected")
-        sde = "reflected"
+        process = "reflected"
     else:
         description, weights = _Reader(tensors).read()
         assumed.append("residual blocks divided by the square root of 2 (skip_rescale)")
         if description["residual_input"] is None:
             description["resample_filter"] = (1, 3, 3, 1) if fir else (1, 1)
-            assumed.append(f"resolutions changed by {'the filter 1, 3, 3, 1' if fir else 'means of 2 x 2'} (fir)")
-        sde = _process(sde, description["time_embedding_type"] == "fourier", "scaler" in content)
+            how = "the filter 1, 3, 3, 1" if fir else "means of 2 x 2"
+            (assumed if fir is None else told).append(f"resolutions changed by {how} (fir)")
+        elif fir is not None:
+            raise InputError("--fir: the file shows it, by its pyramid of the input: leave it out")
+        fourier = description["time_embedding_type"] == "fourier"
+        process = _process(sde, fourier, "scaler" in content)
+        described = "an NCSN++" if fourier else described
+    _require_of(process, {"beta": (beta_min, beta_max), "sigma": (sigma_min, sigma_max)})
     tensors.require_empty()
     description["sample_size"] = resolution
-    if sde == "vp":
-        scheduler: Any = vp_scheduler(beta_min, beta_max)
-        assumed.append(f"beta from {beta_min:g} to {beta_max:g}")
-    elif sde == "ddpm":
-        scheduler = ddpm_scheduler("linear")
+    if process == "vp":
+        low, high = 0.1 if beta_min is None else beta_min, 20.0 if beta_max is None else beta_max
+        if not low < high:
+            raise InputError(f"--beta_min {low:g} must be below --beta_max {high:g}")
+        (told if (beta_min, beta_max) != (None, None) else assumed).append(f"beta from {low:g} to {high:g}")
+        scheduler: Any = vp_scheduler(low, high)
+    elif process == "ddpm":
+        scheduler = ddpm_scheduler("linear", clip=False)
         assumed.append("betas from 0.0001 to 0.02")
     else:
         low, high = _range(levels, sigma_min, sigma_max)
-        assumed.append(f"noise levels of data in [0, 1], from {low:.4g} to {high:.4g}")
-        if sde == "ve":
+        told += [] if levels is not None else [f"noise levels from {low:.4g} to {high:.4g}"]
+        assumed.append("noise levels that count in units of data in [0, 1] (not centered)")
+        if process == "ve":
             scheduler = edm_scheduler(2 * low, 2 * high, 0.5)
             description["variance_exploding"] = True
         else:
@@ -105,7 +121,8 @@ def convert_score_sde(
             description |= {"time_scale": log(high / low) / (N - 1), "time_offset": log(low) - shift}
             for kind in ("weight", "bias"):
                 weights[f"conv_out.{kind}"] = -weights[f"conv_out.{kind}"]
-    return Converted(make_unet(description, weights), scheduler, null, f"{described} of {sde}", assumed=assumed)
+    unet = make_unet(description, weights)
+    return Converted(unet, scheduler, null, f"{described} of {SDES[process]}", told=told, assumed=assumed)
 
 
 def _dhariwal(tensors: Tensors) -> tuple[dict[str, Any], State, int | None]:
@@ -130,24 +147,35 @@ def _process(sde: str | None, fourier: bool, with_scaler: bool) -> str:
     """
     if fourier and sde is None:
         return "reflected" if with_scaler else "ve"
-    if sde is None or fourier != (sde in ("ve", "reflected")):
-        raise InputError(
-            f"--sde {sde or 'is needed'}: its network has {'Fourier features' if fourier else 'timesteps'}; with "
-            f"timesteps it is one of vp (of continuous times) or ddpm (of 1000 discrete ones), with Fourier features "
-            f"one of ve or reflected"
-        )
+    if not fourier and sde not in ("vp", "ddpm"):
+        wrong = "" if sde is None else f"--sde {sde}: its network is told timesteps. "
+        raise InputError(f"{wrong}Say --sde vp (training.continuous = True) or --sde ddpm (False)")
+    if fourier and (sde in ("vp", "ddpm") or (sde == "ve" and with_scaler)):
+        kind = "a file of Reflected-Diffusion, reflected" if with_scaler else "a network with Fourier features, ve"
+        raise InputError(f"--sde {sde}: it is {kind}: leave it out")
+    assert sde is not None
     return sde
+
+
+def _require_of(process: str, told: Mapping[str, tuple[float | None, float | None]]) -> None:
+    """Refuse numbers of another process than this one, which is `vp` of `beta`, `ve` and `reflected` of `sigma`."""
+    takes = {"vp": "beta", "ve": "sigma", "reflected": "sigma"}.get(process)
+    for name, numbers in told.items():
+        if name != takes and numbers != (None, None):
+            raise InputError(f"--{name}_min and --{name}_max: {SDES[process]} has none: leave them out")
 
 
 def _range(levels: Tensor | None, low: float | None, high: float | None) -> tuple[float, float]:
     """Return sigma_min and sigma_max: those that are given, else those of the file."""
     if levels is not None:
-        low = levels.min().item() if low is None else low
-        high = levels.max().item() if high is None else high
+        if (low, high) != (None, None):
+            ends = f"{levels.min():.4g} to {levels.max():.4g}"
+            raise InputError(f"--sigma_min and --sigma_max: the file says its noise levels, {ends}: leave them out")
+        low, high = levels.min().item(), levels.max().item()
     if low is None or high is None:
         raise InputError(
-            "the file does not say its noise levels: --sigma_min and --sigma_max, of data in [0, 1] (0.01 and 5 in the "
-            "configurations of Reflected-Diffusion, 0.01 and 50 in those of score_sde for CIFAR-10)"
+            "the file does not say its noise levels: say --sigma_min and --sigma_max, of data in [0, 1] (0.01 and 5 in "
+            "the configurations of Reflected-Diffusion, 0.01 and 50 in those of score_sde for CIFAR-10)"
         )
     if not low < high:
         raise InputError(f"--sigma_min {low} must be below --sigma_max {high}")

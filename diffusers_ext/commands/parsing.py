@@ -23,15 +23,15 @@ Arguments = TypeVar("Arguments", bound=Ranged)
 
 def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
     """Fill an argument class from its defaults, a preset, a YAML file and the command line; what comes later wins. A
-    class may name the argument that a command line can begin with, its `first`.
+    class may name the argument that a word without a name is, `named`.
 
     An error in any of them ends the program with a message, as argparse does.
     """
-    usage = "%(prog)s [--preset NAME] [--config FILE] [--ARGUMENT VALUE ...]; --help lists the arguments"
+    known, named = {one.name for one in fields(kind)}, getattr(kind, "named", None)
+    begin = "[--preset NAME]" if "preset" in known else f"[{str(named).upper()}]"
+    usage = f"%(prog)s {begin} [--config YAML] [--ARGUMENT VALUE ...]; --help lists the arguments"
     parser = HfArgumentParser(kind, allow_abbrev=False, usage=usage)
     argv = list(sys.argv[1:] if argv is None else argv)
-    if (first := getattr(kind, "first", None)) is not None and argv and not argv[0].startswith("-"):
-        argv.insert(0, f"--{first}")
     if (wanted := asked(argv)) is not None:
         print(help_text(kind, wanted == "all"))
         sys.exit(0)
@@ -41,7 +41,6 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
         preset = first.preset or file.get("preset")
         if preset is not None and preset not in PRESETS:
             raise InputError(f"there is no preset {preset!r}; presets: {', '.join(PRESETS)}")
-        known = {f.name for f in fields(kind)}
         of_preset = PRESETS[preset].arguments if preset else {}
         values = {name: value for name, value in of_preset.items() if name in known} | file
         # In front of the command line they are checked and converted like it, and what comes later wins.
@@ -50,6 +49,8 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None) ->
         args, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
+        if named is not None and getattr(args, named) is None and len(unknown) == 1 and not unknown[0].startswith("-"):
+            setattr(args, named, unknown.pop())
         for name in (word.split("=")[0] for word in unknown):
             raise InputError(f"unknown argument {name!r}{_hint(name.lstrip('-'), kind)}")
         _require_folder(getattr(args, "output_dir", "."))

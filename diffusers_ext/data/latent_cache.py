@@ -159,7 +159,7 @@ class LatentCache:
         if rows * one > free:
             raise InputError(
                 f"--cache_latents needs {rows * one / 2**30:.1f} GiB in {place}, and {free / 2**30:.1f} GiB are free: "
-                f"name another --cache_dir, or leave it away"
+                f"name another --cache_dir, or leave it out"
             )
 
 

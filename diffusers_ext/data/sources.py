@@ -361,7 +361,7 @@ def _open(args: DataArguments, split: str) -> ImageSource | HubStream:
     if args.train_data_dir is None and args.dataset_name == "digits":
         for name in ("dataset_config_name", "image_column", "streaming", "caption_column"):
             if getattr(args, name):
-                raise InputError(f"--{name} has no effect on the embedded digits: leave it away")
+                raise InputError(f"--{name} has no effect on the embedded digits: leave it out")
         return Digits(split)
     if (folder := _image_folder(args)) is not None:
         return _from_folder(args, folder, split)

@@ -235,7 +235,7 @@ def _check_conditions(subjects: Mapping[str, Subject], guidance_scale: float, pr
         if guidance_scale != 1 and not subject.takes_captions and subject.null_class is None:
             raise InputError(f"--guidance_scale {guidance_scale}: {name} has no null class to guide away from")
         if prompts is not None and not subject.takes_captions:
-            raise InputError(f"{name} takes no prompts: leave --caption_column and --prompt_file away")
+            raise InputError(f"{name} takes no prompts: leave --caption_column and --prompt_file out")
 
 
 def _check_shape(real: RealImages, image_format: ImageFormat) -> None:

@@ -47,7 +47,7 @@ class MeasureArguments(HeldOutArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.streaming:
-            raise InputError("--streaming: an evaluation compares with the same images each time; leave it away")
+            raise InputError("--streaming: an evaluation compares with the same images each time; leave it out")
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def swap_scheduler(pipeline: DiffusionPipeline, name: str, folder: str | None = 
     if changed := sorted(settings.keys() & set(OF_THE_MODEL)):
         raise InputError(
             f"--schedulers: {', '.join(changed)} of {wanted}: that is a fact about the model, which was trained with "
-            f"it, and no setting of a sampler: leave it away"
+            f"it, and no setting of a sampler: leave it out"
         )
     try:
         if issubclass(kind, CalibratedScheduler) and folder is not None:

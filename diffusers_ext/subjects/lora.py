@@ -59,7 +59,7 @@ def config_of(lora: Lora, family: str) -> Any:
     """
     if family not in LAYERS:
         raise InputError(
-            f"--rank: the stock pipeline of {family} has no loader for a LoRA; leave --rank away for a full fine-tuning"
+            f"--rank: the stock pipeline of {family} has no loader for a LoRA; leave --rank out for a full fine-tuning"
         )
     try:
         from peft import LoraConfig

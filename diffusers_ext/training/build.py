@@ -130,7 +130,7 @@ def _require_of_preset(args: TrainingArguments, subject: Subject) -> None:
         raise InputError(
             f"--preset {args.preset} is for {ours} images of {size} x {size}, and "
             f"{args.pretrained_model_name_or_path} is a model of {resolution} x {resolution}, {theirs}: leave the "
-            f"preset away, and say --dataset_name or --train_data_dir"
+            f"preset out, and say --dataset_name or --train_data_dir"
         )
 
 
