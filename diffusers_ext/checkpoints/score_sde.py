@@ -34,6 +34,7 @@ RESNET = {
     "norm1": "GroupNorm_0", "conv1": "Conv_0", "time_emb_proj": "Dense_0", "norm2": "GroupNorm_1", "conv2": "Conv_1",
     "conv_shortcut": "Conv_2",
 }  # fmt: skip
+FILTERS = {False: ((1, 1), "means of 2 x 2"), True: ((1, 3, 3, 1), "the filter 1, 3, 3, 1")}
 SDES = {
     "vp": "the variance-preserving SDE",
     "ddpm": "DDPM's discrete times",
@@ -89,8 +90,7 @@ def convert_score_sde(
         description, weights = _Reader(tensors).read()
         assumed.append("residual blocks divided by the square root of 2 (skip_rescale)")
         if description["residual_input"] is None:
-            description["resample_filter"] = (1, 3, 3, 1) if fir else (1, 1)
-            how = "the filter 1, 3, 3, 1" if fir else "means of 2 x 2"
+            description["resample_filter"], how = FILTERS[bool(fir)]
             (assumed if fir is None else told).append(f"resolutions changed by {how} (fir)")
         elif fir is not None:
             raise InputError("--fir: the file shows it, by its pyramid of the input: leave it out")
@@ -101,9 +101,7 @@ def convert_score_sde(
     tensors.require_empty()
     description["sample_size"] = resolution
     if process == "vp":
-        low, high = 0.1 if beta_min is None else beta_min, 20.0 if beta_max is None else beta_max
-        if not low < high:
-            raise InputError(f"--beta_min {low:g} must be below --beta_max {high:g}")
+        low, high = _betas(beta_min, beta_max)
         (told if (beta_min, beta_max) != (None, None) else assumed).append(f"beta from {low:g} to {high:g}")
         scheduler: Any = vp_scheduler(low, high)
     elif process == "ddpm":
@@ -163,6 +161,14 @@ def _require_of(process: str, told: Mapping[str, tuple[float | None, float | Non
     for name, numbers in told.items():
         if name != takes and numbers != (None, None):
             raise InputError(f"--{name}_min and --{name}_max: {SDES[process]} has none: leave them out")
+
+
+def _betas(low: float | None, high: float | None) -> tuple[float, float]:
+    """Return beta_min and beta_max: those that are told, else those of the paper."""
+    low, high = 0.1 if low is None else low, 20.0 if high is None else high
+    if not low < high:
+        raise InputError(f"--beta_min {low:g} must be below --beta_max {high:g}")
+    return low, high
 
 
 def _range(levels: Tensor | None, low: float | None, high: float | None) -> tuple[float, float]:
