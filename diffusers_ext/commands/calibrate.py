@@ -39,7 +39,7 @@ from ..mean_error import GROUPS, MIN_P, estimate_calibration
 from ..randomness import Seeds, Stream
 from ..reports.calibration_card import example, plot, summary, verdict, write_calibration_card
 from ..reports.card import command_line
-from ..reports.hub import HubArguments, make_pusher
+from ..reports.hub import HubArguments, make_pusher, push_and_wait
 from ..schedulers import save_tables
 from ..subjects import Subject, load_lora, load_pipeline, subject_of
 from ..training.environment import end_run, make_accelerator
@@ -228,11 +228,7 @@ def main() -> None:
             save(args, pipeline, calibration, out.name if pusher is None else pusher.repo_id, line)
             print(verdict(calibration))
             print(f"the calibration is in {out}; use it by\n\n{example(str(out), line, asdict(args))}\n")
-    failure = None
-    if pusher is not None:
-        pusher.push(out, "calibration")
-        failure = pusher.finish(args.hub_timeout)
-    end_run(accelerator, failure)
+    end_run(accelerator, push_and_wait(pusher, out, "calibration", args.hub_timeout))
 
 
 if __name__ == "__main__":

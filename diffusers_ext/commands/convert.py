@@ -26,9 +26,10 @@ from ..errors import InputError, command
 from ..fields import arg
 from ..files import holds_result, remove_partial, replacing_files, shown
 from ..reports.card import command_line, loading_section, save_card, shown_command
-from ..reports.hub import HubArguments, make_pusher
+from ..reports.hub import HubArguments, make_pusher, push_and_wait
 from ..subjects import subject_of
 from ..training.environment import end_run, make_accelerator
+from ..training.lock import RunLock
 from .parsing import parse_arguments
 
 
@@ -102,10 +103,10 @@ def main() -> None:
         raise InputError("name the file: convert FILE --output_dir pipeline")
     accelerator, out = make_accelerator(), Path(args.output_dir)
     pusher = make_pusher(args, out, accelerator.is_main_process)
-    failure = None
     if accelerator.is_main_process:
         converted = convert_checkpoint(args.file, **args.told)
-        save(args, converted, out.name if pusher is None else pusher.repo_id)
+        with RunLock(out):
+            save(args, converted, out.name if pusher is None else pusher.repo_id)
         print("\n".join(converted.sentences()))
         folder = shlex.quote(str(out))
         print(
@@ -113,10 +114,7 @@ def main() -> None:
             f"  open it:   DiffusionPipeline.from_pretrained({str(out)!r}); the card has an example\n"
             f"  judge it:  diffusers-ext evaluate --pretrained_model_name_or_path {folder} --train_data_dir IMAGES"
         )
-        if pusher is not None:
-            pusher.push(out, "pipeline")
-            failure = pusher.finish(args.hub_timeout)
-    end_run(accelerator, failure)
+    end_run(accelerator, push_and_wait(pusher, out, "pipeline", args.hub_timeout))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from ..interop import live_config
 from ..randomness import Seeds, Stream
 from ..reports.bridge_card import write_bridge_card
 from ..reports.card import command_line
-from ..reports.hub import HubArguments, make_pusher
+from ..reports.hub import HubArguments, make_pusher, push_and_wait
 from ..reports.pictures import image_grid
 from ..schedulers.scheduling_short_time import SHORT_TIME_SCHEDULERS, short_time_class
 from ..subjects import load_pipeline, subject_of
@@ -223,11 +223,8 @@ def main() -> None:
         bridge = fitted(args, data, moments)
         with RunLock(out):
             save(args, data, moments, bridge, scheduler, held_out, out.name if pusher is None else pusher.repo_id)
-        if pusher is not None:
-            pusher.push(out, "bridge")
         print(next_steps(args, subject.takes_captions))
-    failure = None if pusher is None else pusher.finish(args.hub_timeout)
-    end_run(accelerator, failure)
+    end_run(accelerator, push_and_wait(pusher, out, "bridge", args.hub_timeout))
 
 
 if __name__ == "__main__":

@@ -400,6 +400,19 @@ def make_pusher(args: HubArguments, folder: Path, is_main_process: bool) -> HubP
     return pusher
 
 
+def push_and_wait(pusher: HubPusher | None, folder: Path, what: str, timeout: float) -> str | None:
+    """Push a finished folder, where there is a pusher, and wait; return why that failed, or `None`.
+
+    Args:
+        what: what the folder holds, for the commit's message.
+        timeout: seconds.
+    """
+    if pusher is None:
+        return None
+    pusher.push(folder, what)
+    return pusher.finish(timeout)
+
+
 def _repository_name(folder: Path) -> str:
     """Return the folder's name in the Hub's alphabet."""
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", folder.resolve().name)
