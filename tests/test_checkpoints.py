@@ -11,11 +11,14 @@ import random
 import re
 import warnings
 import zipfile
+from pathlib import Path
 
 import foreign
 import pytest
+import stranger
 import torch
 from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
+from hub_server import HubServer
 from safetensors.torch import save_file
 from torch.nn.functional import one_hot
 
@@ -35,6 +38,7 @@ from diffusers_ext.checkpoints.pickles import Record, read_pickle
 from diffusers_ext.checkpoints.reading import _NAMES, read_checkpoint
 from diffusers_ext.errors import InputError
 
+SCRIPT = Path(__file__).parents[1] / "training" / "convert.py"
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
 STEPS, TIME = torch.tensor([3.0, 17.0]).double(), torch.tensor([-1.0, 0.9]).double()
 LABELS, CLASSES = torch.tensor([1, 4]), 5
@@ -144,7 +148,8 @@ def test_a_network_of_score_sde_answers_as_it_did(depth, attended, fir, tmp_path
     filters = {True: ("told", "the filter 1, 3, 3, 1"), False: ("assumed", "means of 2 x 2")}
     assert filters[fir][1] in said[f"Not in the file, and {filters[fir][0]}"]
     torch.testing.assert_close(answer(converted.unet, X, STEPS), output, **EXACT)
-    assert converted.scheduler.config.beta_schedule == "linear"
+    config = converted.scheduler.config  # as score_sde's ancestral sampling has it
+    assert (config.beta_schedule, config.variance_type, config.clip_sample) == ("linear", "fixed_large", False)
 
 
 @pytest.mark.parametrize("song", [True, False])
@@ -174,6 +179,13 @@ def test_networks_of_the_published_size_have_the_published_number_of_parameters(
     with torch.device("meta"):
         unet = ScoreUNet2DModel(**options)
     assert round(unet.num_parameters() / 1e6, 1) == millions
+
+
+def test_the_global_random_state_is_left_alone(tmp_path):
+    path, _, _ = edm_files(tmp_path / "model.pkl", NCSNPP)
+    before = torch.random.get_rng_state()
+    convert_checkpoint(path)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 KEYS = """
@@ -388,6 +400,21 @@ def test_a_model_that_is_stock_opens_without_this_package(load_script, tmp_path)
     assert type(pipe) is DDPMPipeline
     assert pipe.scheduler.config.beta_schedule == "squaredcos_cap_v2"
     torch.testing.assert_close(answer(pipe.unet, X, STEPS), output, **EXACT)
+
+
+def test_what_it_pushes_opens_elsewhere(tmp_path):
+    path = score_sde_file(tmp_path / "ve.pth", sigmas=VE_SIGMAS)[0]
+    with HubServer() as hub:
+        words = ("--resolution", 8, "--output_dir", tmp_path / "out", "--push_to_hub", "--hub_model_id", "model")
+        done = stranger.run(SCRIPT, path, *words, env=hub.environment(tmp_path / "home"))
+        assert done.returncode == 0, done.stderr
+        code = "import diffusers_ext, diffusers; pipe = diffusers.DiffusionPipeline.from_pretrained('tester/model'); "
+        code += "print(type(pipe.unet).__name__, len(pipe(batch_size=2, num_inference_steps=2).images))"
+        opened = stranger.run(code, env=hub.environment(tmp_path / "other", token=None))
+        card = hub.files("tester/model")["README.md"].decode()
+    assert opened.stdout.split() == ["ScoreUNet2DModel", "2"], opened.stderr
+    assert 'from_pretrained("tester/model")' in card
+    assert str(tmp_path) not in card
 
 
 DIGITS = ("--dataset_name", "digits", "--max_train_samples", 150)

@@ -285,12 +285,14 @@ def test_models_that_do_not_fit_each_other_or_are_broken_are_refused(evaluate, m
         evaluate.run(*arguments(models, tmp_path / "out"))
 
 
-def test_edm_models_and_guidance(evaluate, tmp_path):
+def test_edm_models_and_guidance(evaluate, tmp_path, capsys):
     torch.manual_seed(0)
     pipeline = ClassConditionalPipeline(tiny_unet(num_class_embeds=11), EDMEulerScheduler(), null_class=10)
     pipeline.save_pretrained(tmp_path / "model")
     more = ("--schedulers", "own,EDMDPMSolverMultistep", "--nfe", "3", "--guidance_scale", 2)
     evaluate.run(*arguments([tmp_path / "model"], tmp_path / "out", *more))
+    clip = "compare EDMDPMSolverMultistep:thresholding=true, too"
+    assert capsys.readouterr().out.count(clip) == 1  # said once, of the one that could
     cells = load(tmp_path / "out").cells
     assert [(c.scheduler, c.steps, c.nfe) for c in cells] == [("EDMEuler", 3, 6), ("EDMDPMSolverMultistep", 3, 6)]
 

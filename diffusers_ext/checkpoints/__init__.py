@@ -1,8 +1,8 @@
 """Checkpoints of the code bases of the papers and their field, as pipelines of diffusers.
 
-pickles, reading    what a file holds, without running anything of it
-edm, adm, score_sde the kinds of files: which blocks they have, under which names, and what their numbers mean
-layout, schedules   the network and the scheduler of that
+pickles, reading     what a file holds, without running anything of it
+edm, adm, score_sde  the kinds of files: which blocks they have, under which names, and what their numbers mean
+layout, schedules    the network and the scheduler of that
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from .adm import convert_adm, is_adm
 from .edm import convert_edm, is_edm
 from .model import Converted
 from .reading import read_checkpoint
-from .score_sde import SDES, convert_score_sde, is_score_sde
+from .score_sde import convert_score_sde, is_score_sde
 
-__all__ = ["SDES", "Converted", "convert_checkpoint", "read_checkpoint"]
+__all__ = ["Converted", "convert_checkpoint", "read_checkpoint"]
 
 KINDS: tuple[tuple[Callable[[Any], bool], Callable[..., Converted], str], ...] = (
     (is_edm, convert_edm, "EDM"),
@@ -52,10 +52,8 @@ def convert_checkpoint(path: str | Path, **told: Any) -> Converted:
         InputError: the file cannot be read or is of none of these kinds, something must be told or is not of this kind,
             or the network cannot be represented.
     """
-    content, told = (
-        _unwrapped(read_checkpoint(path)),
-        {name: value for name, value in told.items() if value is not None},
-    )
+    content = _unwrapped(read_checkpoint(path))
+    told = {name: value for name, value in told.items() if value is not None}
     for is_it, convert, name in KINDS:
         if is_it(content):
             if foreign := sorted(told.keys() - inspect.signature(convert).parameters.keys()):

@@ -167,7 +167,7 @@ def make_unet(description: Mapping[str, Any], state: State) -> UNet2DModel:
         config |= {"down_block_types": down, "up_block_types": up, "attn_norm_num_groups": 32}
         config |= dict.fromkeys(("downsample_type", "upsample_type"), description["resample_type"])
     kind, arguments = (UNet2DModel, config) if is_stock else (ScoreUNet2DModel, description)
-    with torch.device("meta"):  # no memory for what does not fit
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):  # no memory for what does not fit
         needed = {name: value.shape for name, value in kind(**arguments).state_dict().items()}
     found = {name: value.shape for name, value in state.items()}
     if wrong := sorted(name for name in needed.keys() | found.keys() if needed.get(name) != found.get(name)):

@@ -36,10 +36,9 @@ _VALUES = re.compile(r"(BIN)?INT[12]?|(BIN)?FLOAT|LONG[14]?|(SHORT_)?(BIN)?(STRI
 
 @dataclass(eq=False)
 class Record:
-    """An object of the pickle as data: the name of its class, and what it was given."""
+    """An object of the pickle as data: the name of its class, and its state."""
 
     name: str
-    args: tuple = ()
     state: dict[str, Any] = field(default_factory=dict)
 
 
